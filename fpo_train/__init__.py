@@ -1,0 +1,1 @@
+"""Foresighted Policy Optimization: iterative RLHF whose policy answers for how it steers its reward model."""
