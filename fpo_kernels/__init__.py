@@ -1,0 +1,8 @@
+"""Per-example gradient inner products of whole models, without building the gradients."""
+
+from .influence import Influence, Steering
+from .layers import Coverage
+from .packing import pack
+from .products import grad_products
+
+__all__ = ["Coverage", "Influence", "Steering", "grad_products", "pack"]

@@ -1,0 +1,74 @@
+"""Inputs for tests and benchmarks, and the error an implementation may make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fpo_kernels.products import grad_products
+
+Streams = tuple[Tensor, Tensor, Tensor]
+
+
+def random_streams(
+    lengths: Sequence[int],
+    p: int,
+    q: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a (S, p), d (S, q) ~ N(0, 1) without zeros, and offsets (B+1,) int64 of examples with these lengths.
+
+    Drawn in float64 on the CPU, so a seed gives the same numbers everywhere, rounded to `dtype`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    rows = int(offsets[-1])
+    a, d = (torch.randn(rows, n, generator=generator, dtype=torch.float64) for n in (p, q))
+    # rounding must not make a zero either: a dropped term has to show
+    a, d = (torch.where(x.abs() < 1e-3, 1e-3, x).to(dtype) for x in (a, d))
+    return a.to(device), d.to(device), offsets.to(device)
+
+
+def budget(reference_error: Tensor, scale: Tensor, terms: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """The error allowed: what the reference makes in this dtype, plus a rounding band.
+
+    band = √terms · ε · scale. A sum of n terms in any order errs by a random walk of at most n roundings, each
+    of at most ε/2 of a partial sum; √n · ε · scale is at least twice that walk's standard deviation.
+
+    Args:
+        reference_error: |reference in this dtype − reference in float64|, any shape.
+        scale: the size the partial sums reach, e.g. ‖G_i‖·‖G_j‖; broadcasts. Zero allows no error.
+        terms: how many terms are added one after another, counted over all nested sums.
+        dtype: the accumulation dtype, not the inputs'.
+    """
+    steps = torch.as_tensor(terms, dtype=torch.float64, device=scale.device).sqrt()
+    return reference_error.double() + steps * torch.finfo(dtype).eps * scale.double()
+
+
+def check_products(impl: str, streams: Streams, pairs: Tensor, other: Streams | None = None) -> Tensor:
+    """grad_products by `impl`, asserted to lie within the budget around the float64 reference on the CPU."""
+    left, right = ((a.cpu(), d.cpu(), offsets.cpu()) for a, d, offsets in (streams, other or streams))
+    wide, wide2 = ((a.double(), d.double(), offsets) for a, d, offsets in (left, right))
+    listed = pairs.cpu()
+    exact = grad_products(*wide, listed, other=wide2, impl="reference")
+    same = grad_products(*left, listed, other=right, impl="reference")
+    got = grad_products(*streams, pairs, other=other, impl=impl)
+    assert (got.dtype, got.shape, got.device) == (same.dtype, same.shape, pairs.device)
+    tokens = left[2].diff()[listed[:, 0]] * right[2].diff()[listed[:, 1]]
+    scale = _reach(*wide)[listed[:, 0]] * _reach(*wide2)[listed[:, 1]]
+    allowed = budget((same - exact).abs(), scale, wide[0].shape[1] + wide[1].shape[1] + tokens, got.dtype)
+    over = (got.cpu() - exact).abs() - allowed
+    assert not len(over) or over.max() <= 0, f"{impl}: {over.max()} over the budget at pair {over.argmax()}"
+    return got
+
+
+def _reach(a: Tensor, d: Tensor, offsets: Tensor) -> Tensor:
+    """(B,) the larger of ‖G_i‖ and √Σ_t ‖a_t‖²‖d_t‖²: what sums over tokens reach even where G_i cancels."""
+    every = torch.arange(len(offsets) - 1)
+    squared = grad_products(a, d, offsets, torch.stack([every, every], 1), impl="reference")
+    tokens = (a.square().sum(1) * d.square().sum(1)).split(offsets.diff().tolist())
+    return torch.maximum(squared, torch.stack([t.sum() for t in tokens])).sqrt()
