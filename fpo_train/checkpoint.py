@@ -1,0 +1,72 @@
+"""Checkpoints on iteration boundaries: written whole or not at all, the last few kept.
+
+The randomness of an iteration follows from the seed and its number (`loop.seed_stream`), so a checkpoint
+holds no random state: adapter, head, both optimizers and the penalty's running scale are all there is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .loop import Parts
+
+STATE = "state.pt"
+
+
+def state_of(parts: Parts) -> dict[str, Any]:
+    """Everything that an iteration changes."""
+    return {
+        "adapter": {name: p.detach() for name, p in parts.policy.trainable.items()},
+        "policy_optimizer": parts.update.optimizer.state_dict(),
+        "head": parts.reward_model.head.state_dict(),
+        "head_optimizer": parts.reward_model.optimizer.state_dict(),
+        "penalty": parts.penalty.state(),
+    }
+
+
+def restore(parts: Parts, state: dict[str, Any]) -> None:
+    """Put a `state_of` back."""
+    with torch.no_grad():
+        for name, parameter in parts.policy.trainable.items():
+            parameter.copy_(state["adapter"][name])
+    parts.update.optimizer.load_state_dict(state["policy_optimizer"])
+    parts.reward_model.head.load_state_dict(state["head"])
+    parts.reward_model.optimizer.load_state_dict(state["head_optimizer"])
+    parts.penalty.restore(state["penalty"])
+
+
+def save(folder: Path, iteration: int, parts: Parts, keep: int) -> None:
+    """Write `folder/<iteration>/`, then remove all but the last `keep`."""
+    folder.mkdir(exist_ok=True)
+    half = folder / f".{iteration}"
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir()
+    with (half / STATE).open("wb") as file:
+        torch.save(state_of(parts), file)
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(folder / str(iteration), ignore_errors=True)
+    half.rename(folder / str(iteration))
+    for old in _whole(folder)[:-keep]:
+        shutil.rmtree(folder / str(old))
+
+
+def latest(folder: Path) -> int:
+    """The iteration of the newest checkpoint, 0 without any."""
+    return max(_whole(folder), default=0)
+
+
+def load(folder: Path, iteration: int, parts: Parts) -> None:
+    """Bring `parts` to the state after `iteration`."""
+    restore(parts, torch.load(folder / str(iteration) / STATE, map_location="cpu", weights_only=True))
+
+
+def _whole(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())

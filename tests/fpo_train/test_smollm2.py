@@ -1,0 +1,60 @@
+"""The main job on the real model: SmolLM2 from its wheel, one iteration through the installed command."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fpo_train.config import PolicyConfig
+from fpo_train.data import render
+from fpo_train.policy import load_policy
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_policy(PolicyConfig(), seed=0, device=torch.device("cpu"))
+
+
+def test_special_tokens_and_chat_template(smollm2):
+    tokenizer = smollm2.tokenizer
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert smollm2.eos == 2
+    ids = render(tokenizer, "What is the capital of France?")
+    text = tokenizer.decode(ids)
+    assert text.count("<|im_start|>") == 3  # system, user, assistant: once each, and no BOS in front of them
+    assert text.startswith("<|im_start|>system\n")
+    assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_it_knows_the_capital_of_france(smollm2):
+    ids = torch.tensor([render(smollm2.tokenizer, "What is the capital of France?")])
+    with torch.no_grad(), smollm2.base():
+        out = smollm2.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=smollm2.eos,
+            pad_token_id=smollm2.eos,
+        )
+    assert "Paris" in smollm2.decode(out[0, ids.shape[1] :].tolist())
+
+
+def test_one_iteration_in_a_fresh_process_under_3_gb(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fpo_train.cli", "run", "--config", "demo.yaml", "--iterations", "1"]
+    more = ["--reward_model.fit_pairs", "12", "--penalty.kind", "relaxed", "--out", str(out)]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert row["peak_memory_bytes"] < 3e9
+    assert row["oracle_calls"] == 16
+    assert -6 < row["oracle_utility"] < 0
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len({sample["reply"] for sample in samples}) == 4
+    assert all(len(sample["reply"]) > 5 and "<|" not in sample["reply"] for sample in samples)
+    assert (out / "report.html").stat().st_size > 50_000
