@@ -1,0 +1,75 @@
+// One pair's products for one instruction set. Included several times by grad_products.cpp, each time inside
+// its own namespace with FPO_TARGET (a function attribute), FPO_BYTES (a vector register), FPO_M and FPO_N
+// (rows of the register tile) set: every function must carry the attribute itself, because GCC lowers vector
+// types by the attributes of the function they stand in, before inlining.
+
+template <class T>
+struct Lanes {
+  static constexpr int count = FPO_BYTES / sizeof(T);
+  typedef T Vector __attribute__((vector_size(FPO_BYTES), aligned(sizeof(T)), may_alias));
+};
+
+// [a0+a1, a2+a3, …, b0+b1, …]
+template <class V, int... I>
+FPO_TARGET inline V add_neighbours(const V& a, const V& b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+
+// out[m][n] = x_m · y_n over `width` features. Rows past the end of the tile repeat its last row.
+template <class T>
+FPO_TARGET inline void dot_tile(
+    const T* const (&x)[FPO_M], const T* const (&y)[FPO_N], int64_t width, T (&out)[FPO_M * FPO_N]) {
+  using V = typename Lanes<T>::Vector;
+  constexpr int lanes = Lanes<T>::count;
+  // Whole vectors of sums come out of the reduction below, so the count is rounded up to them.
+  constexpr int sums = (FPO_M * FPO_N + lanes - 1) / lanes * lanes;
+  V total[sums] = {};
+  int64_t k = 0;
+  for (; k + lanes <= width; k += lanes) {
+    V right[FPO_N];
+    for (int n = 0; n < FPO_N; ++n) right[n] = *reinterpret_cast<const V*>(y[n] + k);
+    for (int m = 0; m < FPO_M; ++m) {
+      const V left = *reinterpret_cast<const V*>(x[m] + k);
+      for (int n = 0; n < FPO_N; ++n) total[m * FPO_N + n] += left * right[n];
+    }
+  }
+  // log2(lanes) rounds, each halving the vectors and doubling what a lane holds, leave sum i in lane i.
+  for (int count = sums; count > sums / lanes; count /= 2)
+    for (int v = 0; v < count / 2; ++v)
+      total[v] = add_neighbours<V>(total[2 * v], total[2 * v + 1], std::make_integer_sequence<int, lanes>{});
+  for (int i = 0; i < FPO_M * FPO_N; ++i) out[i] = total[i / lanes][i % lanes];
+  for (; k < width; ++k)
+    for (int m = 0; m < FPO_M; ++m)
+      for (int n = 0; n < FPO_N; ++n) out[m * FPO_N + n] += x[m][k] * y[n][k];
+}
+
+template <class T, int R>
+FPO_TARGET inline void point(const T* (&rows)[R], const Stream<T>& from, int64_t first, int64_t stop) {
+  for (int r = 0; r < R; ++r) rows[r] = from.data + std::min(first + r, stop - 1) * from.stride;
+}
+
+// Σ over rows t in [begin, end) of the left example and all rows s of the right one.
+template <class T>
+FPO_TARGET double band(const Streams<T>& left, const Streams<T>& right, Span i, Span j, Span rows, bool mirrored) {
+  double total = 0;
+  for (int64_t s = mirrored ? rows.begin : j.begin; s < j.end; s += FPO_N) {
+    const T *y[FPO_N], *e[FPO_N];
+    point(y, right.a, s, j.end);
+    point(e, right.d, s, j.end);
+    for (int64_t t = rows.begin; t < rows.end && !(mirrored && t >= s + FPO_N); t += FPO_M) {
+      const T *x[FPO_M], *d[FPO_M];
+      T aa[FPO_M * FPO_N], dd[FPO_M * FPO_N];
+      point(x, left.a, t, i.end);
+      point(d, left.d, t, i.end);
+      dot_tile<T>(x, y, left.a.width, aa);
+      dot_tile<T>(d, e, left.d.width, dd);
+      for (int m = 0; m < FPO_M && t + m < rows.end; ++m)
+        for (int n = 0; n < FPO_N && s + n < j.end; ++n) {
+          // (t, s) and (s, t) are equal in a mirrored pair: the upper one counts twice, the lower one not
+          const double weight = !mirrored || t + m == s + n ? 1 : t + m < s + n ? 2 : 0;
+          total += weight * double(aa[m * FPO_N + n]) * double(dd[m * FPO_N + n]);
+        }
+    }
+  }
+  return total;
+}

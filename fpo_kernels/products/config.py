@@ -1,0 +1,36 @@
+"""Launch numbers and scratch bounds of `grad_products`, each with its reason."""
+
+from __future__ import annotations
+
+# impl="torch": the most that one chunk of tile pairs gathers and multiplies at a time, whatever the lengths.
+# Of 16 and 64 MiB the larger was 1.0 to 1.7 times faster on two CPU cores; the plan of a chunk (a few int64
+# a tile pair) and the packing inside BLAS come on top.
+SCRATCH_BYTES = 64 * 2**20
+# 64, 128 and 256 were within a tenth of each other on steering, Gram and 2048-token pairs; 128 keeps the
+# padding of ragged ends small and still leaves one tile pair far below the bound.
+TILE_TOKENS = 128
+# Gathered at a time, so that a vocabulary-wide layer stays in bounds. 2048 saves the second pass that 1024
+# needed on 1536 features (a tenth of the call).
+FEATURE_CHUNK = 2048
+# Tile pairs that fill at least 1/2 of a rectangle are multiplied as the whole rectangle: no gathered repeats.
+# 1 and 2 were equal on steering; 2 took 0.7 of the time of 1 on a ragged Gram matrix.
+DENSE_FILL = 2
+
+# impl="triton": chosen by register and shared-memory arithmetic, not yet measured on a GPU. Of 9 settings
+# compiled for sm_80 and sm_90 (tests/compile_only reads the cubins) this spills nowhere: two (64, 64) fp32
+# accumulators over 256 threads take 32 registers of at most 128 a thread, so two programs share a processor.
+# With 4 warps fp32 spilled at 255 registers; with 64 features 16-bit left room for one program only.
+BLOCK_TOKENS = 64
+BLOCK_FEATURES = 32
+NUM_WARPS = 8
+# Copies in flight: 32 KiB of shared memory in fp32, 16 to 24 in 16-bit, under every limit at two programs.
+NUM_STAGES = 3
+# Two programs for each of an H100's 132 processors. A pair is split no further than 16 ways: its partial sums
+# are written out, one float64 each. Depends on the list's length only, so that nothing is read back.
+TARGET_PROGRAMS = 264
+MAX_SPLIT = 16
+
+
+def split(pairs: int) -> int:
+    """How many programs share one pair."""
+    return min(MAX_SPLIT, -(-TARGET_PROGRAMS // max(pairs, 1)))
