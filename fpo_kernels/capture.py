@@ -100,7 +100,8 @@ class Gather:
         self._parts: dict[str, list[Factors]] = {}
         self._missing: dict[str, int] = {}
         mask = batch.get("attention_mask")
-        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        padded = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
+        self._mask = mask.bool() if isinstance(mask, Tensor) and padded else None
 
     def start(self, calls: dict[nn.Module, int]) -> None:
         """Learn from the forward's call counts how many deliveries complete each parameter."""

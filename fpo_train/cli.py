@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,6 +59,8 @@ def build() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    if not sys.stderr.isatty():  # a log is no place for bars; tqdm reads this when it is first imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
     arguments = _shipped_configs(sys.argv[1:] if argv is None else argv)
     parser = build()
     try:
@@ -135,13 +138,13 @@ def _doctor(options: Any) -> int:
     facts = environment()
     print(f"python {facts['python']} on {facts['platform']}, {facts['threads']} threads, device {facts['device']}")
     for name, version in facts["versions"].items():
-        print(f"  {name:<14}{version or 'absent'}")
+        print(f"  {name:<16}{version or 'absent'}")
     for impl, state in _kernels().items():
         print(f"  kernels/{impl:<8}{state}")
     for name in ("trl", "bitsandbytes", "vllm"):
-        print(f"  {name:<14}{'present' if importlib.util.find_spec(name) else 'absent (optional)'}")
+        print(f"  {name:<16}{'present' if importlib.util.find_spec(name) else 'absent (optional)'}")
     for name in KNOWN:
-        print(f"  {name:<14}{cached(name) or 'not fetched yet'}")
+        print(f"  {name:<16}{cached(name) or 'not fetched yet'}")
     return DONE
 
 

@@ -77,14 +77,25 @@ Band<T> choose() {
 // every core busy and the halves of a mirrored pair weigh the same. Neither number depends on the threads.
 constexpr int64_t kBands = 8, kBlock = 16;
 
+// Multiply-adds that pay for waking a thread: about 50 µs of one core's work. Below that the call stays on the
+// calling thread; a barrier with a core that another process holds costs milliseconds.
+constexpr int64_t kWorthAThread = 1 << 20;
+
 template <class T>
 void run(const Streams<T>& left, const int64_t* offsets, const int64_t* pairs, const Streams<T>& right,
          const int64_t* offsets2, bool same_streams, int64_t n, T* out) {
   static const Band<T> band = choose<T>();
   std::vector<double> sums(n * kBands, 0.0);
   std::atomic<int64_t> next{0};
+  int64_t work = 0;
+  for (int64_t k = 0; k < n; ++k)
+    work += (offsets[pairs[2 * k] + 1] - offsets[pairs[2 * k]]) *
+            (offsets2[pairs[2 * k + 1] + 1] - offsets2[pairs[2 * k + 1]]);
+  work *= left.a.width + left.d.width;
+  const int64_t workers =
+      std::clamp<int64_t>(work / kWorthAThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
   // Threads fetch bands as they finish; each band has its own slot, so the schedule leaves no trace.
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
     for (int64_t worker = first; worker < last; ++worker)
       for (int64_t item; (item = next.fetch_add(1)) < n * kBands;) {
         const int64_t* pair = pairs + 2 * (item / kBands);

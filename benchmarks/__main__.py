@@ -1,0 +1,71 @@
+"""python -m benchmarks list | run: exit 0 done, 1 a competitor failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import registry, results
+from benchmarks.runner import Options, run_case
+
+BUSY = 0.05  # of all cores' time; with 50%, two-thread matrix products were seen to take 10 times as long
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, SystemExit(2) on wrong usage."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    known = registry.cases()
+    if arguments.command == "list":
+        for case in known.values():
+            print(f"{case.name:<12} {case.description}\n{'':<12} {', '.join(case.competitors)}")
+        return 0
+    names = list(known) if "all" in arguments.cases else arguments.cases
+    for name in names:
+        if name not in known:
+            parser.error(f"unknown case {name!r}: wanted all or some of {', '.join(known)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no usable GPU here")
+    options = Options(device=torch.device(arguments.device), quick=arguments.quick, repeats=arguments.repeats)
+    failed = False
+    for name in names:
+        case = known[name]
+        print(f"{case.name}: {case.description}", flush=True)
+        rows = run_case(case, options)
+        path = results.write(case, options, results.describe(case, options, rows), arguments.out)
+        print(f"{results.table(rows)}\nratio: to {case.baseline}, round by round; written to {path}\n", flush=True)
+        busiest = max((row.get("others_cpu_share") or 0.0 for row in rows), default=0.0)
+        if busiest > BUSY:
+            print(f"warning: other processes took up to {busiest:.0%} of the CPU; run again when it is quiet\n")
+        failed |= any(row["status"] == "failed" for row in rows)
+    return int(failed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Benchmarks of fpo_kernels, gated on correct results."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="name the cases and their competitors")
+    run = commands.add_parser("run", help="gate, time and write results")
+    run.add_argument("cases", nargs="+", metavar="case", help="names from `list`, or all")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--out", type=Path, default=results.FOLDER, help="folder of results; <device>/<case>.json below")
+    run.add_argument("--repeats", type=_positive, default=10, help="timed rounds a setting")
+    run.add_argument("--quick", action="store_true", help="small settings, written to <case>-quick.json")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wanted a positive number, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

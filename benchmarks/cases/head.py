@@ -1,0 +1,50 @@
+"""Steering over the score head alone: the price of foresight beyond one scoring forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import fpo_kernels as fk
+from benchmarks import peers
+from benchmarks.cases.influence import Setting, settings
+from benchmarks.models import reward_model, rows, token_batch
+from benchmarks.registry import TOLERANCE, Case, Competitor, Contest
+
+BASELINE, CLOSED, ENGINE, LOOP = "forward", "closed form", "fk.Influence.steering", "autograd call each"
+HEAD = ["score.weight"]
+
+
+def build(setting: Setting, device: torch.device) -> Contest:
+    """The model and tokens of the influence case; only the head's weight is chosen."""
+    dtype = getattr(torch, setting.dtype)
+    model = reward_model(setting.layers, dtype, device)
+    batch = token_batch(setting.candidates + 1, setting.tokens, device)
+    candidates, reference = rows(batch, slice(0, -1)), rows(batch, slice(-1, None))
+    engine = fk.Influence(model, parameters="head")
+    runs: dict[str, Callable[[], Tensor]] = {
+        BASELINE: torch.no_grad()(functools.partial(peers.rewards, model, batch)),
+        CLOSED: functools.partial(peers.head_closed_form, model, batch),
+        ENGINE: lambda: engine.steering(candidates, reference).product,
+        LOOP: functools.partial(peers.autograd_loop, model, HEAD, batch),
+    }
+    answers = {name: "reward" if name == BASELINE else "product" for name in runs}
+    return Contest(
+        competitors={
+            name: Competitor(run=run, budget=TOLERANCE[dtype], answers=answers[name]) for name, run in runs.items()
+        },
+        expected=functools.partial(peers.exact, model, HEAD, batch),
+    )
+
+
+CASE = Case(
+    name="head",
+    description="steering products over the score head of a reward model against scoring alone",
+    competitors=(BASELINE, CLOSED, ENGINE, LOOP),
+    baseline=BASELINE,
+    settings=settings,
+    build=build,
+)

@@ -1,0 +1,135 @@
+"""fk.grad_products on one layer: its implementations against forming each G_i and multiplying."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import fpo_kernels as fk
+from benchmarks.peers import formed_products
+from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, dtypes
+from fpo_kernels.testing import budget, random_streams
+
+IMPLS = ("torch", "native", "triton")
+FORMED = "form G, multiply"
+# The four shapes of a SmolLM2 block: query and output, gate and up, down, key and value.
+SHAPES = ((576, 576), (576, 1536), (1536, 576), (576, 192))
+RAGGED = (7, 19, 33, 64, 64, 90, 128, 151, 64)
+Pairs = Literal["steering", "gram"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One layer (p inputs, q outputs), the examples' lengths, and which pairs of them.
+
+    Attributes:
+        pairs: "steering" is (z, z) and (z, ref) with the last example the reference, "gram" all i ≤ j.
+    """
+
+    name: str
+    p: int
+    q: int
+    lengths: tuple[int, ...]
+    pairs: Pairs
+    dtype: str
+
+
+def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
+    """Steering on every shape, steering of unequal lengths, and a Gram matrix; small ones if quick."""
+    tokens, n, m = (16, 5, 6) if quick else (64, 9, 16)
+    shapes = ((96, 160),) if quick else SHAPES
+    found: list[tuple[str, int, int, tuple[int, ...], Pairs, str]] = []
+    for dtype in dtypes(device):
+        kind = str(dtype).removeprefix("torch.")
+        for p, q in shapes:
+            found.append((f"steering {n}x{tokens}, {p} to {q}", p, q, (tokens,) * n, "steering", kind))
+        p, q = shapes[0]
+        ragged = (3, 16, 9, 1, 12) if quick else RAGGED
+        found.append((f"steering ragged {min(ragged)}-{max(ragged)}, {p} to {q}", p, q, ragged, "steering", kind))
+        found.append((f"gram {m}x{tokens}, {p} to {q}", p, q, (tokens,) * m, "gram", kind))
+    mixed = len(dtypes(device)) > 1
+    return [
+        Setting(name=f"{name} {kind}" if mixed else name, p=p, q=q, lengths=lengths, pairs=pairs, dtype=kind)
+        for name, p, q, lengths, pairs, kind in found
+    ]
+
+
+def build(setting: Setting, device: torch.device) -> Contest:
+    """Random streams of the setting's shape, the same on every device."""
+    dtype = getattr(torch, setting.dtype)
+    streams = random_streams(setting.lengths, setting.p, setting.q, dtype, seed=0)
+    pairs = _pairs(len(setting.lengths), setting.pairs)
+    exact, allowed, allowed_formed = _exact(streams, pairs)
+    a, d, offsets = (x.to(device) for x in streams)
+    listed = pairs.to(device)
+    # 16-bit G are rounded as they are formed; the peer is allowed that.
+    formed = Competitor(
+        run=functools.partial(formed_products, a, d, setting.lengths, listed),
+        budget=allowed_formed if dtype == torch.float32 else TOLERANCE[dtype],
+    )
+    competitors, cannot = {FORMED: formed}, {}
+    for impl in IMPLS:
+        why = _why_not(impl, a, d)
+        if why:
+            cannot[impl] = why
+        else:
+            run = functools.partial(fk.grad_products, a, d, offsets, listed, impl=impl)
+            competitors[impl] = Competitor(run=run, budget=allowed)
+    return Contest(competitors=competitors, expected=lambda: {"product": exact}, cannot=cannot)
+
+
+def _pairs(examples: int, kind: Pairs) -> Tensor:
+    if kind == "gram":
+        return torch.tensor(list(itertools.combinations_with_replacement(range(examples), 2)))
+    own = torch.arange(examples - 1)
+    return torch.cat([torch.stack([own, own], 1), torch.stack([own, torch.full_like(own, examples - 1)], 1)])
+
+
+def _exact(streams: tuple[Tensor, Tensor, Tensor], pairs: Tensor) -> tuple[Tensor, float, float]:
+    """The products in float64, and the relative errors that fp32 may make (testing.budget): from tokens, by forming."""
+    a, d, offsets = streams
+    wide_a, wide_d = a.double(), d.double()
+    exact = fk.grad_products(wide_a, wide_d, offsets, pairs, impl="reference")
+    same = fk.grad_products(a, d, offsets, pairs, impl="reference")
+    counts = offsets.diff()
+    # Σ_t ‖a_t‖²‖d_t‖² and ‖G_i‖²: what an example's partial sums reach
+    tokens = torch.stack([t.sum() for t in (wide_a.square().sum(1) * wide_d.square().sum(1)).split(counts.tolist())])
+    every = torch.arange(len(counts))
+    norms = fk.grad_products(wide_a, wide_d, offsets, torch.stack([every, every], 1), impl="reference")
+    reach = torch.maximum(tokens, norms).sqrt()
+    i, j = pairs.unbind(1)
+    # A BLAS that forms the Gram matrix of G adds p·q terms one after another.
+    from_tokens, by_forming = a.shape[1] + d.shape[1] + counts[i] * counts[j], counts[i] + a.shape[1] * d.shape[1]
+    tokens_budget, forming_budget = (
+        float(budget((same - exact).abs(), reach[i] * reach[j], terms, torch.float32).norm() / exact.norm())
+        for terms in (from_tokens, by_forming)
+    )
+    return exact, tokens_budget, forming_budget
+
+
+def _why_not(impl: str, a: Tensor, d: Tensor) -> str:
+    """The reason an implementation gives for not running here, from one token."""
+    one = (a[:1], d[:1], torch.tensor([0, 1], device=a.device), torch.zeros(1, 2, dtype=torch.int64, device=a.device))
+    try:
+        fk.grad_products(*one, impl=impl)
+    except RuntimeError as problem:
+        if "cannot run" in str(problem):
+            return str(problem)
+        raise
+    return ""
+
+
+CASE = Case(
+    name="products",
+    description="inner products of one layer's per-example gradients (fk.grad_products) against forming them",
+    competitors=(FORMED, *IMPLS),
+    baseline=FORMED,
+    settings=settings,
+    build=build,
+)

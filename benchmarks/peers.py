@@ -1,0 +1,145 @@
+"""Plain ways to what fpo_kernels computes, written as a careful user would write them without it.
+
+The steering product of candidate z is ⟨g_z, g_z − g_ref⟩ with g the gradient of an example's own reward. Model
+batches hold the candidates first and the one reference last, all of one length.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import Batch, rows
+
+
+def wide(x: Tensor) -> Tensor:
+    """fp32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def formed_products(a: Tensor, d: Tensor, lengths: Sequence[int], pairs: Tensor) -> Tensor:
+    """⟨G_i, G_j⟩ for pairs (n, 2) → (n,): form every G_i = Σ_t d_t a_tᵀ with einsum, then one Gram matrix."""
+    examples = len(lengths)
+    if len(set(lengths)) == 1:
+        shape = (examples, lengths[0], -1)
+        G = torch.einsum("btq,btp->bqp", d.view(shape), a.view(shape))
+    else:
+        parts = zip(d.split(list(lengths)), a.split(list(lengths)), strict=True)
+        G = torch.stack([torch.einsum("tq,tp->qp", d_i, a_i) for d_i, a_i in parts])
+    flat = wide(G).flatten(1)  # (B, q·p)
+    return (flat @ flat.T)[pairs[:, 0], pairs[:, 1]]
+
+
+def rewards(model: nn.Module, batch: Batch) -> Tensor:
+    """(B,)"""
+    return model(**batch).logits[:, 0]
+
+
+@contextmanager
+def embeddings_on_tape(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The embeddings' outputs require grad: with all weights frozen, backward still runs through every block."""
+    outputs: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs.append(output.requires_grad_())
+
+    embeddings = next(module for module in model.modules() if isinstance(module, nn.Embedding))
+    handle = embeddings.register_forward_hook(hook)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def forward_and_backward(model: nn.Module, batch: Batch) -> Tensor:
+    """∂ Σ_i r_i / ∂ embeddings, (B, T, hidden): forward and activation-only backward, nothing else."""
+    with torch.enable_grad(), embeddings_on_tape(model) as embedded:
+        (gradient,) = torch.autograd.grad(rewards(model, batch).sum(), embedded)
+    return gradient
+
+
+def autograd_loop(model: nn.Module, names: Sequence[str], batch: Batch) -> Tensor:
+    """Steering products (N,), the paper's way: one forward and one autograd call an example."""
+    parameters = [model.get_parameter(name) for name in names]
+
+    def gradient(n: int) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(rewards(model, rows(batch, slice(n, n + 1))).sum(), parameters)
+
+    def product(own: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack([(wide(g) * (wide(g) - wide(r))).sum() for g, r in zip(own, reference, strict=True)]).sum()
+
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            last = len(batch["input_ids"]) - 1
+            reference = gradient(last)
+            return torch.stack([product(gradient(n)) for n in range(last)])
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+def vmap_grad(model: nn.Module, names: Sequence[str], batch: Batch) -> Tensor:
+    """Steering products (N,) from torch.func: every example's gradient at once.
+
+    The attention mask is left out (no example is padded): transformers reads its values, which vmap forbids.
+    torch warns that fused attention has no batching rule on a CPU; eager attention takes just as long here.
+    """
+    parameters: dict[str, Tensor] = {name: model.get_parameter(name) for name in names}
+
+    def reward(parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (), {"input_ids": ids[None]}).logits[0, 0]
+
+    gradients = torch.func.vmap(torch.func.grad(reward), (None, 0))(parameters, batch["input_ids"])
+    flat = [wide(g).flatten(1) for g in gradients.values()]
+    return torch.stack([(g[:-1] * (g[:-1] - g[-1])).sum(1) for g in flat]).sum(0)
+
+
+def vmap_bytes(model: nn.Module, names: Sequence[str], examples: int) -> int:
+    """What `vmap_grad` takes at the least: all gradients twice, once in the layout they are computed in."""
+    return 2 * examples * sum(model.get_parameter(name).nbytes for name in names)
+
+
+def hooked_token_products(model: nn.Module, batch: Batch) -> Tensor:
+    """Steering products (N,) over all Linear weights: token products in plain torch, from hooks during backward."""
+    parts: list[Tensor] = []
+
+    def product(a: Tensor, d: Tensor) -> None:  # (B, T, p), (B, T, q)
+        own = wide(a[:-1] @ a[:-1].mT) * wide(d[:-1] @ d[:-1].mT)  # (N, T, T)
+        cross = wide(a[:-1] @ a[-1].mT) * wide(d[:-1] @ d[-1].mT)
+        parts.append((own - cross).sum((1, 2)))
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        a = args[0].detach()
+        output.register_hook(lambda d: product(a, d))
+
+    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.Linear)]
+    try:
+        forward_and_backward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(parts).sum(0)
+
+
+def head_closed_form(model: nn.Module, batch: Batch) -> Tensor:
+    """Steering products (N,) of a bias-free linear head on feature h: h_z·(h_z − h_ref), one forward, no backward."""
+    with torch.no_grad():
+        hidden = model.get_submodule("model")(**batch).last_hidden_state  # (B, T, hidden)
+        last = batch["attention_mask"].sum(1) - 1
+        h = wide(hidden[torch.arange(len(last), device=last.device), last])
+    return (h[:-1] * (h[:-1] - h[-1])).sum(1)
+
+
+def exact(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+    """In float64 by plain autograd: reward (B,), input_gradient (B, T, hidden), product (N,)."""
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        reward = rewards(double, batch)
+    gradient = forward_and_backward(double, batch)
+    return {"reward": reward, "input_gradient": gradient, "product": autograd_loop(double, names, batch)}

@@ -1,0 +1,76 @@
+"""What a benchmark case is, and the list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Relative error allowed to what runs through a whole model, and to 16-bit gradients formed in between. fp32 has
+# to agree as closely as closed form and autograd do; in bf16 plain autograd is 2% off float64 after 30 layers.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Competitor:
+    """One way to the answer.
+
+    Attributes:
+        run: computes it from inputs made beforehand; called many times.
+        budget: the relative error ‖got − expected‖ / ‖expected‖ it may make.
+        answers: which of the contest's expected tensors it returns.
+    """
+
+    run: Callable[[], Tensor]
+    budget: float
+    answers: str = "product"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """Competitors over the same inputs.
+
+    Attributes:
+        competitors: name → competitor, in the order they take turns.
+        expected: computes the right answers, name → tensor, in float64 or by a trusted way.
+        cannot: name → why a competitor cannot run here.
+    """
+
+    competitors: Mapping[str, Competitor]
+    expected: Callable[[], Mapping[str, Tensor]]
+    cannot: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A named comparison.
+
+    Attributes:
+        name: as on the command line. description: one line.
+        competitors: the names that `build` gives, or gives a reason for not giving.
+        baseline: the competitor whose time is 1 in the ratios.
+        settings: (quick, device) → frozen dataclasses with a `name`, one contest each; written to the results.
+        build: (setting, device) → its contest.
+    """
+
+    name: str
+    description: str
+    competitors: tuple[str, ...]
+    baseline: str
+    settings: Callable[[bool, torch.device], Sequence[Any]]
+    build: Callable[[Any, torch.device], Contest]
+
+
+def cases() -> dict[str, Case]:
+    """Every case by name."""
+    from benchmarks.cases import head, influence, products
+
+    return {case.name: case for case in (products.CASE, influence.CASE, head.CASE)}
+
+
+def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """What a device is measured in: fp32, and bf16 where models are kept in it."""
+    return (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)

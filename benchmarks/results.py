@@ -1,0 +1,148 @@
+"""What is kept of a run: where it ran, the file, and the table."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.registry import Case
+from benchmarks.runner import Options, Row
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks" / "results"
+
+
+def describe(case: Case, options: Options, rows: list[Row]) -> dict[str, Any]:
+    """Everything that goes into the result file."""
+    return {
+        "case": case.name,
+        "description": case.description,
+        "baseline": case.baseline,
+        "settings": {"device": options.device.type, "quick": options.quick, "repeats": options.repeats},
+        **environment(options.device),
+        "rows": rows,
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The machine, the versions and the commit."""
+    commit, dirty = revision()
+    cpu = cpu_model()
+    return {
+        "device": slug(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "triton", "transformers")},
+            "cuda": torch.version.cuda,
+        },
+        "commit": commit,
+        "dirty": dirty,
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def slug(device: torch.device) -> str:
+    """The device as a folder name: cpu-2threads, nvidia-h100-80gb-hbm3."""
+    if device.type == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return f"{device.type}-{torch.get_num_threads()}threads"
+
+
+def cpu_model() -> str:
+    """As /proc/cpuinfo names it, else as Python does."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def revision() -> tuple[str | None, bool | None]:
+    """The commit, and whether anything but results differs from it; None where git has no answer."""
+    commit = _git("rev-parse", "--verify", "HEAD")
+    changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return commit, None if changes is None else bool(changes)
+
+
+def write(case: Case, options: Options, result: dict[str, Any], folder: Path) -> Path:
+    """Put the result at folder/<device>/<case>.json, whole or not at all; quick ones never replace full ones."""
+    path = folder / result["device"] / f"{case.name}{'-quick' if options.quick else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".tmp")
+    half.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    half.replace(path)
+    return path
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned columns; ratio is to the case's baseline, others the CPU share that other processes took."""
+    head = [
+        "setting",
+        "competitor",
+        "median",
+        "min",
+        "max",
+        "ratio",
+        "min",
+        "max",
+        "peak MiB",
+        "error",
+        "others",
+        "note",
+    ]
+    lines = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
+    left = {0, 1, len(head) - 1}
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if n in left else c.rjust(w) for n, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    seconds, ratio, peak = (row.get(key) for key in ("seconds", "ratio", "peak_bytes"))
+    error, others = row.get("error"), row.get("others_cpu_share")
+    keys = ("median", "min", "max")
+    return [
+        row["setting"]["name"],
+        row["competitor"],
+        *(_time(seconds[key]) if seconds else "" for key in keys),
+        *(f"{ratio[key]:.2f}" if ratio else "" for key in keys),
+        "" if peak is None else f"{peak / 2**20:.0f}",
+        "" if error is None else f"{error:.0e}",
+        f"{others:.0%}" if others is not None else "",
+        "" if row["status"] == "timed" else f"{row['status']}: {row['reason']}",
+    ]
+
+
+def _time(seconds: float) -> str:
+    unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def _git(*command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
