@@ -22,8 +22,8 @@ PANELS = {
         ("oracle_utility", "Oracle's utility", "utility of the best reply (nats/token)"),
     ],
     "overconfidence": [
-        ("proxy_gap", "Proxy gap", "(r − r_ref) − (U − U_ref), best reply (nats)"),
-        ("overconfidence", "Overconfidence", "σ(r − r_ref) − p*, best reply (probability)"),
+        ("proxy_gap", "Proxy gap", "(r − r_ref) − (U − U_ref)\nof the best reply (nats)"),
+        ("overconfidence", "Overconfidence", "σ(r − r_ref) − p*\nof the best reply (probability)"),
     ],
     "policy": [
         ("kl", "Distance from the base model", "KL(policy ‖ base) (nats/token)"),
