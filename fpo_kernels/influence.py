@@ -111,7 +111,7 @@ class Influence:
         return torch.cat(grid)
 
     def steering(self, candidates: Batch, references: Batch, reference_of: Tensor | None = None) -> Steering:
-        """⟨g_z, g_z − g_ref⟩ of every candidate z against its reference (PAPER.md: practical penalty).
+        """⟨g_z, g_z − g_ref⟩ of every candidate z against its reference (the paper's practical penalty).
 
         Args:
             candidates: N sequences. references: M sequences, of any width.

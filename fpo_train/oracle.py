@@ -1,7 +1,7 @@
 """The oracle: what humans would say, played by the base model's mean log-likelihood of a reply.
 
 U(z) = mean over the reply's tokens of log p_base(token | prompt, tokens before), in nats a token; prompt and
-padding are left out (PAPER.md adds a constant, which cancels). p* = σ((U(z) − U(ref)) / temperature).
+padding are left out (the paper adds a constant, which cancels). p* = σ((U(z) − U(ref)) / temperature).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Steering penalties: r̃(z) = r(z) − γ · penalty(z) (PAPER.md, "The penalties").
+"""Steering penalties: r̃(z) = r(z) − γ · penalty(z) (Gauthier, Bach, Jordan 2026).
 
 | none      | 0                        |
 | practical | ⟨∇r(z), u(z)⟩            |

@@ -34,7 +34,7 @@ class Rollout:
 
 
 def sample(policy: Policy, prompts: list[Prompt], settings: RolloutConfig) -> Rollout:
-    """One batched generation with the adapter on, one with it off (PAPER.md: the oracle model refers)."""
+    """One batched generation with the adapter on, one with it off (the oracle model refers, as in the paper)."""
     replies = policy.generate(prompts, settings.candidates, settings)
     with policy.base():
         references = policy.generate(prompts, 1, settings)

@@ -156,6 +156,7 @@ def load_causal_lm(name: str, dtype: Any) -> Any:
         RunError: nothing loadable under that name.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)

@@ -48,7 +48,7 @@ def grad_products(
             synchronisation on CUDA (skipped while a CUDA graph is captured).
         RuntimeError: the `impl` named cannot run here; the message says why.
 
-    Source: Ghost inner products of per-example gradients, as DESIGN.md section 1 states them.
+    Source: the ghost dot product of Wang, Mittal, Song and Jia 2024 (arXiv 2406.11011), taken tile by tile.
     """
     _check_stream("", a, d, offsets)
     if other is not None:

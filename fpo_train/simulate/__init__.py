@@ -1,4 +1,4 @@
-"""The controlled environments of PAPER.md, and what they share: trajectories, results on disk, the table.
+"""The controlled environments of the paper (arXiv 2605.04266): trajectories, results on disk, the table.
 
 An environment (linear.py, neural.py) makes one `Trajectory` per penalty and seed; `write_results` turns them
 into `summary.json`, `curves.csv` and the two figures.

@@ -2,7 +2,7 @@
 
 The policy is an action y, the reward model a weight vector w. The oracle likes only the first few axes; the
 other axes collapse through: the policy follows w's errors there and the retrained w follows the policy.
-Source: PAPER.md (Gauthier, Bach, Jordan 2026, arXiv 2605.04266), "The controlled environments", Linear.
+Source: Gauthier, Bach, Jordan 2026, arXiv 2605.04266, the linear controlled environment.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PENALTIES = ("none", "relaxed", "practical")
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSettings:
-    """The constants of PAPER.md's linear environment."""
+    """The constants of the paper's linear environment."""
 
     dimension: int = 50  # axes of the action y
     signal_axes: int = 3  # how many of them, the first ones, the oracle rewards

@@ -1,6 +1,6 @@
 """The Triton kernel under its interpreter, in a process of its own: interpreter and compiler exclude each other.
 
-fp32 and fp16 only: there a tl.dot of bf16 gives garbage without an error (DESIGN.md section 5).
+fp32 and fp16 only: there a tl.dot of bf16 gives garbage without an error.
 """
 
 from __future__ import annotations

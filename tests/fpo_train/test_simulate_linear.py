@@ -1,4 +1,4 @@
-"""The linear environment against PAPER.md's tables, and what `run` leaves on disk."""
+"""The linear environment against the reference tables, and what `run` leaves on disk."""
 
 import csv
 import json
@@ -12,13 +12,13 @@ import pytest
 from fpo_train import figures
 from fpo_train.simulate import linear
 
-# PAPER.md, linear environment, seed 0: signal, noise, final U, best U
+# linear environment, seed 0: signal, noise, final U, best U
 REFERENCE = {
     "none": (4.0634, 1.6480, 3.9322, 5.9665),
     "relaxed": (3.2749, 0.1718, 9.8060, 9.8401),
     "practical": (3.4191, 1.3928, 5.5331, 5.9436),
 }
-# PAPER.md, the table of `residual`: final utility at seeds 0, 1, 2
+# the table of `residual`: final utility at seeds 0, 1, 2
 BY_SEED = {"none": (3.93, 4.01, 3.69), "practical": (5.53, 5.66, 4.99), "relaxed": (9.81, 9.81, 9.81)}
 KEYS = ["signal", "noise", "utility", "best_utility"]
 SHORT = linear.LinearSettings(iterations=20)
@@ -44,7 +44,7 @@ def test_reproduces_final_utility_of_other_seeds(results, penalty):
 
 
 def test_simulate_agrees_with_a_plain_loop():
-    """PAPER.md's recursion written out coordinate by coordinate, for a few steps of each penalty."""
+    """the reference recursion written out coordinate by coordinate, for a few steps of each penalty."""
     target = np.array([2.0] * 3 + [0.0] * 47)
 
     def score(y):

@@ -1,0 +1,52 @@
+"""Every number of the READMEs comes from a file in benchmarks/results."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def rows(case):
+    return json.loads((RESULTS / "cpu-2threads" / f"{case}.json").read_text())["rows"]
+
+
+def by_name(case):
+    return {row["competitor"]: row for row in rows(case)}
+
+
+def test_costs():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = {
+        "`fk.Influence.steering`": "fk.Influence.steering",
+        "plain torch in backward hooks": "torch hooks",
+        "one autograd call a candidate (the paper's way)": "autograd call each",
+        "`torch.func` vmap(grad)": "torch.func vmap(grad)",
+    }
+    measured = by_name("influence")
+    for label, competitor in lines.items():
+        row = measured[competitor]
+        assert f"| {label} | {row['ratio']['median']:.2f} | {row['peak_bytes'] / 2**20:.0f} MiB |" in readme
+    base = measured["forward + backward"]["peak_bytes"] / 2**20
+    assert f"| forward + activation-only backward | 1 | {base:.0f} MiB |" in readme
+    assert f"(ratio {by_name('head')['closed form']['ratio']['median']:.2f} in" in readme
+
+
+def test_the_linear_environment():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    final = json.loads((RESULTS / "linear" / "summary.json").read_text())["linear"]
+    none, relaxed = final["none"]["0"], final["relaxed"]["0"]
+    assert f"utility {none['best_utility']:.2f} and falls to {none['utility']:.2f}" in readme
+    assert f"it ends at {relaxed['utility']:.2f} of 10" in readme
+
+
+def test_the_products_page():
+    page = (ROOT / "fpo_kernels" / "products" / "README.md").read_text(encoding="utf-8")
+    found = {}
+    for row in rows("products"):
+        if row["status"] == "timed":
+            found.setdefault(row["setting"]["name"], {})[row["competitor"]] = row
+    for setting, measured in found.items():
+        cells = [f"{1e3 * measured['form G, multiply']['seconds']['median']:.2f} ms"]
+        cells += [f"{measured[impl]['ratio']['median']:.2f}" for impl in ("torch", "native")]
+        assert f"| {setting} | {' | '.join(cells)} |" in page
