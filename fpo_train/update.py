@@ -1,4 +1,4 @@
-"""What the policy learns from judged candidates: best-of-n, cross-entropy on the best reply's tokens, as in the paper."""
+"""What the policy learns from judged candidates: best-of-n, cross-entropy on the best reply's tokens (the paper)."""
 
 from __future__ import annotations
 
