@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .batches import Batch, rows_of
 from .factors import Factors, interleave, offsets_of
@@ -45,13 +46,16 @@ class Taps:
         self.deliver = deliver
         self.calls: dict[nn.Module, int] = {}
         self._anchor = torch.zeros((), device=device, requires_grad=True)
-        self._going_back = False
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook: pass the output through an identity that remembers the input."""
-        a = args[0] if args else kwargs["input"]
-        if not self._going_back:  # a checkpointed block runs its modules again during backward
-            self.calls[module] = self.calls.get(module, 0) + 1
+        a = input_of(args, kwargs)
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(module).__name__}: it runs under no_grad inside the model's forward, so no gradient can "
+                "reach it; reentrant gradient checkpointing does that (pass use_reentrant=False)"
+            )
+        self.calls[module] = self.calls.get(module, 0) + 1
 
         def deliver(a: Tensor, d: Tensor) -> None:
             with torch.no_grad():
@@ -61,9 +65,14 @@ class Taps:
 
     def backward(self, outputs: Tensor) -> None:
         """Send the gradient of `outputs.sum()` down the tape; each tap delivers on the way."""
-        self._going_back = True
-        if outputs.requires_grad:
-            torch.autograd.grad(outputs.sum(), self._anchor, allow_unused=True)
+        if not outputs.requires_grad:
+            raise ValueError("output: it depends on none of the chosen parameters' modules (was it detached?)")
+        torch.autograd.grad(outputs.sum(), self._anchor, allow_unused=True)
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A module's input, passed by place or by name."""
+    return args[0] if args else kwargs["input"]
 
 
 @contextmanager
@@ -82,10 +91,36 @@ def tapped(model: nn.Module, modules: Iterable[nn.Module], deliver: Deliver) -> 
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
         for module in modules:
-            handle = module.register_forward_hook(taps.hook, with_kwargs=True)
+            # first in line: a user's own hook may change the output, and d belongs to what the module made
+            handle = module.register_forward_hook(taps.hook, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
         stack.enter_context(torch.enable_grad())
         yield taps
+
+
+class Uses(TorchFunctionMode):
+    """Counts the torch functions that turn a parameter into a tensor: a module's own call is one."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        super().__init__()
+        self._names = {id(site.parameter): site.name for site in sites}
+        self.count: dict[str, int] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            for name in {self._names[id(x)] for x in [*args, *(kwargs or {}).values()] if id(x) in self._names}:
+                self.count[name] = self.count.get(name, 0) + 1
+        return out
+
+    def check(self, calls: dict[nn.Module, int], sites: Iterable[Site]) -> None:
+        """Refuse parameters that are also used outside their modules' calls, where no tap sees them."""
+        for site in sites:
+            if self.count.get(site.name, 0) > sum(calls.get(module, 0) for module in site.modules):
+                raise ValueError(
+                    f"{site.name}: chosen, but used outside its module's call (functionally, or by another "
+                    "method), so its gradient cannot be told apart by example. Leave it out of `parameters`."
+                )
 
 
 class Gather:
@@ -95,6 +130,7 @@ class Gather:
         self.consume = consume
         self.size = rows_of(batch)
         self.modules = dict.fromkeys(module for site in sites for module in site.modules)
+        self.square: set[nn.Module] = set()  # modules whose input has as many tokens as examples
         self._sites = sites
         self._sites_of = {module: [s for s in sites if module in s.modules] for module in self.modules}
         self._parts: dict[str, list[Factors]] = {}
@@ -105,13 +141,13 @@ class Gather:
 
     def start(self, calls: dict[nn.Module, int]) -> None:
         """Learn from the forward's call counts how many deliveries complete each parameter."""
-        silent = [s.name for s in self._sites if not all(calls.get(module) for module in s.modules)]
+        silent = [s.name for s in self._sites if not any(calls.get(module) for module in s.modules)]
         if silent:
             raise ValueError(
                 f"{', '.join(silent[:5])}{' …' if len(silent) > 5 else ''}: chosen, but its module was not "
                 "called in the forward pass, so its gradient cannot be seen. Leave it out of `parameters`."
             )
-        self._missing = {s.name: sum(calls[module] for module in s.modules) for s in self._sites}
+        self._missing = {s.name: sum(calls.get(module, 0) for module in s.modules) for s in self._sites}
 
     def deliver(self, module: nn.Module, a: Tensor, d: Tensor) -> None:
         """A tap's callback: pack one call's (a, d) and pass complete parameters on."""
@@ -138,6 +174,8 @@ class Gather:
                 f"{named}: its module's input has shape {tuple(a.shape)}; wanted the batch of {self.size} "
                 "examples in the first dimension"
             )
+        if a.ndim >= 3 and a.shape[1] == self.size > 1:
+            self.square.add(module)
         common = torch.promote_types(a.dtype, d.dtype)
         a, d = a.to(common), d.to(common)
         mask = self._mask

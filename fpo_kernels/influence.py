@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .batches import Batch, chunks, join, rows_of, take
-from .capture import Consume, Gather, tapped
+from .capture import Consume, Gather, Uses, input_of, tapped
 from .factors import Factors, concatenate
 from .layers import Coverage, Parameters, Site, choose, survey
 
@@ -39,11 +40,13 @@ class Influence:
             grad now), a list of names or globs, or a predicate on (name, parameter).
         output: maps what the model returns, or (returned, batch), to one scalar an example, (B,).
             Default: `returned.logits[:, 0]`.
-        micro_batch: the most sequences on one autograd tape; None puts a call's whole batch on one.
+        fallback: "error" refuses a parameter whose gradient cannot be told apart by example.
+        micro_batch: the most sequences on one autograd tape; None puts a call's whole batch on one. Each
+            piece of a steering call runs the references it needs again.
 
     Raises:
         ValueError: a choice that matches nothing, or a parameter whose gradient cannot be told apart by
-            example with the rules at hand (each is named with the reason; see `coverage`).
+            example with the rules at hand (each is named with the reason).
         TypeError: a compiled or FSDP-sharded model.
     """
 
@@ -52,21 +55,28 @@ class Influence:
         model: nn.Module,
         parameters: Parameters = "all",
         output: Output | None = None,
+        fallback: str = "error",
         micro_batch: int | None = None,
     ) -> None:
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch={micro_batch}: wanted a positive number of sequences, or None")
+        if fallback != "error":
+            raise ValueError(f"fallback={fallback!r}: wanted 'error'")
+        if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
+            raise ValueError(f"micro_batch={micro_batch!r}: wanted a positive number of sequences, or None")
         _refuse_wrapped(model)
         self.model = model
         self.micro_batch = micro_batch
         self._output = _with_batch(output or _first_logit)
         self._sites, self._coverage = survey(model, choose(model, parameters))
-        refused = [f"{row.parameter} ({row.reason})" for row in self._coverage if row.rule is None]
+        self._known_uses = self._known_layout = False
+        refused: dict[str, list[str]] = {}
+        for row in self._coverage:
+            if row.rule is None:
+                refused.setdefault(row.reason, []).append(row.parameter)
         if refused:
-            named = ", ".join(refused[:5]) + (f" and {len(refused) - 5} more" if len(refused) > 5 else "")
+            named = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in refused.items())
             raise ValueError(
-                f"{len(refused)} of {len(self._coverage)} chosen parameters have gradients that cannot be "
-                f"told apart by example: {named}. Leave them out through `parameters`."
+                "parameters whose gradients cannot be told apart by example were chosen "
+                f"({named}); leave them out through `parameters`"
             )
 
     def coverage(self) -> list[Coverage]:
@@ -100,14 +110,14 @@ class Influence:
             blocks = []
             for n, rows in enumerate(lefts):
                 own, held = self._gram_block(take(batch, rows), hold=n + 1 < len(lefts))
-                right = [self._cross_block(held, take(batch, later)) for later in lefts[n + 1 :]]
+                right = [self._cross_block(len(own), held, take(batch, later)) for later in lefts[n + 1 :]]
                 blocks.append([own, *right])
             return _symmetric(blocks)
         rights = chunks(rows_of(other), self.micro_batch)
         grid = []
         for rows in lefts:
-            _, held = self._hold(take(batch, rows))
-            grid.append(torch.cat([self._cross_block(held, take(other, cols)) for cols in rights], 1))
+            outputs, held = self._hold(take(batch, rows))
+            grid.append(torch.cat([self._cross_block(len(outputs), held, take(other, cols)) for cols in rights], 1))
         return torch.cat(grid)
 
     def steering(self, candidates: Batch, references: Batch, reference_of: Tensor | None = None) -> Steering:
@@ -194,10 +204,9 @@ class Influence:
         gram[cols, rows] = upper
         return gram, held
 
-    def _cross_block(self, held: dict[str, Factors], batch: Batch) -> Tensor:
-        """⟨g_i, g_j⟩ of the held examples i and the batch's examples j, (I, J)."""
+    def _cross_block(self, size: int, held: dict[str, Factors], batch: Batch) -> Tensor:
+        """⟨g_i, g_j⟩ of the `size` held examples i and the batch's examples j, (I, J)."""
         total = _Total()
-        size = next(iter(held.values())).examples
 
         def consume(site: Site, own: Factors) -> None:
             if site.name in held:
@@ -211,16 +220,40 @@ class Influence:
     def _backward(self, batch: Batch, consume: Consume) -> Tensor:
         """One tapped forward and backward; `consume` meets each parameter's factors as they are complete."""
         gather = Gather(self._sites, batch, consume)
+        rows = rows_of(batch)
         with tapped(self.model, gather.modules, gather.deliver) as taps:
-            outputs = self._output(self.model(**batch), batch)
-            rows = rows_of(batch)
+            with nullcontext() if self._known_uses else Uses(self._sites) as uses:
+                outputs = self._output(self.model(**batch), batch)
             if not isinstance(outputs, Tensor) or outputs.shape != (rows,) or not outputs.is_floating_point():
                 got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
                 raise ValueError(f"output: wanted one floating-point scalar an example, ({rows},), got {got}")
             gather.start(taps.calls)
+            if uses is not None:
+                uses.check(taps.calls, self._sites)
+                self._known_uses = True
             taps.backward(outputs)
         gather.finish()
+        if gather.square and not self._known_layout:
+            self._check_layout(batch, gather.square)
         return outputs.detach()
+
+    def _check_layout(self, batch: Batch, modules: set[nn.Module]) -> None:
+        """Where tokens and examples are equally many, one example alone tells which dimension is which."""
+        first: list[int] = []
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            first.append(input_of(args, kwargs).shape[0])
+
+        handles = [module.register_forward_hook(look, with_kwargs=True) for module in modules]
+        try:
+            with torch.no_grad():
+                self.model(**take(batch, slice(0, 1)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        if any(size != 1 for size in first):
+            raise ValueError("a chosen module's input does not carry the batch in its first dimension")
+        self._known_layout = True
 
     def _pad_id(self) -> int | None:
         return getattr(getattr(self.model, "config", None), "pad_token_id", None)
@@ -229,10 +262,10 @@ class Influence:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("Influence needs a backward pass and cannot run under torch.inference_mode; use no_grad")
         for name, module in self.model.named_modules():
-            if module.training and _drops(module):
+            if module.training and _is_random(module):
                 raise RuntimeError(
-                    f"{name} ({type(module).__name__}) drops activations at random in train mode: "
-                    "call model.eval() first"
+                    f"{name} ({type(module).__name__}) drops activations at random or mixes examples in train "
+                    "mode: call model.eval() first"
                 )
 
 
@@ -294,6 +327,8 @@ def _partners(n: int, m: int, reference_of: Tensor | None) -> Tensor:
         if m not in (1, n):
             raise ValueError(f"references: {m} for {n} candidates; wanted one for all, one each, or `reference_of`")
         return torch.zeros(n, dtype=torch.long) if m == 1 else torch.arange(n)
+    if not isinstance(reference_of, Tensor):
+        raise TypeError(f"reference_of: wanted a tensor of integers ({n},), got {type(reference_of).__name__}")
     if reference_of.shape != (n,) or reference_of.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"reference_of: {reference_of.dtype} {tuple(reference_of.shape)}; wanted integers ({n},)")
     reference_of = reference_of.long().cpu()
@@ -311,20 +346,25 @@ def _first_logit(returned: Any) -> Tensor:
 
 
 def _with_batch(output: Output) -> Callable[[Any, Mapping[str, Any]], Tensor]:
-    """Let an output map take (returned) or (returned, batch)."""
-    accepts = inspect.signature(output).parameters.values()
-    positional = [p for p in accepts if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in accepts):
+    """Let an output map take (returned) or (returned, batch): two parameters without defaults ask for both."""
+    try:
+        signature = inspect.signature(output.forward if isinstance(output, nn.Module) else output)
+    except ValueError:  # some built-ins show none
+        signature = inspect.Signature()
+    accepts = signature.parameters.values()
+    needed = [p for p in accepts if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+    if len(needed) >= 2:
         return output
     return lambda returned, batch: output(returned)
 
 
-def _drops(module: nn.Module) -> bool:
-    rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
-    for attribute in ("attention_dropout", "dropout", "dropout_p"):
-        value = getattr(module, attribute, 0.0)
-        rate = max(rate, value) if isinstance(value, float) else rate
-    return rate > 0
+def _is_random(module: nn.Module) -> bool:
+    """Whether a module in train mode drops activations or lets examples meet in batch statistics."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any(isinstance(value, float) and value > 0 and "drop" in name for name, value in vars(module).items())
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

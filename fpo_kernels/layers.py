@@ -53,6 +53,7 @@ class Site:
     """A chosen parameter, the modules that use it and the inner products of its per-example gradients."""
 
     name: str
+    parameter: nn.Parameter
     modules: tuple[nn.Module, ...]
     products: Callable[[Factors, Tensor, Factors | None], Tensor]
 
@@ -72,12 +73,14 @@ def choose(model: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
     elif parameters == "all":
         chosen = everything
     elif parameters == "head":
-        chosen = {n: p for n, p in everything.items() if HEAD_NAMES & set(n.split("."))}
+        # peft keeps the head it replaced beside the one in use, under the name original_module
+        parts = {n: set(n.split(".")) for n in everything}
+        chosen = {n: p for n, p in everything.items() if HEAD_NAMES & parts[n] and "original_module" not in parts[n]}
     elif parameters == "lora":
         chosen = {n: p for n, p in everything.items() if "lora_" in n}
     elif parameters == "trainable":
         chosen = {n: p for n, p in everything.items() if p.requires_grad}
-    elif isinstance(parameters, str):
+    elif isinstance(parameters, str) or not isinstance(parameters, Sequence):
         raise ValueError(
             f"parameters={parameters!r}: wanted 'all', 'head', 'lora', 'trainable', "
             "a list of names or globs, or a predicate on (name, parameter)"
@@ -116,7 +119,7 @@ def survey(model: nn.Module, chosen: dict[str, nn.Parameter]) -> tuple[list[Site
         rule = None if reason else f"linear {attribute}"
         rows.append(Coverage(name, tuple(parameter.shape), rule, reason))
         if rule:
-            sites.append(Site(name, tuple(module for module, _ in uses), _RULES[attribute]))
+            sites.append(Site(name, parameter, tuple(module for module, _ in uses), _RULES[attribute]))
     return sites, rows
 
 

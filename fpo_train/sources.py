@@ -156,7 +156,10 @@ def load_causal_lm(name: str, dtype: Any) -> Any:
         RunError: nothing loadable under that name.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():  # a log is no place for bars
+        logging.disable_progress_bar()
     source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)

@@ -12,7 +12,13 @@ struct Lanes {
 // [a0+a1, a2+a3, …, b0+b1, …]
 template <class V, int... I>
 FPO_TARGET inline V add_neighbours(const V& a, const V& b, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+#else
+  typedef std::conditional_t<sizeof(V) / sizeof...(I) == 8, int64_t, int32_t> Index
+      __attribute__((vector_size(FPO_BYTES)));
+  return __builtin_shuffle(a, b, Index{(2 * I)...}) + __builtin_shuffle(a, b, Index{(2 * I + 1)...});
+#endif
 }
 
 // out[m][n] = x_m · y_n over `width` features. Rows past the end of the tile repeat its last row.

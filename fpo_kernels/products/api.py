@@ -34,8 +34,8 @@ def grad_products(
         other: (a2, d2, offsets2), a second packed stream of the same p, q, dtype and device; then pairs[:, 1]
             name its examples.
         impl: "reference" forms G and runs anywhere; "torch" is plain PyTorch in bounded scratch; "triton"
-            wants a GPU and takes no float64; "native" wants the compiled library. "auto" takes the fastest
-            that can run.
+            wants a GPU and takes no float64; "native" wants the compiled library. "auto" goes by device: on
+            CUDA triton, native, torch in this order; elsewhere native, torch.
 
     Returns:
         (n,) in the units of a² d²; float64 where the inputs are, else float32, accumulated in the same dtype

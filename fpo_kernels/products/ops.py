@@ -69,7 +69,7 @@ torch.library.register_fake("fpo::grad_products", _fake, lib=_LIBRARY)
 
 
 def choose(a: Tensor) -> str:
-    """What "auto" stands for: the fastest room that can take these streams (README, Measured)."""
+    """What "auto" stands for: by device, the room that measured fastest on the steering shape (README)."""
     from fpo_kernels.products import native
 
     if a.is_cuda and a.dtype != torch.float64 and importlib.util.find_spec("triton"):

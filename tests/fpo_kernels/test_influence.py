@@ -94,7 +94,7 @@ def test_micro_batches_do_not_move_the_answer(micro_batch):
     batch, other = batch_of([5, 9, 1, 7, 3], seed=5), batch_of([2, 10, 6], seed=6)
     whole, bounded = fk.Influence(model, LINEAR), fk.Influence(model, LINEAR, micro_batch=micro_batch)
     seen = []
-    model.model.register_forward_hook(lambda m, a, k, out: seen.append(len(out[0])), with_kwargs=True)
+    model.model.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
     for call in (
         lambda e: e.gram(batch),
         lambda e: e.gram(batch, other),
@@ -222,8 +222,9 @@ def test_the_model_is_left_as_it_was_found():
     model.model.layers[0].requires_grad_(False)
     before = state_of(model)
     engine = fk.Influence(model, LINEAR)
+    expected = engine.gram(batch_of([4, 6], 22))
     with torch.no_grad():
-        engine.gram(batch_of([4, 6], 22))
+        assert torch.equal(engine.gram(batch_of([4, 6], 22)), expected)
         assert not torch.is_grad_enabled()
     assert same_state(before, state_of(model))
 
@@ -244,9 +245,154 @@ def test_output_may_look_at_the_batch():
     assert error(scaled.gram(batch), expected) < 1e-6  # Llama normalises in fp32, and the scale moves its rounding
 
 
+def test_no_weight_gradient_and_nothing_below_the_lowest_tap_is_computed():
+    model = tiny_llama(25)
+    tape = []
+
+    def reaches(output):
+        node, seen = [output.grad_fn], set()
+        while node:
+            one = node.pop()
+            if one is not None and one not in seen:
+                seen.add(one)
+                tape.append(type(one).__name__)
+                node += [parent for parent, _ in one.next_functions]
+        return output
+
+    fk.Influence(model, "head", output=lambda out: reaches(out.logits[:, 0])).norms(batch_of([4, 6], 26))
+    assert tape.count("_TapBackward") == 1
+    assert not {name for name in tape if "Mm" in name or "Attention" in name or "Silu" in name}
+    assert tape.count("AccumulateGrad") == 1  # the anchor; no weight
+
+
+def test_hooks_of_the_user_s_own_come_after_the_tap():
+    model = tiny_llama(27)
+    batch = batch_of([4, 6], 28)
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, out: out * 3)
+    rows = []
+    chosen = {n: p for n, p in model.named_parameters() if is_linear(n)}
+    for i in range(2):
+        score = model(**{k: v[i : i + 1] for k, v in batch.items()}).logits[0, 0]
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(score, list(chosen.values()))]))
+    g = torch.stack(rows)
+    assert error(fk.Influence(model, LINEAR).gram(batch), g @ g.T) < 1e-9
+
+
+def test_an_answer_read_at_the_last_position_survives_another_width():
+    """Right-padding a left-padded batch would move what such a model reads."""
+    model = tiny_llama(29)
+    body = fk.Influence(model.model, ["*_proj.weight"], output=lambda out: out.last_hidden_state[:, -1].sum(-1))
+    narrow, wide = batch_of([5, 3], 30, "left"), batch_of([9, 4], 31, "left")
+    g, h = body.gram(narrow), body.gram(narrow, wide)
+    assert error(body.steering(narrow, wide).product, g.diagonal() - h.diagonal()) < 1e-9
+
+
+@pytest.mark.parametrize("choice", ["lora", "trainable"])
+def test_keyword_choices_under_peft(choice):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "up_proj"])
+    model = get_peft_model(tiny_llama(32), config).double().eval()
+    torch.manual_seed(33)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wanted = {n for n, p in model.named_parameters() if ("lora_" in n if choice == "lora" else p.requires_grad)}
+    batch = batch_of([4, 6, 2], 34)
+    g = gradients(model, batch, lambda n: n in wanted)
+    engine = fk.Influence(model, choice)
+    assert {row.parameter for row in engine.coverage()} == wanted
+    assert error(engine.gram(batch), g @ g.T) < 1e-9
+    (head,) = fk.Influence(model, "head").coverage()
+    assert head.parameter.endswith("score.modules_to_save.default.weight")
+
+
+class Plain(nn.Module):
+    """A linear layer and a way to use it."""
+
+    def __init__(self, use, **parts):
+        super().__init__()
+        self.layer, self.use = nn.Linear(3, 2).double(), use
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+def plain(use, rows=4, tokens=5, **parts):
+    torch.manual_seed(35)
+    engine = fk.Influence(Plain(use, **parts), ["layer.*"], output=lambda returned: returned)
+    return engine.norms({"x": torch.randn(rows, tokens, 3, dtype=torch.float64)})
+
+
+def test_inputs_by_keyword_and_calls_that_lead_nowhere():
+    expected = plain(lambda m, x: m.layer(x).sum((1, 2)))
+    assert torch.equal(plain(lambda m, x: m.layer(input=x).sum((1, 2))), expected)
+    assert torch.equal(plain(lambda m, x: (m.layer(x * 2), m.layer(x).sum((1, 2)))[1]), expected)
+    square = plain(lambda m, x: m.layer(x).sum((1, 2)), tokens=4)  # as many tokens as examples
+    assert square.shape == (4,)
+
+
 class TestRefusals:
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda m, x: (m.layer(x) + nn.functional.linear(x, m.layer.weight)).sum((1, 2)),
+            lambda m, x: (m.layer(x) + m.layer.forward(x)).sum((1, 2)),
+            lambda m, x: (m.layer(x) + m.layer.weight.sum()).sum((1, 2)),
+        ],
+    )
+    def test_weights_used_outside_their_module(self, use):
+        with pytest.raises(ValueError, match=r"layer\.weight: chosen, but used outside its module's call"):
+            plain(use)
+
+    def test_forwards_without_a_graph(self):
+        with pytest.raises(RuntimeError, match="Linear: it runs under no_grad"):
+            plain(torch.no_grad()(lambda m, x: m.layer(x).sum((1, 2))))
+        with pytest.raises(ValueError, match="was it detached"):
+            plain(lambda m, x: m.layer(x).sum((1, 2)).detach())
+
+    def test_reentrant_checkpointing(self):
+        model = tiny_llama().train()
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            fk.Influence(model, LINEAR).norms(batch_of([3, 4]))
+
+    def test_sequence_first_models_with_as_many_tokens_as_examples(self):
+        with pytest.raises(ValueError, match="first dimension"):
+            plain(lambda m, x: m.layer(x.transpose(0, 1)).sum((0, 2)), rows=4, tokens=4)
+
+    def test_batch_statistics(self):
+        with pytest.raises(RuntimeError, match=r"norm \(BatchNorm1d\)"):
+            plain(lambda m, x: m.layer(x).sum((1, 2)), norm=nn.BatchNorm1d(3))
+        with pytest.raises(RuntimeError, match=r"drop \(Dropout\)"):
+            plain(lambda m, x: m.layer(x).sum((1, 2)), drop=nn.Dropout(0.5))
+
+    def test_arguments_of_the_wrong_kind(self):
+        for wrong in (0, 2.0, "2"):
+            with pytest.raises(ValueError, match="micro_batch"):
+                fk.Influence(tiny_llama(), LINEAR, micro_batch=wrong)
+        with pytest.raises(ValueError, match="fallback"):
+            fk.Influence(tiny_llama(), LINEAR, fallback="silence")
+        with pytest.raises(ValueError, match="parameters=None"):
+            fk.Influence(tiny_llama(), None)
+        with pytest.raises(TypeError, match="reference_of: wanted a tensor"):
+            fk.Influence(tiny_llama(), LINEAR).steering(batch_of([3]), batch_of([2]), [0])
+        with pytest.raises(ValueError, match="no tensor with at least one example"):
+            fk.Influence(tiny_llama(), LINEAR).norms({"input_ids": None})
+
+    def test_sharded_models(self):
+        class FSDPModule(nn.Linear):
+            pass
+
+        with pytest.raises(TypeError, match="FSDP-sharded"):
+            fk.Influence(nn.Sequential(FSDPModule(2, 2)))
+
     def test_layers_without_a_rule_are_named(self):
-        with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight \(no rule for Embedding\.weight\)"):
+        with pytest.raises(
+            ValueError, match=r"no rule for Embedding\.weight: model\.embed_tokens\.weight; .*model\.norm\.weight"
+        ):
             fk.Influence(tiny_llama())
 
     @pytest.mark.parametrize("choice", ["heads", ["nothing.*"], lambda name, p: False])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -230,3 +233,11 @@ def test_an_implementation_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match=r"native.*cannot run.*not built"):
         grad_products(*GOOD, impl="native")
     assert torch.equal(grad_products(*GOOD), grad_products(*GOOD, impl="torch"))  # auto does without it
+
+
+def test_the_library_is_there_where_it_can_be_built():
+    """An installation with a compiler at hand has built it: the native tests above must not skip in silence."""
+    installed = any(dist.name == "fpo-kernels" for dist in metadata.distributions())
+    if not installed or shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        pytest.skip("a plain checkout, or no C++ compiler")
+    assert native.why_not(torch.zeros(1, 1)) is None
