@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
+from .errors import RunError
 from .loop import Parts
 
 STATE = "state.pt"
@@ -62,8 +64,17 @@ def latest(folder: Path) -> int:
 
 
 def load(folder: Path, iteration: int, parts: Parts) -> None:
-    """Bring `parts` to the state after `iteration`."""
-    restore(parts, torch.load(folder / str(iteration) / STATE, map_location="cpu", weights_only=True))
+    """Bring `parts` to the state after `iteration`.
+
+    Raises:
+        RunError: a damaged file.
+    """
+    path = folder / str(iteration) / STATE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise RunError(f"resume: {path} is damaged; delete its folder to go on from the checkpoint before") from error
+    restore(parts, state)
 
 
 def _whole(folder: Path) -> list[int]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from .config import RunConfig
 from .errors import RunError
@@ -33,27 +34,29 @@ class Parser(ArgumentParser):
 
 def build() -> Parser:
     """The parser with its subcommands."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog="fpo-train", description="Foresighted Policy Optimization")
     commands = parser.add_subcommands(required=True)
 
-    run = Parser(description="Train a policy by iterative RLHF with a steering penalty")
-    run.add_argument("--config", action=ActionConfigFile, help="YAML file, local or shipped (demo.yaml)")
-    run.add_class_arguments(RunConfig, None, fail_untyped=True)
-    commands.add_subcommand("run", run)
+    def command(name: str, description: str) -> Parser:
+        sub = Parser(description=description)
+        sub.add_argument("--config", action=ActionConfigFile, help="YAML file, local or shipped (demo.yaml)")
+        commands.add_subcommand(name, sub, help=description)
+        return sub
 
-    simulate = Parser(description="Run a controlled environment of the paper")
+    run = command("run", "Train a policy by iterative RLHF with a steering penalty")
+    run.add_class_arguments(RunConfig, None, fail_untyped=True)
+
+    simulate = command("simulate", "Run a controlled environment of the paper")
     simulate.add_argument("environment", choices=("linear",), help="which environment")
-    simulate.add_argument("--config", action=ActionConfigFile, help="YAML file")
     simulate.add_argument("--penalties", type=str, default="none,relaxed,practical", help="comma-separated")
     simulate.add_argument("--seeds", type=str, default="0", help="comma-separated; draw the first reward model")
     simulate.add_argument("--out", type=str, default="runs/simulate", help="new or empty folder for the results")
-    commands.add_subcommand("simulate", simulate)
 
-    fetch = Parser(description="Download and verify a model into the cache")
+    fetch = command("fetch", "Download and verify a model into the cache")
     fetch.add_argument("model", choices=("smollm2",), help="which model")
-    commands.add_subcommand("fetch", fetch)
 
-    commands.add_subcommand("doctor", Parser(description="Print versions, devices and what optional parts are absent"))
+    command("doctor", "Print versions, devices and what optional parts are absent")
     return parser
 
 
@@ -67,15 +70,15 @@ def main(argv: list[str] | None = None) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else FAILED
+    except UnicodeDecodeError as error:
+        print(f"fpo-train: error: a configuration file is not UTF-8 text: {error.reason}", file=sys.stderr)
+        return USAGE
     command = options.subcommand
     try:
         return COMMANDS[command](options[command])
     except (RunError, OSError) as error:
         print(f"fpo-train {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        print(f"fpo-train {command}: stopped; go on with --resume true", file=sys.stderr)
-        return STOPPED
 
 
 def _shipped_configs(arguments: list[str]) -> list[str]:
@@ -97,15 +100,25 @@ def _run(options: Any) -> int:
     except ValueError as error:
         print(f"fpo-train run: error: {error}", file=sys.stderr)
         return USAGE
-    print(f"report: {run(config)}")
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill stops like Ctrl-C
+    try:
+        print(f"report: {run(config)}")
+    except KeyboardInterrupt:
+        begun = (Path(config.out).expanduser() / "config.yaml").is_file()
+        print(f"fpo-train run: stopped{'; go on with --resume true' if begun else ' before it began'}", file=sys.stderr)
+        return STOPPED if begun else FAILED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return DONE
 
 
 def _config(options: dict[str, Any]) -> RunConfig:
     values = {}
     for field in dataclasses.fields(RunConfig):
-        section = field.default_factory
-        values[field.name] = options[field.name] if section is dataclasses.MISSING else section(**options[field.name])
+        section, value = field.default_factory, options[field.name]
+        if section is not dataclasses.MISSING and not isinstance(value, dict):
+            raise ValueError(f"{field.name}: wanted a section of settings, got {value!r}")
+        values[field.name] = value if section is dataclasses.MISSING else section(**value)
     return RunConfig(**values)
 
 
@@ -113,9 +126,11 @@ def _simulate(options: Any) -> int:
     from .simulate import linear
 
     try:
+        if not all(seed.strip().isdigit() for seed in options.seeds.split(",")):
+            raise ValueError(f"--seeds: wanted comma-separated whole numbers, got {options.seeds!r}")
         seeds = [int(seed) for seed in options.seeds.split(",")]
         penalties = [name.strip() for name in options.penalties.split(",")]
-        summary = linear.run(penalties, seeds, options.out)
+        summary = linear.run(penalties, seeds, Path(options.out).expanduser())
     except ValueError as error:
         print(f"fpo-train simulate: error: {error}", file=sys.stderr)
         return USAGE
@@ -132,7 +147,7 @@ def _fetch(options: Any) -> int:
 
 
 def _doctor(options: Any) -> int:
-    from .run import environment
+    from .folder import environment
     from .sources import KNOWN, cached
 
     facts = environment()

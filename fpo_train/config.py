@@ -127,7 +127,7 @@ class PenaltyConfig:
     gamma: float = 1.0
     """γ, the weight of the penalty."""
     gamma_units: Literal["raw", "reward_std"] = "reward_std"
-    """`raw` as in the paper; `reward_std`: γ = 1 gives the penalty the reward's running standard deviation."""
+    """`raw` as in the paper; `reward_std`: γ = 1 gives the penalty the reward's running spread over all candidates."""
 
     def __post_init__(self) -> None:
         _not_negative("penalty", gamma=self.gamma)
@@ -197,6 +197,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _positive("run", iterations=self.iterations)
+        if not 0 <= self.seed < 2**40:
+            raise ValueError(f"run.seed: wanted 0 to 2**40 − 1, got {self.seed}")
+        if self.compare and not self.compared:
+            raise ValueError(f"compare: {self.compare!r} names no penalty; wanted {', '.join(PENALTY_KINDS)}")
         if not self.out:
             raise ValueError("out: wanted a folder, got an empty name")
         unknown = [kind for kind in self.compared if kind not in PENALTY_KINDS]

@@ -48,14 +48,18 @@ def read_prompts(name: str) -> list[tuple[str, str]]:
     """(id, prompt) of each line of a JSONL file, or of a set shipped with the package.
 
     Raises:
-        RunError: no such file, no prompt in it, or a line without a text under "prompt".
+        RunError: no such file, no prompt in it, a line without a text under "prompt", or an id used twice.
     """
     shipped = SHIPPED / f"{name}.jsonl"
     path = shipped if shipped.is_file() and not Path(name).exists() else Path(name).expanduser()
     if not path.is_file():
         raise RunError(f"data.prompts: no file {name} and no shipped set of that name")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise RunError(f"data.prompts: {path} is not UTF-8 text") from error
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -65,20 +69,25 @@ def read_prompts(name: str) -> list[tuple[str, str]]:
         text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise RunError(f'data.prompts: {path} line {number} has no text under "prompt"')
-        found.append((str(row.get("id", number)), text))
+        ident = str(row.get("id", number))
+        if ident in found:
+            raise RunError(f"data.prompts: {path} line {number} repeats the id {ident}")
+        found[ident] = text
     if not found:
         raise RunError(f"data.prompts: {path} holds no prompts")
-    return found
+    return list(found.items())
 
 
-def load_prompts(name: str, seed: int, tokenizer: Any, room: int) -> Prompts:
-    """Read, render and check the prompts; `room` is the context less the longest reply, in tokens.
+def render_prompts(texts: list[tuple[str, str]], seed: int, tokenizer: Any, room: int) -> Prompts:
+    """Render and check the prompts; `room` is the context less the longest reply, in tokens.
 
     Raises:
-        RunError: as `read_prompts`, or a prompt that does not fit.
+        RunError: a prompt that does not fit.
     """
+    if room < 1:
+        raise RunError(f"rollout.max_new_tokens: the longest reply alone overruns the model's context by {1 - room}")
     prompts = []
-    for ident, text in read_prompts(name):
+    for ident, text in texts:
         ids = render(tokenizer, text)
         if len(ids) > room:
             raise RunError(

@@ -109,7 +109,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # other line breaks may stand inside a reply
 
 
 def cut(path: Path, last: int) -> None:

@@ -27,10 +27,8 @@ class BaseOracle:
         return torch.cat(parts)
 
     def _utility(self, encoded: Encoded, rows: Tensor) -> Tensor:
-        sequences = encoded.sequences.rows(rows)
-        hidden = encoded.hidden[rows, : sequences.ids.shape[1]]
-        logits, tokens = self._policy.reply_logits(hidden, sequences)
-        log_probability = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+        log_probs, tokens, sequences = self._policy.base_log_probs(encoded, rows)
+        log_probability = log_probs.gather(1, tokens[:, None])[:, 0]
         counts = sequences.reply.sum(1)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return torch.segment_reduce(log_probability, "mean", offsets=offsets)

@@ -130,6 +130,14 @@ class Policy:
         with self.base():
             return Encoded(sequences, self.hidden(sequences))
 
+    @torch.no_grad()
+    def base_log_probs(self, encoded: Encoded, rows: Tensor) -> tuple[Tensor, Tensor, Sequences]:
+        """The frozen base's log p over the vocabulary at the rows' n reply tokens, those tokens, the rows."""
+        sequences = encoded.sequences.rows(rows)
+        with self.base():  # an adapter on the output embedding must not speak for the base
+            logits, tokens = self.reply_logits(encoded.hidden[rows, : sequences.ids.shape[1]], sequences)
+        return logits.log_softmax(1), tokens, sequences
+
     def reply_logits(self, hidden: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Logits (n, vocabulary) that predict the n reply tokens of all rows, fp32, and those tokens (n,)."""
         said = sequences.reply[:, 1:]

@@ -155,15 +155,16 @@ def _summary(runs: Runs) -> str:
 
 def _samples(folders: dict[str, Path]) -> str:
     """The last iteration's prompts: the reply each policy learnt, beside the base model's."""
-    last = {}
+    last: dict[str, list[dict[str, Any]]] = {}
     for kind, folder in folders.items():
         rows = metrics.read(folder / metrics.SAMPLES)
         newest = max((row["iteration"] for row in rows), default=0)
-        last[kind] = {row["id"]: row for row in rows if row["iteration"] == newest}
+        last[kind] = [row for row in rows if row["iteration"] == newest]
     parts = []
-    for ident, first in next(iter(last.values()), {}).items():
+    for place, first in enumerate(next(iter(last.values()), [])):
         body = [("base model", first["reference"])]
-        body += [(kind, rows[ident]["reply"]) for kind, rows in last.items() if ident in rows]
+        alike = {kind: rows[place] for kind, rows in last.items() if len(rows) > place}
+        body += [(kind, row["reply"]) for kind, row in alike.items() if row["id"] == first["id"]]
         parts.append(f"<h3>{escape(first['prompt'])}</h3>" + _table((), body, css="text"))
     return "\n".join(parts)
 

@@ -34,8 +34,12 @@ class HeadRewardModel:
 
     @staticmethod
     def steering(candidates: Tensor, references: Tensor) -> Tensor:
-        """⟨∇r(z), ∇r(z) − ∇r(ref)⟩ over the head, for features (…, H) broadcast against each other → (…)."""
-        return (candidates * (candidates - references)).sum(-1)
+        """⟨∇r(z), ∇r(z) − ∇r(ref)⟩ over the head, for features (…, H) broadcast against each other → (…).
+
+        Summed in float64: the two norms are large and may cancel.
+        """
+        z, ref = candidates.double(), references.double()
+        return (z * (z - ref)).sum(-1).float()
 
     def learn(self, chosen: Tensor, references: Tensor, preference: Tensor) -> float:
         """One AdamW step on pairs (B, H), (B, H) with soft labels p* (B,); returns the loss in nats a pair."""
@@ -54,7 +58,7 @@ class HeadRewardModel:
             ridge: λ relative to the mean diagonal of ΣΔhΔhᵀ.
         """
         x, p = difference.double(), preference.double()
-        damping = ridge * x.square().sum() / x.shape[1]
+        damping = (ridge * x.square().sum() / x.shape[1]).clamp_min(1e-12)  # pairs may all be alike
         w = x.new_zeros(x.shape[1])
         eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         for _ in range(50):

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
-import sys
-from importlib import metadata
+import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
-from . import checkpoint, metrics
+from . import checkpoint, folder, metrics
 from .config import PenaltyKind, RunConfig
-from .data import Prompts, load_prompts, read_prompts
-from .errors import RunError
+from .data import Prompts, read_prompts, render_prompts
+from .folder import CHECKPOINTS
 from .loop import Parts, iterate, seed_stream
 from .oracle import BaseOracle
 from .penalty import Penalty
@@ -27,7 +22,6 @@ from .reward_model import HeadRewardModel
 from .update import BestOfN
 
 FIT_STREAM = -1  # place of the reward model's first fit in the run's random stream; iterations count from 1
-CHECKPOINTS, FINISHED = "checkpoints", "reward_model"
 ENCODE_ROWS = 32  # sequences a forward while the head is first fitted
 
 
@@ -38,16 +32,16 @@ def run(config: RunConfig) -> Path:
         RunError: a folder that holds something else, prompts or models that cannot be used, a resumed run
             whose configuration has changed. Nothing has been written or removed then.
     """
+    config = dataclasses.replace(config, out=str(Path(config.out).expanduser()))
     out = Path(config.out)
     configs = [_part(config, kind) for kind in config.compared] or [config]
-    _check_out(out, config)
+    texts = read_prompts(config.data.prompts)  # a wrong file or folder should not cost the loading of a model
+    folder.check(config, texts)
     for one in configs:
-        _check_resumable(one)
-    read_prompts(config.data.prompts)  # a wrong file should not cost the loading of a model
-    workshop = Workshop(config)
-    out.mkdir(parents=True, exist_ok=True)
-    if config.compared:
-        _describe(out, config)
+        if one is not config and Path(one.out).is_dir():
+            folder.check(one, texts)
+    workshop = Workshop(config, texts)
+    folder.describe(config, texts)
     for one in configs:
         _run_one(one, workshop)
     if config.logging.controlled:
@@ -63,11 +57,12 @@ def _part(config: RunConfig, kind: PenaltyKind) -> RunConfig:
 class Workshop:
     """What runs from one start share: the base weights, the prompts, the first adapter and the first head."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, texts: list[tuple[str, str]]) -> None:
+        self.texts = texts
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.policy = load_policy(config.policy, config.seed, device)
         room = self.policy.context - config.rollout.max_new_tokens - 1  # and the closing token
-        self.prompts = load_prompts(config.data.prompts, config.seed, self.policy.tokenizer, room)
+        self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room)
         self._adapter = {name: p.detach().clone() for name, p in self.policy.trainable.items()}
         self._head: torch.Tensor | None = None
 
@@ -112,7 +107,7 @@ def _run_one(config: RunConfig, workshop: Workshop) -> None:
     out = Path(config.out)
     done = checkpoint.latest(out / CHECKPOINTS)
     parts = workshop.parts(config)
-    _describe(out, config)
+    folder.describe(config, workshop.texts)
     if done:
         checkpoint.load(out / CHECKPOINTS, done, parts)
     for name in (metrics.METRICS, metrics.SAMPLES):
@@ -126,79 +121,16 @@ def _run_one(config: RunConfig, workshop: Workshop) -> None:
                 checkpoint.save(out / CHECKPOINTS, iteration, parts, config.logging.checkpoint_keep)
             progress(row)
     parts.policy.model.save_pretrained(out / "policy", save_embedding_layers=False)
-    parts.reward_model.save(out / FINISHED, config.policy.model)
+    parts.reward_model.save(out / "reward_model", config.policy.model)
     write_report(out)
 
 
-def _check_out(out: Path, config: RunConfig) -> None:
-    if out.exists() and not out.is_dir():
-        raise RunError(f"out: {out} is a file; wanted a folder")
-    if config.resume:
-        if not out.is_dir():
-            raise RunError(f"out: there is no run to resume in {out}")
-    elif out.is_dir() and any(out.iterdir()):
-        raise RunError(f"out: {out} is not empty; choose another folder, or go on in it with --resume true")
-
-
-def _check_resumable(config: RunConfig) -> None:
-    """A run goes on only under the configuration it began with; only its length may change."""
-    stored = Path(config.out) / "config.yaml"
-    if not config.resume or not stored.is_file():
-        return
-    before = _flat(yaml.safe_load(stored.read_text(encoding="utf-8")))
-    now = _flat(_plain(config))
-    free = ("out", "resume", "iterations", "logging.")
-    changed = [k for k in now if before.get(k) != now[k] and not k.startswith(free)]
-    if changed:
-        key = changed[0]
-        raise RunError(f"resume: {key} was {before.get(key)!r} when {config.out} began and is {now[key]!r} now")
-    done = checkpoint.latest(Path(config.out) / CHECKPOINTS)
-    if done > config.iterations:
-        raise RunError(f"resume: {config.out} has done {done} iterations already; {config.iterations} were asked for")
-
-
-def _plain(config: RunConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists, as YAML keeps them
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _describe(out: Path, config: RunConfig) -> None:
-    """Write what was asked for and what it runs on."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
-    (out / "config.yaml").write_text(text, encoding="utf-8")
-    (out / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices, for `environment.json` and `fpo-train doctor`."""
-    names = ("fpo-kernels", "torch", "triton", "transformers", "peft", "numpy")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "command": sys.argv,
-        "versions": {name: version(name) for name in names},
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _controlled(out: Path) -> None:
+    """The paper's linear environment beside the run, redone if an earlier attempt was cut off."""
     from .simulate import linear
 
-    if not (out / "simulate").exists():
-        linear.run(("none", "relaxed", "practical"), (0,), out / "simulate")
+    done, half = out / "simulate", out / "simulate.tmp"
+    if not done.is_dir():
+        shutil.rmtree(half, ignore_errors=True)
+        linear.run(("none", "relaxed", "practical"), (0,), half)
+        half.rename(done)

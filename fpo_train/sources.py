@@ -155,6 +155,7 @@ def load_causal_lm(name: str, dtype: Any) -> Any:
     Raises:
         RunError: nothing loadable under that name.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -164,7 +165,7 @@ def load_causal_lm(name: str, dtype: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
         model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **source.arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(f"model {name}: cannot be loaded: {first}") from error
     if source.gguf_file:

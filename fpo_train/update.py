@@ -32,10 +32,7 @@ class BestOfN:
 
         With `policy.lora_dropout` above 0 the KL is that of the policy with its dropout on.
         """
-        sequences = encoded.sequences.rows(rows)
-        with torch.no_grad():
-            kept = encoded.hidden[rows, : sequences.ids.shape[1]]
-            base = self._policy.reply_logits(kept, sequences)[0].log_softmax(1)
+        base, _, sequences = self._policy.base_log_probs(encoded, rows)
         self._policy.model.train()
         logits, tokens = self._policy.reply_logits(self._policy.hidden(sequences), sequences)
         self._policy.model.eval()

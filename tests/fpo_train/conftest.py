@@ -66,6 +66,6 @@ def policy(tiny):
 @pytest.fixture
 def prompts(policy):
     """The shipped prompts, rendered for the tiny model."""
-    from fpo_train.data import load_prompts
+    from fpo_train.data import render_prompts
 
-    return load_prompts("questions", seed=0, tokenizer=policy.tokenizer, room=200)
+    return render_prompts(read_prompts("questions"), seed=0, tokenizer=policy.tokenizer, room=200)

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from fpo_train.data import load_prompts, read_prompts, render
+from fpo_train.data import read_prompts, render, render_prompts
 from fpo_train.errors import RunError
 
 
@@ -20,7 +20,7 @@ def test_the_shipped_questions():
 
 def test_the_order_follows_from_the_seed_and_the_iteration_alone(policy):
     def names(seed, iterations, size=7):
-        prompts = load_prompts("questions", seed, policy.tokenizer, room=200)
+        prompts = render_prompts(read_prompts("questions"), seed, policy.tokenizer, room=200)
         return [p.name for i in iterations for p in prompts.batch(i, size)]
 
     assert names(0, range(5)) == names(0, range(5))
@@ -64,4 +64,4 @@ def test_a_prompt_longer_than_the_context(policy, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"id": "long", "prompt": "word " * 300}))
     with pytest.raises(RunError, match=r"prompt long takes \d+ tokens, but the model's context leaves 200"):
-        load_prompts(str(path), 0, policy.tokenizer, room=200)
+        render_prompts(read_prompts(str(path)), 0, policy.tokenizer, room=200)

@@ -3,6 +3,10 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
@@ -204,3 +208,98 @@ def test_doctor_and_simulate(tmp_path, capsys):
     assert "9.8060" in capsys.readouterr().out
     assert main(["simulate", "linear", "--out", str(tmp_path / "linear")]) == 1
     assert main(["simulate", "linear", "--penalties", "brave", "--out", str(tmp_path / "x")]) == 2
+
+
+def test_resume_leaves_alone_what_is_no_run(tiny, tmp_path, capfd):
+    out = tmp_path / "foreign"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"iteration": 1}\n')
+    (out / "report.html").write_text("mine")
+    before = contents(out)
+    for more in ([], ["--compare", "none,relaxed"]):
+        assert main(arguments(tiny, out, "--resume", "true", *more)) == 1
+        assert "no run to resume" in capfd.readouterr().err
+        assert contents(out) == before
+
+
+def test_resume_of_a_comparison_keeps_its_penalties(compared, tiny, tmp_path, capfd):
+    out = tmp_path / "copy"
+    shutil.copytree(compared, out)
+    before = contents(out)
+    assert main(arguments(tiny, out, "--resume", "true", "--compare", "none,relaxed")) == 1
+    assert "compare was 'none,practical,relaxed' when" in capfd.readouterr().err
+    assert contents(out) == before
+    shutil.rmtree(out / "simulate" / "figures")  # as if killed while the linear environment was drawn
+    (out / "simulate").rename(out / "simulate.tmp")
+    more = ["--compare", "none,practical,relaxed", "--logging.controlled", "true", "--resume", "true"]
+    assert main(arguments(tiny, out, *more)) == 0
+    assert "9.8060" in (out / "report.html").read_text()
+    assert not (out / "simulate.tmp").exists()
+
+
+def test_a_run_s_own_config_runs_again_and_its_prompts_are_part_of_it(tiny, tmp_path, capfd):
+    nasty = "What\u2028is <script>alert('x')</script> & \"this\"?"
+    prompts = tmp_path / "prompts with ü.jsonl"
+    lines = [json.dumps({"prompt": nasty}, ensure_ascii=False), json.dumps({"prompt": "And this?"})]
+    prompts.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    out = tmp_path / "first run"
+    assert main(arguments(tiny, out, "--iterations", 1, "--data.prompts", prompts)) == 0
+    page = (out / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert main(arguments(tiny, out, "--iterations", 2, "--data.prompts", prompts, "--resume", "true")) == 0
+    again = tmp_path / "again"
+    assert main(["run", "--config", str(out / "config.yaml"), "--out", str(again)]) == 0
+    assert rows(again) == rows(out)
+    prompts.write_text(lines[0])
+    assert main(arguments(tiny, out, "--iterations", 3, "--data.prompts", prompts, "--resume", "true")) == 1
+    assert "are not those that" in capfd.readouterr().err
+
+
+def test_damaged_files_are_one_sentence(tiny, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert main(arguments(tiny, out, "--iterations", 1)) == 0
+    state = out / "checkpoints" / "1" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    latin, section = tmp_path / "latin.jsonl", tmp_path / "section.yaml"
+    latin.write_bytes('{"prompt": "caf\xe9"}'.encode("latin-1"))
+    section.write_text("penalty: 3\n")
+    capfd.readouterr()
+    for words, text, code in (
+        (arguments(tiny, out, "--resume", "true"), "state.pt is damaged", 1),
+        (arguments(model, tmp_path / "a"), "cannot be loaded", 1),
+        (arguments(tiny, tmp_path / "a", "--data.prompts", latin), "not UTF-8", 1),
+        (["run", "--config", str(section), "--out", str(tmp_path / "a")], "penalty", 2),
+        (arguments(tiny, tmp_path / "a", "--seed", 10**15), "run.seed", 2),
+        (["simulate", "linear", "--seeds", "x", "--out", str(tmp_path / "a")], "--seeds", 2),
+    ):
+        assert main(words) == code, words
+        message = capfd.readouterr().err.strip()
+        assert text in message
+        assert "\n" not in message
+        assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+def test_a_polite_stop_says_how_to_go_on(tiny, tmp_path, signal_name):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fpo_train.cli", *arguments(tiny, out, "--iterations", 10_000)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "checkpoints" / "2").exists():
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, signal_name))
+    assert process.wait(60) == 3
+    assert process.stderr.read().strip().endswith("stopped; go on with --resume true")
+
+
+def test_help_documents_every_setting(capsys):
+    assert main(["run", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "γ, the weight of the penalty." in text
+    assert "Seed of everything random." in text
+    assert main(["--help"]) == 0
+    assert "Run a controlled environment" in " ".join(capsys.readouterr().out.split())

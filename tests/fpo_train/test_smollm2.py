@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fpo_train.config import PolicyConfig
-from fpo_train.data import render
+from fpo_train.data import Prompt, render
 from fpo_train.policy import load_policy
+from fpo_train.reward_model import HeadRewardModel
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +43,20 @@ def test_it_knows_the_capital_of_france(smollm2):
             pad_token_id=smollm2.eos,
         )
     assert "Paris" in smollm2.decode(out[0, ids.shape[1] :].tolist())
+
+
+def test_the_demo_s_penalty_equals_autograd_over_the_head(smollm2):
+    texts = ["Paris.", "The capital of France is Paris.", "I do not know", "Lyon, a city in France"]
+    question = "What is the capital of France?"
+    prompt = Prompt(name="q", text=question, ids=tuple(render(smollm2.tokenizer, question)))
+    replies = [smollm2.tokenizer(text)["input_ids"] for text in texts]
+    features = smollm2.encode(smollm2.sequences([prompt] * 4, replies)).closing
+    product = HeadRewardModel.steering(features[:3], features[3:])
+    weight = torch.randn(features.shape[1], dtype=torch.float64, requires_grad=True)
+    g = [torch.autograd.grad(weight @ h, weight)[0] for h in features.double()]
+    truth = torch.stack([g[n] @ (g[n] - g[3]) for n in range(3)])
+    assert (product - truth).norm() <= 1e-5 * truth.norm()
+    assert ((product - truth).abs() <= 1e-5 * truth.abs()).all()
 
 
 def test_one_iteration_in_a_fresh_process_under_3_gb(tmp_path):
