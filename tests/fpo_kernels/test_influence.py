@@ -1,66 +1,11 @@
 """`Influence` against a float64 per-example autograd loop, through the public API."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import fpo_kernels as fk
-
-LINEAR = ["*_proj.weight", "score.weight"]
-PAD = 0
-
-
-def tiny_llama(seed=0, dtype=torch.float64, **options):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_labels=1,
-        pad_token_id=PAD,
-        initializer_range=0.3,
-        **options,
-    )
-    return LlamaForSequenceClassification(config).to(dtype).eval()
-
-
-def batch_of(lengths, seed=0, side="right", width=None):
-    generator = torch.Generator().manual_seed(seed)
-    width = width or max(lengths)
-    ids = torch.full((len(lengths), width), PAD)
-    mask = torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, n in enumerate(lengths):
-        where = slice(0, n) if side == "right" else slice(width - n, width)
-        ids[row, where] = torch.randint(1, 61, (n,), generator=generator)
-        mask[row, where] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def gradients(model, batch, chosen):
-    """One backward an example in float64: flattened gradients (B, weights)."""
-    model = copy.deepcopy(model).double()
-    names = {name for name, p in model.named_parameters() if chosen(name)}
-    wanted = [p for name, p in model.named_parameters() if name in names]
-    rows = []
-    for i in range(len(batch["input_ids"])):
-        score = model(**{k: v[i : i + 1] for k, v in batch.items()}).logits[0, 0]
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(score, wanted)]))
-    return torch.stack(rows)
-
-
-def is_linear(name):
-    return name.endswith("_proj.weight") or name == "score.weight"
-
-
-def error(out, truth):
-    return float((out.double() - truth).norm() / truth.norm())
-
+from tests.fpo_kernels.tiny import LINEAR, Biased, batch_of, error, gradients, is_linear, plain, tiny_llama
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -133,21 +78,6 @@ def test_head_only_touches_the_head():
     engine = fk.Influence(model, "head")
     assert [row.parameter for row in engine.coverage()] == ["score.weight"]
     assert error(engine.steering(batch, reference).product, (g * (g - h)).sum(1)) < 1e-9
-
-
-class Biased(nn.Module):
-    """Biases, an in-place activation, one weight used by two modules, a module called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.tied = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 7)
-        self.tied.weight = self.second.weight
-        self.act, self.score = nn.ReLU(inplace=True), nn.Linear(7, 1)
-
-    def forward(self, x):
-        h = self.act(self.first(x))
-        h = self.tied(self.act(self.second(h)) + self.second(h * h))
-        return self.score(h.mean(1))[:, 0]
 
 
 def test_all_with_biases_shared_weights_and_repeated_calls():
@@ -307,140 +237,9 @@ def test_keyword_choices_under_peft(choice):
     assert head.parameter.endswith("score.modules_to_save.default.weight")
 
 
-class Plain(nn.Module):
-    """A linear layer and a way to use it."""
-
-    def __init__(self, use, **parts):
-        super().__init__()
-        self.layer, self.use = nn.Linear(3, 2).double(), use
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.use(self, x)
-
-
-def plain(use, rows=4, tokens=5, **parts):
-    torch.manual_seed(35)
-    engine = fk.Influence(Plain(use, **parts), ["layer.*"], output=lambda returned: returned)
-    return engine.norms({"x": torch.randn(rows, tokens, 3, dtype=torch.float64)})
-
-
 def test_inputs_by_keyword_and_calls_that_lead_nowhere():
     expected = plain(lambda m, x: m.layer(x).sum((1, 2)))
     assert torch.equal(plain(lambda m, x: m.layer(input=x).sum((1, 2))), expected)
     assert torch.equal(plain(lambda m, x: (m.layer(x * 2), m.layer(x).sum((1, 2)))[1]), expected)
     square = plain(lambda m, x: m.layer(x).sum((1, 2)), tokens=4)  # as many tokens as examples
     assert square.shape == (4,)
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        "use",
-        [
-            lambda m, x: (m.layer(x) + nn.functional.linear(x, m.layer.weight)).sum((1, 2)),
-            lambda m, x: (m.layer(x) + m.layer.forward(x)).sum((1, 2)),
-            lambda m, x: (m.layer(x) + m.layer.weight.sum()).sum((1, 2)),
-        ],
-    )
-    def test_weights_used_outside_their_module(self, use):
-        with pytest.raises(ValueError, match=r"layer\.weight: chosen, but used outside its module's call"):
-            plain(use)
-
-    def test_forwards_without_a_graph(self):
-        with pytest.raises(RuntimeError, match="Linear: it runs under no_grad"):
-            plain(torch.no_grad()(lambda m, x: m.layer(x).sum((1, 2))))
-        with pytest.raises(ValueError, match="was it detached"):
-            plain(lambda m, x: m.layer(x).sum((1, 2)).detach())
-
-    def test_reentrant_checkpointing(self):
-        model = tiny_llama().train()
-        model.gradient_checkpointing_enable({"use_reentrant": True})
-        with pytest.raises(RuntimeError, match="use_reentrant=False"):
-            fk.Influence(model, LINEAR).norms(batch_of([3, 4]))
-
-    def test_sequence_first_models_with_as_many_tokens_as_examples(self):
-        with pytest.raises(ValueError, match="first dimension"):
-            plain(lambda m, x: m.layer(x.transpose(0, 1)).sum((0, 2)), rows=4, tokens=4)
-
-    def test_batch_statistics(self):
-        with pytest.raises(RuntimeError, match=r"norm \(BatchNorm1d\)"):
-            plain(lambda m, x: m.layer(x).sum((1, 2)), norm=nn.BatchNorm1d(3))
-        with pytest.raises(RuntimeError, match=r"drop \(Dropout\)"):
-            plain(lambda m, x: m.layer(x).sum((1, 2)), drop=nn.Dropout(0.5))
-
-    def test_arguments_of_the_wrong_kind(self):
-        for wrong in (0, 2.0, "2"):
-            with pytest.raises(ValueError, match="micro_batch"):
-                fk.Influence(tiny_llama(), LINEAR, micro_batch=wrong)
-        with pytest.raises(ValueError, match="fallback"):
-            fk.Influence(tiny_llama(), LINEAR, fallback="silence")
-        with pytest.raises(ValueError, match="parameters=None"):
-            fk.Influence(tiny_llama(), None)
-        with pytest.raises(TypeError, match="reference_of: wanted a tensor"):
-            fk.Influence(tiny_llama(), LINEAR).steering(batch_of([3]), batch_of([2]), [0])
-        with pytest.raises(ValueError, match="no tensor with at least one example"):
-            fk.Influence(tiny_llama(), LINEAR).norms({"input_ids": None})
-
-    def test_sharded_models(self):
-        class FSDPModule(nn.Linear):
-            pass
-
-        with pytest.raises(TypeError, match="FSDP-sharded"):
-            fk.Influence(nn.Sequential(FSDPModule(2, 2)))
-
-    def test_layers_without_a_rule_are_named(self):
-        with pytest.raises(
-            ValueError, match=r"no rule for Embedding\.weight: model\.embed_tokens\.weight; .*model\.norm\.weight"
-        ):
-            fk.Influence(tiny_llama())
-
-    @pytest.mark.parametrize("choice", ["heads", ["nothing.*"], lambda name, p: False])
-    def test_empty_choices(self, choice):
-        with pytest.raises(ValueError, match="parameter"):
-            fk.Influence(tiny_llama(), choice)
-
-    def test_inference_mode(self):
-        with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
-            fk.Influence(tiny_llama(), LINEAR).norms(batch_of([3]))
-
-    def test_active_dropout(self):
-        model = tiny_llama(attention_dropout=0.1).train()
-        with pytest.raises(RuntimeError, match=r"train mode.*model\.eval\(\)"):
-            fk.Influence(model, LINEAR).norms(batch_of([3]))
-
-    def test_outputs_that_are_not_one_scalar_an_example(self):
-        engine = fk.Influence(tiny_llama(), LINEAR, output=lambda out: out.logits)
-        with pytest.raises(ValueError, match=r"one floating-point scalar an example, \(2,\), got \(2, 1\)"):
-            engine.norms(batch_of([3, 2]))
-
-    def test_a_module_that_is_never_called(self):
-        model = tiny_llama()
-        model.spare = nn.Linear(3, 3)
-        with pytest.raises(ValueError, match=r"spare\.weight.*not called"):
-            fk.Influence(model, ["spare.weight"]).norms(batch_of([3]))
-
-    def test_a_batch_folded_into_the_tokens(self):
-        model = Biased()
-        model.forward = lambda x: model.score(model.first(x.flatten(0, 1))).view(len(x), -1).sum(1)
-        model.score = nn.Linear(7, 1)
-        engine = fk.Influence(model, ["first.weight"], output=lambda r: r)
-        with pytest.raises(ValueError, match=r"first\.weight.*first dimension"):
-            engine.norms({"x": torch.randn(3, 4, 5)})
-
-    def test_compiled_models(self):
-        with pytest.raises(TypeError, match="compiled"):
-            fk.Influence(torch.compile(tiny_llama(), backend="eager"), LINEAR)
-
-    @pytest.mark.parametrize(
-        ("count", "reference_of", "message"),
-        [
-            (2, None, "one for all, one each"),
-            (2, torch.tensor([0, 2, 1]), r"\[0, 2\)"),
-            (2, torch.tensor([0.0, 1.0, 1.0]), "wanted integers"),
-        ],
-    )
-    def test_references_that_do_not_fit(self, count, reference_of, message):
-        engine = fk.Influence(tiny_llama(), LINEAR)
-        with pytest.raises(ValueError, match=message):
-            engine.steering(batch_of([3, 2, 4]), batch_of([5] * count), reference_of)
