@@ -1,4 +1,4 @@
-"""Batches as mappings for `model(**batch)`: counting, slicing, and joining two of different width."""
+"""Batches as mappings for `model(**batch)`: counting, slicing, and joining two of the same shapes."""
 
 from __future__ import annotations
 
@@ -27,18 +27,16 @@ def take(batch: Batch, rows: slice | Tensor) -> dict[str, Any]:
     size = rows_of(batch)
     if isinstance(rows, slice) and rows == slice(0, size):
         return dict(batch)
-    index = list(range(size))[rows] if isinstance(rows, slice) else rows.tolist()
+    index = range(size)[rows] if isinstance(rows, slice) else rows.tolist()
 
     def pick(value: Any) -> Any:
         if isinstance(value, (list, tuple)) and len(value) == size:
             return type(value)(value[i] for i in index)
-        if not hasattr(value, "shape") or not value.shape or value.shape[0] != size:
+        if not getattr(value, "shape", ()) or value.shape[0] != size:
             return value
-        return (
-            value[rows if isinstance(rows, slice) else rows.to(value.device)]
-            if isinstance(value, Tensor)
-            else value[index]
-        )
+        if isinstance(rows, Tensor):
+            return value[rows.to(value.device)] if isinstance(value, Tensor) else value[index]
+        return value[rows]
 
     return {key: pick(value) for key, value in batch.items()}
 

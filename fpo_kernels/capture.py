@@ -98,6 +98,15 @@ def tapped(model: nn.Module, modules: Iterable[nn.Module], deliver: Deliver) -> 
         yield taps
 
 
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, those in lists and tuples (torch.cat's, chunk's) one by one."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
 class Uses(TorchFunctionMode):
     """Counts the torch functions that turn a parameter into a tensor: a module's own call is one."""
 
@@ -108,8 +117,8 @@ class Uses(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            for name in {self._names[id(x)] for x in [*args, *(kwargs or {}).values()] if id(x) in self._names}:
+        if any(isinstance(x, Tensor) for x in _flat([out])):  # sizes, dtypes and devices are no use of its values
+            for name in {self._names[id(x)] for x in _flat([*args, *(kwargs or {}).values()]) if id(x) in self._names}:
                 self.count[name] = self.count.get(name, 0) + 1
         return out
 
@@ -129,15 +138,23 @@ class Gather:
     def __init__(self, sites: list[Site], batch: Batch, consume: Consume) -> None:
         self.consume = consume
         self.size = rows_of(batch)
-        self.modules = dict.fromkeys(module for site in sites for module in site.modules)
         self.square: set[nn.Module] = set()  # modules whose input has as many tokens as examples
         self._sites = sites
-        self._sites_of = {module: [s for s in sites if module in s.modules] for module in self.modules}
+        self._sites_of: dict[nn.Module, list[Site]] = {}
+        for site in sites:
+            for module in dict.fromkeys(site.modules):
+                self._sites_of.setdefault(module, []).append(site)
         self._parts: dict[str, list[Factors]] = {}
         self._missing: dict[str, int] = {}
         mask = batch.get("attention_mask")
-        padded = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
-        self._mask = mask.bool() if isinstance(mask, Tensor) and padded else None
+        self._padding: tuple[Tensor, Tensor] | None = None  # where tokens are (B, T), and how many (B,)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+            self._padding = mask.bool(), mask.bool().sum(1)
+
+    @property
+    def modules(self) -> Iterable[nn.Module]:
+        """What has to be tapped."""
+        return self._sites_of.keys()
 
     def start(self, calls: dict[nn.Module, int]) -> None:
         """Learn from the forward's call counts how many deliveries complete each parameter."""
@@ -178,11 +195,11 @@ class Gather:
             self.square.add(module)
         common = torch.promote_types(a.dtype, d.dtype)
         a, d = a.to(common), d.to(common)
-        mask = self._mask
+        mask, tokens = self._padding or (None, None)
         by_token = mask is not None and a.ndim >= 3 and a.shape[1] == mask.shape[1]
         # Padding has no gradient in a model that respects its mask; of one that does not, every row counts.
-        if mask is not None and by_token and not d[~mask].any():
-            counts = mask.sum(1) * (a[0, 0].numel() // a.shape[-1])
+        if mask is not None and tokens is not None and by_token and not d[~mask].any():
+            counts = tokens * (a[0, 0].numel() // a.shape[-1])
             return Factors(a[mask].flatten(0, -2), d[mask].flatten(0, -2), offsets_of(counts))
         counts = torch.full((self.size,), a[0].numel() // a.shape[-1], device=a.device)
         return Factors(a.flatten(0, -2), d.flatten(0, -2), offsets_of(counts))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .factors import offsets_of
+
 
 def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The rows x[b, t] with mask[b, t] set, example after example, and where each example begins and ends.
@@ -31,6 +33,4 @@ def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         if bool(((mask != 0) & (mask != 1)).any()):
             raise ValueError("mask must hold 0 and 1 only")
         mask = mask.bool()
-    offsets = torch.zeros(len(mask) + 1, dtype=torch.int64, device=x.device)
-    torch.cumsum(mask.sum(1), 0, out=offsets[1:])
-    return x[mask], offsets
+    return x[mask], offsets_of(mask.sum(1))

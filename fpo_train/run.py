@@ -66,19 +66,20 @@ class Workshop:
         self._adapter = {name: p.detach().clone() for name, p in self.policy.trainable.items()}
         self._head: torch.Tensor | None = None
 
-    def parts(self, config: RunConfig) -> Parts:
-        """A fresh start: first adapter, fitted head, new optimizers."""
+    def parts(self, config: RunConfig, resumed: bool = False) -> Parts:
+        """A fresh start: first adapter, fitted head (a resumed run has its own), new optimizers."""
         with torch.no_grad():
             for name, parameter in self.policy.trainable.items():
                 parameter.copy_(self._adapter[name])
         oracle = BaseOracle(self.policy, config.oracle)
         width = self.policy.lm.config.hidden_size
         reward_model = HeadRewardModel(width, config.reward_model, self.policy.device)
-        if self._head is None:
-            fit_head(reward_model, self.policy, oracle, self.prompts, config)
-            self._head = reward_model.head.weight.detach().clone()
-        with torch.no_grad():
-            reward_model.head.weight.copy_(self._head)
+        if not resumed:
+            if self._head is None:
+                fit_head(reward_model, self.policy, oracle, self.prompts, config)
+                self._head = reward_model.head.weight.detach().clone()
+            with torch.no_grad():
+                reward_model.head.weight.copy_(self._head)
         update = BestOfN(self.policy, config.update)
         return Parts(config, self.prompts, self.policy, reward_model, oracle, Penalty(config.penalty), update)
 
@@ -106,7 +107,7 @@ def fit_head(
 def _run_one(config: RunConfig, workshop: Workshop) -> None:
     out = Path(config.out)
     done = checkpoint.latest(out / CHECKPOINTS)
-    parts = workshop.parts(config)
+    parts = workshop.parts(config, resumed=done > 0)
     folder.describe(config, workshop.texts)
     if done:
         checkpoint.load(out / CHECKPOINTS, done, parts)

@@ -14,6 +14,8 @@ from tests.fpo_kernels.tiny import LINEAR, Biased, batch_of, plain, tiny_llama
         lambda m, x: (m.layer(x) + nn.functional.linear(x, m.layer.weight)).sum((1, 2)),
         lambda m, x: (m.layer(x) + m.layer.forward(x)).sum((1, 2)),
         lambda m, x: (m.layer(x) + m.layer.weight.sum()).sum((1, 2)),
+        lambda m, x: (m.layer(x) + torch.cat([m.layer.weight, m.layer.weight]).sum()).sum((1, 2)),
+        lambda m, x: (m.layer(x) + m.layer.weight.chunk(2)[0].sum()).sum((1, 2)),
     ],
 )
 def test_weights_used_outside_their_module(use):

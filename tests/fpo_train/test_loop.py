@@ -88,8 +88,6 @@ def test_all_roles_share_one_copy_of_the_base(config, workshop):
     parts = workshop.parts(config)
     again = workshop.parts(dataclasses.replace(config, seed=1))
     assert parts.policy is again.policy is parts.oracle._policy is parts.update._policy
-    held = {t.untyped_storage().data_ptr() for t in parts.policy.model.parameters()}
-    assert held >= {p.untyped_storage().data_ptr() for p in parts.policy.lm.parameters()}
     assert parts.reward_model.head.weight.numel() == parts.policy.lm.config.hidden_size
 
 

@@ -115,9 +115,7 @@ def test_labels_are_bought_once_and_counted(policy, rollout):
     assert sorted(seen) == list(range(15))  # nothing twice
 
 
-def test_one_copy_of_the_base_weights(policy):
-    base = sum(p.numel() for n, p in policy.model.named_parameters() if not p.requires_grad)
-    assert base == policy.lm.num_parameters() - sum(p.numel() for p in policy.trainable.values())
+def test_only_the_adapter_is_trainable(policy):
     assert all(p.dtype == torch.float32 for p in policy.trainable.values())
     assert {n.split(".")[-3] for n in policy.trainable} == {"lora_A", "lora_B"}
 
