@@ -21,17 +21,32 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def formed_products(a: Tensor, d: Tensor, lengths: Sequence[int], pairs: Tensor) -> Tensor:
-    """⟨G_i, G_j⟩ for pairs (n, 2) → (n,): form every G_i = Σ_t d_t a_tᵀ with einsum, then one Gram matrix."""
+def formed_gradients(a: Tensor, d: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(B, q, p): every G_i = Σ_t d_t a_tᵀ with einsum."""
     examples = len(lengths)
     if len(set(lengths)) == 1:
         shape = (examples, lengths[0], -1)
-        G = torch.einsum("btq,btp->bqp", d.view(shape), a.view(shape))
-    else:
-        parts = zip(d.split(list(lengths)), a.split(list(lengths)), strict=True)
-        G = torch.stack([torch.einsum("tq,tp->qp", d_i, a_i) for d_i, a_i in parts])
+        return torch.einsum("btq,btp->bqp", d.view(shape), a.view(shape))
+    parts = zip(d.split(list(lengths)), a.split(list(lengths)), strict=True)
+    return torch.stack([torch.einsum("tq,tp->qp", d_i, a_i) for d_i, a_i in parts])
+
+
+def formed_products(a: Tensor, d: Tensor, lengths: Sequence[int], pairs: Tensor) -> Tensor:
+    """⟨G_i, G_j⟩ for pairs (n, 2) → (n,): form every G_i = Σ_t d_t a_tᵀ with einsum, then one Gram matrix."""
+    G = formed_gradients(a, d, lengths)
     flat = wide(G).flatten(1)  # (B, q·p)
     return (flat @ flat.T)[pairs[:, 0], pairs[:, 1]]
+
+
+def formed_direction(a: Tensor, d: Tensor, lengths: Sequence[int], V: Tensor) -> Tensor:
+    """⟨G_i, V⟩ → (B,): form every G_i with einsum, multiply."""
+    G = formed_gradients(a, d, lengths)
+    return wide(G).flatten(1) @ wide(V).flatten()
+
+
+def plain_direction(a: Tensor, d: Tensor, offsets: Tensor, V: Tensor) -> Tensor:
+    """⟨G_i, V⟩ → (B,): all tokens times V at once, multiplied and summed."""
+    return torch.segment_reduce(wide((a @ V.T) * d).sum(1), "sum", lengths=offsets.diff(), unsafe=True)
 
 
 def rewards(model: nn.Module, batch: Batch) -> Tensor:

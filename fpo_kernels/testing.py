@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fpo_kernels.direction import grad_direction
 from fpo_kernels.products import grad_products
 
 Streams = tuple[Tensor, Tensor, Tensor]
@@ -72,3 +73,37 @@ def _reach(a: Tensor, d: Tensor, offsets: Tensor) -> Tensor:
     squared = grad_products(a, d, offsets, torch.stack([every, every], 1), impl="reference")
     tokens = (a.square().sum(1) * d.square().sum(1)).split(offsets.diff().tolist())
     return torch.maximum(squared, torch.stack([t.sum() for t in tokens])).sqrt()
+
+
+def check_direction(impl: str, streams: Streams, direction: Tensor) -> Tensor:
+    """grad_direction by `impl`, asserted to lie within the budget around the float64 reference on the CPU."""
+    a, d, offsets, V = (x.cpu() for x in (*streams, direction))
+    exact = grad_direction(a.double(), d.double(), offsets, V.double(), impl="reference")
+    same = grad_direction(a, d, offsets, V, impl="reference")
+    got = grad_direction(*streams, direction, impl=impl)
+    assert (got.dtype, got.shape, got.device) == (same.dtype, same.shape, streams[0].device)
+    allowed = direction_budget((same - exact).abs(), (a, d, offsets), V, got.dtype)
+    over = (got.cpu() - exact).abs() - allowed
+    assert not len(over) or over.max() <= 0, f"{impl}: {over.max()} over the budget at example {over.argmax()}"
+    return got
+
+
+def direction_budget(
+    reference_error: Tensor, streams: Streams, direction: Tensor, dtype: torch.dtype, formed: bool = False
+) -> Tensor:
+    """(B,) the error allowed to ⟨G_i, V⟩ computed in `dtype`, whichever sum is taken first.
+
+    Sums over features, then tokens; `formed` is for those who sum over tokens, then over all of G. The scale is
+    what partial sums of random signs reach at each level: over single terms d_q V_qp a_p, over d_q (V a)_q and
+    a_p (Vᵀ d)_p, and over tokens, whichever is largest.
+    """
+    a, d, V = (x.double() for x in (streams[0], streams[1], direction))
+    left, right = a @ V.T, d @ V  # (S, q), (S, p)
+    terms = ((a.square() @ V.square().T) * d.square()).sum(1)
+    levels = torch.stack(
+        [terms, (left * d).square().sum(1), (right * a).square().sum(1), (left * d).sum(1).square()], 1
+    )  # (S, levels)
+    counts = streams[2].diff()
+    reach = torch.segment_reduce(levels, "sum", lengths=counts).amax(1).sqrt()
+    features = V.numel() if formed else sum(V.shape)
+    return budget(reference_error, reach, features + counts, dtype)

@@ -147,7 +147,8 @@ def test_wrong_usage_exits_2(argv, capsys):
         main(argv)
     assert stopped.value.code == 2
     if argv == ["run", "nonsense"]:
-        assert "unknown case 'nonsense': wanted all or some of products, influence, head" in capsys.readouterr().err
+        known = ", ".join(registry.cases())
+        assert f"unknown case 'nonsense': wanted all or some of {known}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

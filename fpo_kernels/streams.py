@@ -1,0 +1,54 @@
+"""What packed token streams must be: the checks that operations share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_stream(a: Tensor, d: Tensor, offsets: Tensor, whose: str = "") -> None:
+    """Refuses a (S, p), d (S, q), offsets (B+1,) whose shapes, dtypes or devices do not fit; reads no values."""
+    if a.ndim != 2 or d.ndim != 2 or a.shape[0] != d.shape[0]:
+        raise ValueError(
+            f"{whose}a and d must be (S, p) and (S, q) with the same S, got {tuple(a.shape)} and {tuple(d.shape)}"
+        )
+    if a.dtype not in DTYPES:
+        raise TypeError(f"{whose}a must be float32, float64, bfloat16 or float16, got {a.dtype}")
+    if d.dtype != a.dtype:
+        raise TypeError(f"{whose}d must have the dtype of a, {a.dtype}, got {d.dtype}")
+    if d.device != a.device or offsets.device != a.device:
+        raise ValueError(
+            f"{whose}d and offsets must be on the device of a, {a.device}, got {d.device} and {offsets.device}"
+        )
+    if offsets.ndim != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"{whose}offsets must be (B+1,), got {tuple(offsets.shape)}")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{whose}offsets must be int32 or int64, got {offsets.dtype}")
+
+
+def offset_flaws(offsets: Tensor, rows: int, name: str = "offsets") -> dict[str, Tensor]:
+    """What offsets that do not cut a stream of `rows` rows would break: sentence → () bool, not read yet."""
+    return {
+        f"{name} must start at 0": offsets[0] != 0,
+        f"{name} must not fall": (offsets.diff() < 0).any(),
+        f"{name} must end at the number of rows, {rows}": offsets[-1] != rows,
+    }
+
+
+def refuse(operation: str, flaws: Mapping[str, Tensor], **given: Tensor) -> None:
+    """ValueError with the first flaw that is there; all are read together, with one synchronisation on CUDA."""
+    found = torch.stack(list(flaws.values())).tolist()
+    for flaw, bad in zip(flaws, found, strict=True):
+        if bad:
+            got = ", ".join(f"{name} {brief(values)}" for name, values in given.items())
+            raise ValueError(f"{operation}: {flaw}; got {got}")
+
+
+def brief(x: Tensor) -> str:
+    """At most eight values."""
+    values = str(x.flatten()[:8].tolist())
+    return values if x.numel() <= 8 else values[:-1] + ", …]"
