@@ -4,6 +4,6 @@
 
 STABLE_TORCH_LIBRARY(fpo_native, m) {
   m.def(
-      "grad_products(Tensor a, Tensor d, Tensor offsets, Tensor pairs,"
-      " Tensor a2, Tensor d2, Tensor offsets2, bool mirrored) -> Tensor");
+      "grad_products(Tensor a, Tensor[] d, Tensor offsets, Tensor pairs,"
+      " Tensor a2, Tensor[] d2, Tensor offsets2, bool mirrored) -> Tensor");
 }

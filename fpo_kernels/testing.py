@@ -10,7 +10,8 @@ from torch import Tensor
 from fpo_kernels.direction import grad_direction
 from fpo_kernels.products import grad_products
 
-Streams = tuple[Tensor, Tensor, Tensor]
+Outputs = Tensor | tuple[Tensor, ...]
+Streams = tuple[Tensor, Outputs, Tensor]
 
 
 def random_streams(
@@ -50,32 +51,59 @@ def budget(reference_error: Tensor, scale: Tensor, terms: Tensor | float, dtype:
     return reference_error.double() + steps * torch.finfo(dtype).eps * scale.double()
 
 
-def check_products(impl: str, streams: Streams, pairs: Tensor, other: Streams | None = None) -> Tensor:
-    """grad_products by `impl`, asserted to lie within the budget around the float64 reference on the CPU."""
-    left, right = ((a.cpu(), d.cpu(), offsets.cpu()) for a, d, offsets in (streams, other or streams))
-    wide, wide2 = ((a.double(), d.double(), offsets) for a, d, offsets in (left, right))
+def check_products(
+    impl: str, streams: Streams, pairs: Tensor, other: Streams | None = None, *, way: str = "auto"
+) -> Tensor:
+    """grad_products by `impl` and `way`, asserted to lie within the budget around the float64 reference on the CPU."""
+    left, right = (_moved(stream, "cpu") for stream in (streams, other or streams))
+    wide, wide2 = (_moved(stream, torch.float64) for stream in (left, right))
     listed = pairs.cpu()
     exact = grad_products(*wide, listed, other=wide2, impl="reference")
     same = grad_products(*left, listed, other=right, impl="reference")
-    got = grad_products(*streams, pairs, other=other, impl=impl)
+    got = grad_products(*streams, pairs, other=other, impl=impl, way=way)
     assert (got.dtype, got.shape, got.device) == (same.dtype, same.shape, pairs.device)
-    tokens = left[2].diff()[listed[:, 0]] * right[2].diff()[listed[:, 1]]
-    scale = _reach(*wide)[listed[:, 0]] * _reach(*wide2)[listed[:, 1]]
-    allowed = budget((same - exact).abs(), scale, wide[0].shape[1] + wide[1].shape[1] + tokens, got.dtype)
+    scale = reach(wide)[listed[:, 0]] * reach(wide2)[listed[:, 1]]
+    allowed = budget((same - exact).abs(), scale, terms(left, listed, right, way), got.dtype)
     over = (got.cpu() - exact).abs() - allowed
-    assert not len(over) or over.max() <= 0, f"{impl}: {over.max()} over the budget at pair {over.argmax()}"
+    assert not len(over) or over.max() <= 0, f"{impl}, {way}: {over.max()} over the budget at pair {over.argmax()}"
     return got
 
 
-def _reach(a: Tensor, d: Tensor, offsets: Tensor) -> Tensor:
+def terms(left: Streams, pairs: Tensor, right: Streams, way: str) -> Tensor:
+    """(n,) how many terms each pair's nested sums add one after another; the larger of both ways for "auto".
+
+    From tokens: p and Σ_k q_k features, then T_i·T_j products. By forming: T_i and T_j tokens, then p·Σ_k q_k
+    elements.
+    """
+    p, q = left[0].shape[1], sum(d.shape[1] for d in outputs(left[1]))
+    rows_i, rows_j = left[2].diff()[pairs[:, 0]], right[2].diff()[pairs[:, 1]]
+    tokens, form = p + q + rows_i * rows_j, rows_i + rows_j + p * q
+    return {"tokens": tokens, "form": form}.get(way, torch.maximum(tokens, form))
+
+
+def reach(streams: Streams) -> Tensor:
     """(B,) the larger of ‖G_i‖ and √Σ_t ‖a_t‖²‖d_t‖²: what sums over tokens reach even where G_i cancels."""
+    a, d, offsets = streams
     every = torch.arange(len(offsets) - 1)
     squared = grad_products(a, d, offsets, torch.stack([every, every], 1), impl="reference")
-    tokens = (a.square().sum(1) * d.square().sum(1)).split(offsets.diff().tolist())
+    energy = a.square().sum(1) * sum(x.square().sum(1) for x in outputs(d))
+    tokens = energy.split(offsets.diff().tolist())
     return torch.maximum(squared, torch.stack([t.sum() for t in tokens])).sqrt()
 
 
-def check_direction(impl: str, streams: Streams, direction: Tensor) -> Tensor:
+def outputs(d: Outputs) -> tuple[Tensor, ...]:
+    """The d of each layer that reads the same a."""
+    return (d,) if isinstance(d, Tensor) else d
+
+
+def _moved(streams: Streams, to: torch.dtype | str) -> Streams:
+    """a and d's in a dtype, or all on a device."""
+    a, d, offsets = streams
+    moved = d.to(to) if isinstance(d, Tensor) else tuple(x.to(to) for x in d)
+    return a.to(to), moved, offsets if isinstance(to, torch.dtype) else offsets.to(to)
+
+
+def check_direction(impl: str, streams: tuple[Tensor, Tensor, Tensor], direction: Tensor) -> Tensor:
     """grad_direction by `impl`, asserted to lie within the budget around the float64 reference on the CPU."""
     a, d, offsets, V = (x.cpu() for x in (*streams, direction))
     exact = grad_direction(a.double(), d.double(), offsets, V.double(), impl="reference")
@@ -89,7 +117,7 @@ def check_direction(impl: str, streams: Streams, direction: Tensor) -> Tensor:
 
 
 def direction_budget(
-    reference_error: Tensor, streams: Streams, direction: Tensor, dtype: torch.dtype, formed: bool = False
+    reference_error: Tensor, streams: tuple[Tensor, Tensor, Tensor], direction: Tensor, dtype: torch.dtype, formed: bool = False
 ) -> Tensor:
     """(B,) the error allowed to ⟨G_i, V⟩ computed in `dtype`, whichever sum is taken first.
 

@@ -47,7 +47,7 @@ def test_training_sees_the_kernels_root_alone(path):
 
 
 OPERATIONS = [p.parent for p in (ROOT / "fpo_kernels").glob("*/api.py")]
-ROOMS = {"reference", "triton", "native", "blocked"}
+ROOMS = {"reference", "triton", "triton_formed", "native", "blocked", "formed"}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda p: p.name)

@@ -23,9 +23,14 @@ struct Stream {
   explicit Stream(const Tensor& x) : data(x.const_data_ptr<T>()), stride(x.stride(0)), width(x.size(1)) {}
 };
 
+// One layer, or several that read the same a: a·a is computed once, d·d added over the layers.
 template <class T>
 struct Streams {
-  Stream<T> a, d;
+  Stream<T> a;
+  std::vector<Stream<T>> d;
+  Streams(const Tensor& a, const std::vector<Tensor>& ds) : a(a) {
+    for (const Tensor& x : ds) d.emplace_back(x);
+  }
 };
 
 struct Span {
@@ -92,7 +97,9 @@ void run(const Streams<T>& left, const int64_t* offsets, const int64_t* pairs, c
   for (int64_t k = 0; k < n; ++k)
     work += (offsets[pairs[2 * k] + 1] - offsets[pairs[2 * k]]) *
             (offsets2[pairs[2 * k + 1] + 1] - offsets2[pairs[2 * k + 1]]);
-  work *= left.a.width + left.d.width;
+  int64_t width = left.a.width;
+  for (const Stream<T>& d : left.d) width += d.width;
+  work *= width;
   const int64_t workers =
       std::clamp<int64_t>(work / kWorthAThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
   // Threads fetch bands as they finish; each band has its own slot, so the schedule leaves no trace.
@@ -113,12 +120,12 @@ void run(const Streams<T>& left, const int64_t* offsets, const int64_t* pairs, c
   }
 }
 
-Tensor grad_products(Tensor a, Tensor d, Tensor offsets, Tensor pairs, Tensor a2, Tensor d2, Tensor offsets2,
-                     bool mirrored) {
+Tensor grad_products(Tensor a, std::vector<Tensor> d, Tensor offsets, Tensor pairs, Tensor a2,
+                     std::vector<Tensor> d2, Tensor offsets2, bool mirrored) {
   Tensor out = torch::stable::new_empty(a, {pairs.size(0)});
   auto with = [&]<class T>(T*) {
-    run<T>({Stream<T>(a), Stream<T>(d)}, offsets.const_data_ptr<int64_t>(), pairs.const_data_ptr<int64_t>(),
-           {Stream<T>(a2), Stream<T>(d2)}, offsets2.const_data_ptr<int64_t>(), mirrored, pairs.size(0),
+    run<T>({a, d}, offsets.const_data_ptr<int64_t>(), pairs.const_data_ptr<int64_t>(),
+           {a2, d2}, offsets2.const_data_ptr<int64_t>(), mirrored, pairs.size(0),
            out.mutable_data_ptr<T>());
   };
   if (a.scalar_type() == ScalarType::Double) {

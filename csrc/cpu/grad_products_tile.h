@@ -21,37 +21,45 @@ FPO_TARGET inline V add_neighbours(const V& a, const V& b, std::integer_sequence
 #endif
 }
 
-// out[m][n] = x_m · y_n over `width` features. Rows past the end of the tile repeat its last row.
+template <class T, int R>
+FPO_TARGET inline void point(const T* (&rows)[R], const Stream<T>& from, int64_t first, int64_t stop) {
+  for (int r = 0; r < R; ++r) rows[r] = from.data + std::min(first + r, stop - 1) * from.stride;
+}
+
+// out[m][n] = Σ over `count` streams of x_m · y_n, all in the same registers. Rows past the end of an example
+// repeat its last row.
 template <class T>
-FPO_TARGET inline void dot_tile(
-    const T* const (&x)[FPO_M], const T* const (&y)[FPO_N], int64_t width, T (&out)[FPO_M * FPO_N]) {
+FPO_TARGET inline void dot_tile(const Stream<T>* left, const Stream<T>* right, int64_t count, int64_t t,
+                                int64_t t_stop, int64_t s, int64_t s_stop, T (&out)[FPO_M * FPO_N]) {
   using V = typename Lanes<T>::Vector;
   constexpr int lanes = Lanes<T>::count;
   // Whole vectors of sums come out of the reduction below, so the count is rounded up to them.
   constexpr int sums = (FPO_M * FPO_N + lanes - 1) / lanes * lanes;
   V total[sums] = {};
-  int64_t k = 0;
-  for (; k + lanes <= width; k += lanes) {
-    V right[FPO_N];
-    for (int n = 0; n < FPO_N; ++n) right[n] = *reinterpret_cast<const V*>(y[n] + k);
-    for (int m = 0; m < FPO_M; ++m) {
-      const V left = *reinterpret_cast<const V*>(x[m] + k);
-      for (int n = 0; n < FPO_N; ++n) total[m * FPO_N + n] += left * right[n];
+  for (int i = 0; i < FPO_M * FPO_N; ++i) out[i] = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    const T *x[FPO_M], *y[FPO_N];
+    point(x, left[c], t, t_stop);
+    point(y, right[c], s, s_stop);
+    const int64_t width = left[c].width;
+    int64_t k = 0;
+    for (; k + lanes <= width; k += lanes) {
+      V of_y[FPO_N];
+      for (int n = 0; n < FPO_N; ++n) of_y[n] = *reinterpret_cast<const V*>(y[n] + k);
+      for (int m = 0; m < FPO_M; ++m) {
+        const V of_x = *reinterpret_cast<const V*>(x[m] + k);
+        for (int n = 0; n < FPO_N; ++n) total[m * FPO_N + n] += of_x * of_y[n];
+      }
     }
+    for (; k < width; ++k)
+      for (int m = 0; m < FPO_M; ++m)
+        for (int n = 0; n < FPO_N; ++n) out[m * FPO_N + n] += x[m][k] * y[n][k];
   }
   // log2(lanes) rounds, each halving the vectors and doubling what a lane holds, leave sum i in lane i.
   for (int count = sums; count > sums / lanes; count /= 2)
     for (int v = 0; v < count / 2; ++v)
       total[v] = add_neighbours<V>(total[2 * v], total[2 * v + 1], std::make_integer_sequence<int, lanes>{});
-  for (int i = 0; i < FPO_M * FPO_N; ++i) out[i] = total[i / lanes][i % lanes];
-  for (; k < width; ++k)
-    for (int m = 0; m < FPO_M; ++m)
-      for (int n = 0; n < FPO_N; ++n) out[m * FPO_N + n] += x[m][k] * y[n][k];
-}
-
-template <class T, int R>
-FPO_TARGET inline void point(const T* (&rows)[R], const Stream<T>& from, int64_t first, int64_t stop) {
-  for (int r = 0; r < R; ++r) rows[r] = from.data + std::min(first + r, stop - 1) * from.stride;
+  for (int i = 0; i < FPO_M * FPO_N; ++i) out[i] += total[i / lanes][i % lanes];
 }
 
 // Σ over rows t in [begin, end) of the left example and all rows s of the right one.
@@ -59,16 +67,10 @@ template <class T>
 FPO_TARGET double band(const Streams<T>& left, const Streams<T>& right, Span i, Span j, Span rows, bool mirrored) {
   double total = 0;
   for (int64_t s = mirrored ? rows.begin : j.begin; s < j.end; s += FPO_N) {
-    const T *y[FPO_N], *e[FPO_N];
-    point(y, right.a, s, j.end);
-    point(e, right.d, s, j.end);
     for (int64_t t = rows.begin; t < rows.end && !(mirrored && t >= s + FPO_N); t += FPO_M) {
-      const T *x[FPO_M], *d[FPO_M];
       T aa[FPO_M * FPO_N], dd[FPO_M * FPO_N];
-      point(x, left.a, t, i.end);
-      point(d, left.d, t, i.end);
-      dot_tile<T>(x, y, left.a.width, aa);
-      dot_tile<T>(d, e, left.d.width, dd);
+      dot_tile<T>(&left.a, &right.a, 1, t, i.end, s, j.end, aa);
+      dot_tile<T>(left.d.data(), right.d.data(), left.d.size(), t, i.end, s, j.end, dd);
       for (int m = 0; m < FPO_M && t + m < rows.end; ++m)
         for (int n = 0; n < FPO_N && s + n < j.end; ++n) {
           // (t, s) and (s, t) are equal in a mirrored pair: the upper one counts twice, the lower one not

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -31,12 +32,20 @@ template <class T>
 struct Stream {
   const T* data;
   int64_t stride, width;
+  Stream() = default;
   explicit Stream(const Tensor& x) : data(x.const_data_ptr<T>()), stride(x.stride(0)), width(x.size(1)) {}
 };
 
+constexpr int kLayers = 8;  // that read the same a and travel in one launch's parameters (18 · 24 bytes)
+
 template <class T>
 struct Streams {
-  Stream<T> a, d;
+  Stream<T> a;
+  Stream<T> d[kLayers];
+  int count;
+  Streams(const Tensor& a, const std::vector<Tensor>& ds) : a(a), count(static_cast<int>(ds.size())) {
+    for (int k = 0; k < count; ++k) d[k] = Stream<T>(ds[k]);
+  }
 };
 
 // One more column than features: threads of a warp that read a column then hit different banks.
@@ -53,13 +62,11 @@ __device__ void load(Tile<Acc>& tile, const Stream<T>& from, int64_t first, int6
   }
 }
 
-// sums[m][n] = x_t · y_s with t = t0 + ty + 16·m and s = s0 + tx + 16·n.
+// sums[m][n] += x_t · y_s with t = t0 + ty + 16·m and s = s0 + tx + 16·n.
 template <class T, class Acc>
 __device__ void token_products(Tile<Acc>& left, Tile<Acc>& right, const Stream<T>& x, int64_t t0, int64_t t_end,
                                const Stream<T>& y, int64_t s0, int64_t s_end, Acc (&sums)[kEach][kEach]) {
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  for (int m = 0; m < kEach; ++m)
-    for (int n = 0; n < kEach; ++n) sums[m][n] = 0;
   for (int64_t column = 0; column < x.width; column += kFeatures) {
     load(left, x, t0, t_end, column);
     load(right, y, s0, s_end, column);
@@ -91,9 +98,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 4 ? 3 : 2)
   double total = 0;
   for (int64_t t = offsets[i]; t < offsets[i + 1]; t += kTokens)
     for (int64_t s = mirrored ? t : offsets2[j]; s < offsets2[j + 1]; s += kTokens) {
-      Acc aa[kEach][kEach], dd[kEach][kEach], sum = 0;
+      Acc aa[kEach][kEach] = {}, dd[kEach][kEach] = {}, sum = 0;
       token_products<T, Acc>(left, right, x.a, t, offsets[i + 1], y.a, s, offsets2[j + 1], aa);
-      token_products<T, Acc>(left, right, x.d, t, offsets[i + 1], y.d, s, offsets2[j + 1], dd);
+      for (int k = 0; k < x.count; ++k)
+        token_products<T, Acc>(left, right, x.d[k], t, offsets[i + 1], y.d[k], s, offsets2[j + 1], dd);
       for (int m = 0; m < kEach; ++m)
         for (int n = 0; n < kEach; ++n) sum += aa[m][n] * dd[m][n];
       total += mirrored && s > t ? 2 * double(sum) : double(sum);  // tiles below the diagonal are not visited
@@ -106,20 +114,21 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 4 ? 3 : 2)
   if (threadIdx.x == 0) out[blockIdx.x] = static_cast<Acc>(totals[0]);
 }
 
-Tensor grad_products(Tensor a, Tensor d, Tensor offsets, Tensor pairs, Tensor a2, Tensor d2, Tensor offsets2,
-                     bool mirrored) {
+Tensor grad_products(Tensor a, std::vector<Tensor> d, Tensor offsets, Tensor pairs, Tensor a2,
+                     std::vector<Tensor> d2, Tensor offsets2, bool mirrored) {
   const bool wide = a.scalar_type() == ScalarType::Double;
   Tensor out = torch::stable::new_empty(a, {pairs.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
   if (pairs.size(0) == 0) return out;
   STD_TORCH_CHECK(pairs.size(0) <= std::numeric_limits<int32_t>::max(), "grad_products: over 2^31 - 1 pairs");
+  STD_TORCH_CHECK(d.size() <= kLayers && d.size() == d2.size(), "grad_products: over 8 layers in one launch");
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(a.get_device_index(), &stream));
   auto with = [&]<class T>(T*) {
     using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
     kernel<T, Acc><<<static_cast<unsigned>(pairs.size(0)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        {Stream<T>(a), Stream<T>(d)}, offsets.const_data_ptr<int64_t>(), pairs.const_data_ptr<int64_t>(),
-        {Stream<T>(a2), Stream<T>(d2)}, offsets2.const_data_ptr<int64_t>(), mirrored,
+        {a, d}, offsets.const_data_ptr<int64_t>(), pairs.const_data_ptr<int64_t>(),
+        {a2, d2}, offsets2.const_data_ptr<int64_t>(), mirrored,
         out.mutable_data_ptr<Acc>());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   };

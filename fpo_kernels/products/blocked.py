@@ -45,13 +45,13 @@ class _Tiles:
 
 def grad_products(
     a: Tensor,  # (S, p)
-    d: Tensor,  # (S, q)
+    ds: tuple[Tensor, ...],  # (S, q_k)
     offsets: Tensor,  # (B+1,)
     pairs: Tensor,  # (n, 2)
-    other: tuple[Tensor, Tensor, Tensor] | None,
+    other: tuple[Tensor, tuple[Tensor, ...], Tensor] | None,
 ) -> Tensor:  # (n,)
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    a2, d2, offsets2 = other or (a, d, offsets)
+    a2, ds2, offsets2 = other or (a, ds, offsets)
     mirrored = other is None
     listed = pairs.cpu().numpy()
     i, j = listed[:, 0], listed[:, 1]
@@ -65,7 +65,7 @@ def grad_products(
         return out.to(dtype)
 
     longest = max(np.diff(rows_i)[i].max(), np.diff(rows_j)[j].max())
-    step = _cells_per_chunk(min(int(longest), TILE_TOKENS), max(a.shape[1], d.shape[1]), a.dtype, dtype)
+    step = _cells_per_chunk(min(int(longest), TILE_TOKENS), max(x.shape[1] for x in (a, *ds)), a.dtype, dtype)
     for first in range(0, int(ends[-1]), step):
         cell = np.arange(first, min(first + step, int(ends[-1])))
         pair = np.searchsorted(ends, cell, side="right")
@@ -80,7 +80,7 @@ def grad_products(
                 continue
         tiles_i = _tiles(rows_i, i[pair], row)
         tiles_j = _tiles(rows_j, j[pair], column)
-        products = _chunk((a, d), (a2, d2), tiles_i, tiles_j, mirrored, dtype)  # (cells,)
+        products = _chunk((a, *ds), (a2, *ds2), tiles_i, tiles_j, mirrored, dtype)  # (cells,)
         products *= torch.from_numpy(weight).to(a.device)
         counts = torch.from_numpy(np.bincount(pair - pair[0])).to(a.device)
         # segment_reduce, not index_add_: on CUDA the latter adds by atomics, in no fixed order. `unsafe` skips
@@ -103,14 +103,14 @@ def _tiles(offsets: Ints, example: Ints, tile: Ints) -> _Tiles:
 
 
 def _chunk(
-    left: tuple[Tensor, Tensor],
-    right: tuple[Tensor, Tensor],
+    left: tuple[Tensor, ...],
+    right: tuple[Tensor, ...],
     tiles_i: _Tiles,
     tiles_j: _Tiles,
     mirrored: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(m,) float64: Σ_{t, s} (a_t·a_s)(d_t·d_s) of each tile pair."""
+    """(m,) float64: Σ_{t, s} (a_t·a_s)(Σ_k d^k_t·d^k_s) of each tile pair."""
     # Tiles within a factor of two in length share a batch; a tile with itself is apart, its rows gathered once.
     bits_i, bits_j = (np.frexp(np.maximum(t.length, 8) - 1)[1] for t in (tiles_i, tiles_j))
     same = (tiles_i.start == tiles_j.start) & mirrored
@@ -134,8 +134,8 @@ def _chunk(
 
 
 def _multiply(
-    left: tuple[Tensor, Tensor],
-    right: tuple[Tensor, Tensor],
+    left: tuple[Tensor, ...],  # a, d of the first layer, d of the second, …
+    right: tuple[Tensor, ...],
     x: _Tiles,  # m tiles of t rows or fewer
     y: _Tiles,  # n tiles of s rows or fewer
     *,
@@ -145,8 +145,10 @@ def _multiply(
     """Tile products: (m, n) of every x with every y where dense, else (m, 1) of each x with its own y."""
     m, n = len(x.start), len(y.start) if dense else 1
     t, s = int(x.length.max()), int(y.length.max())
-    tiles = _gram(left[0], right[0], x, y, dense, dtype)  # (1, m·t, n·s) or (m, t, s)
-    tiles *= _gram(left[1], right[1], x, y, dense, dtype)
+    tiles = _gram(left[1], right[1], x, y, dense, dtype)  # Σ_k d^k_t·d^k_s, (1, m·t, n·s) or (m, t, s)
+    for d, d2 in zip(left[2:], right[2:], strict=True):
+        tiles = _gram(d, d2, x, y, dense, dtype, tiles)
+    tiles *= _gram(left[0], right[0], x, y, dense, dtype)
     tiles = tiles.view(m, t, n, s)
     mask_x, mask_y = x.mask(tiles.device), y.mask(tiles.device)
     if mask_x is not None:
@@ -156,10 +158,17 @@ def _multiply(
     return tiles.sum((1, 3))
 
 
-def _gram(left: Tensor, right: Tensor, x: _Tiles, y: _Tiles, dense: bool, dtype: torch.dtype) -> Tensor:
-    """Token products of x's rows with y's, (1, m·t, n·s) or (m, t, s), a chunk of the features at a time."""
+def _gram(
+    left: Tensor,
+    right: Tensor,
+    x: _Tiles,
+    y: _Tiles,
+    dense: bool,
+    dtype: torch.dtype,
+    total: Tensor | None = None,
+) -> Tensor:
+    """`total` + token products of x's rows with y's, (1, m·t, n·s) or (m, t, s), a chunk of features at a time."""
     same = x is y
-    total: Tensor | None = None
     for first in range(0, max(left.shape[1], 1), FEATURE_CHUNK):
         columns = slice(first, first + FEATURE_CHUNK)
         rows_x = _rows(left[:, columns], x, dtype)

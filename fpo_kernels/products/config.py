@@ -16,6 +16,24 @@ FEATURE_CHUNK = 2048
 # 1 and 2 were equal on steering; 2 took 0.7 of the time of 1 on a ragged Gram matrix.
 DENSE_FILL = 2
 
+# impl="torch", way="form". Together at most SCRATCH_BYTES: one tile of every example; rows of a and of d, where they
+# cannot be read in place; three more tiles where pairs are multiplied elementwise.
+FORM_BYTES = 8 * 2**20
+ROW_BYTES = 8 * 2**20
+# Tiles of 32×32 at least, so that reading rows does not outweigh multiplying them; longer lists are cut.
+LEAST_HEIGHT = 32
+MOST_EXAMPLES = FORM_BYTES // (4 * LEAST_HEIGHT * LEAST_HEIGHT)
+# Rows of an example gathered at a time, where it has as many, before fewer examples share a batch.
+LEAST_TOKENS = 64
+# Padding that costs as much as a batch of its own, about 30 µs.
+PAD_FLOPS = 3_000_000
+# A rectangle of pairs is one matrix product if at least 1/4 of it is listed; a partner of 4 pairs is a column.
+RECTANGLE_FILL = 4
+HUB_PAIRS = 4
+
+# impl="native": layers that share a in one launch; csrc/cuda passes them in a launch's parameters (kLayers).
+MOST_LAYERS = 8
+
 # impl="triton": chosen by register and shared-memory arithmetic, not yet measured on a GPU. Of 9 settings
 # compiled for sm_80 and sm_90 (tests/compile_only reads the cubins) this spills nowhere: two (64, 64) fp32
 # accumulators over 256 threads take 32 registers of at most 128 a thread, so two programs share a processor.

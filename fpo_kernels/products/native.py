@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fpo_kernels.products.config import MOST_LAYERS
+
 _BUILD = "build it with `pip install --no-build-isolation -e .` or `python setup.py build_ext --inplace`"
 
 
@@ -39,24 +41,33 @@ def _has_cuda() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("fpo_native::grad_products", "CUDA")
 
 
-def _streams(a: Tensor, d: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels trust to get: int64 offsets, unit stride along the features, on a CPU no 16-bit floats."""
-    if a.device.type == "cpu" and a.dtype in (torch.bfloat16, torch.float16):
-        a, d = a.float(), d.float()  # exact; copies both streams
-    a, d = (x if x.stride(1) == 1 else x.contiguous() for x in (a, d))
-    return a, d, offsets.long().contiguous()
+def _stream(x: Tensor) -> Tensor:
+    """What the kernels trust to get: unit stride along the features, on a CPU no 16-bit floats."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()  # exact; copies the stream
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def grad_products(
     a: Tensor,  # (S, p)
-    d: Tensor,  # (S, q)
+    ds: tuple[Tensor, ...],  # (S, q_k)
     offsets: Tensor,  # (B+1,)
     pairs: Tensor,  # (n, 2)
-    other: tuple[Tensor, Tensor, Tensor] | None,
+    other: tuple[Tensor, tuple[Tensor, ...], Tensor] | None,
 ) -> Tensor:  # (n,)
     problem = why_not(a)
     if problem is not None:
         raise RuntimeError(f'grad_products: impl="native" cannot run: {problem}')
-    left = _streams(a, d, offsets)
-    right = left if other is None else _streams(*other)
-    return torch.ops.fpo_native.grad_products(*left, pairs.contiguous(), *right, other is None)
+    x, outputs, cut = _stream(a), [_stream(d) for d in ds], offsets.long().contiguous()
+    x2, outputs2, cut2 = x, outputs, cut
+    if other is not None:
+        x2, outputs2, cut2 = _stream(other[0]), [_stream(d) for d in other[1]], other[2].long().contiguous()
+    products = None
+    for first in range(0, len(ds), MOST_LAYERS):
+        some = slice(first, first + MOST_LAYERS)
+        part = torch.ops.fpo_native.grad_products(
+            x, outputs[some], cut, pairs.contiguous(), x2, outputs2[some], cut2, other is None
+        )
+        products = part if products is None else products.add_(part)
+    assert products is not None
+    return products

@@ -19,14 +19,16 @@ def _per_example_gradients(a: Tensor, d: Tensor, offsets: Tensor) -> list[Tensor
 
 def grad_products(
     a: Tensor,  # (S, p)
-    d: Tensor,  # (S, q)
+    ds: tuple[Tensor, ...],  # (S, q_k)
     offsets: Tensor,  # (B+1,)
     pairs: Tensor,  # (n, 2)
-    other: tuple[Tensor, Tensor, Tensor] | None,
+    other: tuple[Tensor, tuple[Tensor, ...], Tensor] | None,
 ) -> Tensor:  # (n,)
-    left = _per_example_gradients(a, d, offsets)
-    right = left if other is None else _per_example_gradients(*other)
+    a2, ds2, offsets2 = other or (a, ds, offsets)
     out = a.new_zeros(len(pairs), dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
-    for n, (i, j) in enumerate(pairs.tolist()):
-        out[n] = (left[i] * right[j]).sum()
+    for d, d2 in zip(ds, ds2, strict=True):
+        left = _per_example_gradients(a, d, offsets)
+        right = left if other is None else _per_example_gradients(a2, d2, offsets2)
+        for n, (i, j) in enumerate(pairs.tolist()):
+            out[n] += (left[i] * right[j]).sum()
     return out

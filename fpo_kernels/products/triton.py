@@ -76,16 +76,18 @@ def grad_products_kernel(
 
 def grad_products(
     a: Tensor,  # (S, p)
-    d: Tensor,  # (S, q)
+    ds: tuple[Tensor, ...],  # (S, q_k)
     offsets: Tensor,  # (B+1,)
     pairs: Tensor,  # (n, 2)
-    other: tuple[Tensor, Tensor, Tensor] | None,
+    other: tuple[Tensor, tuple[Tensor, ...], Tensor] | None,
 ) -> Tensor:  # (n,)
     if a.dtype == torch.float64:
         raise RuntimeError('grad_products: impl="triton" takes no float64; use "native", "torch" or "reference"')
     if not (a.is_cuda or triton.knobs.runtime.interpret):
         raise RuntimeError(f'grad_products: impl="triton" cannot run: it needs CUDA tensors, these are on {a.device}')
-    a2, d2, offsets2 = other or (a, d, offsets)
+    a2, ds2, offsets2 = other or (a, ds, offsets)
+    d = torch.cat(ds, 1) if len(ds) > 1 else ds[0]
+    d2 = d if other is None else torch.cat(ds2, 1) if len(ds2) > 1 else ds2[0]
     n, parts = len(pairs), config.split(len(pairs))
     sums = torch.empty(n, parts, dtype=torch.float64, device=a.device)
     strides = (s for x in (a, d, a2, d2) for s in x.stride())

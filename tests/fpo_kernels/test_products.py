@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,18 +18,7 @@ from torch import Tensor
 from fpo_kernels.products import grad_products, native
 from fpo_kernels.products.config import SCRATCH_BYTES
 from fpo_kernels.testing import check_products, random_streams
-
-NO_NATIVE = native.why_not(torch.empty(0))
-CPU_IMPLS = [
-    "reference",
-    "torch",
-    pytest.param("native", marks=pytest.mark.skipif(NO_NATIVE is not None, reason=str(NO_NATIVE))),
-]
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-
-
-def all_pairs(n: int, m: int) -> Tensor:
-    return torch.cartesian_prod(torch.arange(n), torch.arange(m))
+from tests.fpo_kernels.rooms import BF16, F16, F32, F64, WAYS, all_pairs, ways
 
 
 @st.composite
@@ -41,87 +31,93 @@ def cases(draw: st.DrawFn) -> tuple[list[int], list[int], int, int, list[tuple[i
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
-@pytest.mark.parametrize("impl", CPU_IMPLS)
+@ways
 @settings(max_examples=25, deadline=None)
 @given(case=cases())
-def test_matches_the_definition(impl: str, dtype: torch.dtype, case) -> None:
+def test_matches_the_definition(impl: str, way: str, dtype: torch.dtype, case) -> None:
     lengths, others, p, q, drawn, seed = case
     streams = random_streams(lengths, p, q, dtype, seed=seed)
     pairs = torch.tensor([(i, j % len(lengths)) for i, j in drawn], dtype=torch.int64).view(-1, 2)
-    check_products(impl, streams, pairs)
+    check_products(impl, streams, pairs, way=way)
     pairs = torch.tensor([(i, j % len(others)) for i, j in drawn], dtype=torch.int64).view(-1, 2)
-    check_products(impl, streams, pairs, random_streams(others, p, q, dtype, seed=seed + 1))
+    check_products(impl, streams, pairs, random_streams(others, p, q, dtype, seed=seed + 1), way=way)
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_long_wide_and_dense(impl: str) -> None:
+@ways
+def test_long_wide_and_dense(impl: str, way: str) -> None:
     """Several tiles a pair, features past one chunk, whole Gram matrices, even and uneven lengths."""
-    check_products(impl, random_streams([700, 130, 64], 40, 33), all_pairs(3, 3))
-    check_products(impl, random_streams([150, 3], 2100, 4111), all_pairs(2, 2))
+    check_products(impl, random_streams([700, 130, 64], 40, 33), all_pairs(3, 3), way=way)
+    check_products(impl, random_streams([150, 3], 2100, 4111), all_pairs(2, 2), way=way)
     check_products(
         impl, random_streams([64] * 9, 24, 48), torch.tensor([*((z, z) for z in range(8)), *((z, 8) for z in range(8))])
     )
-    check_products(impl, random_streams([5, 64, 33, 64, 20], 24, 48), all_pairs(5, 5))
+    check_products(impl, random_streams([5, 64, 33, 64, 20], 24, 48), all_pairs(5, 5), way=way)
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_strided_streams_and_int32_offsets(impl: str) -> None:
+@ways
+def test_strided_streams_and_int32_offsets(impl: str, way: str) -> None:
     a, d, offsets = random_streams([9, 40, 1], 33, 18)
     wide = torch.full((50, 70), torch.nan)
     wide[:, ::2][:, :33] = a
     tall = d.T.contiguous().T
-    got = check_products(impl, (wide[:, ::2][:, :33], tall, offsets.int()), all_pairs(3, 3))
-    assert torch.allclose(got, grad_products(a, d, offsets, all_pairs(3, 3), impl=impl))
+    got = check_products(impl, (wide[:, ::2][:, :33], tall, offsets.int()), all_pairs(3, 3), way=way)
+    assert torch.allclose(got, grad_products(a, d, offsets, all_pairs(3, 3), impl=impl, way=way))
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_no_pairs_no_examples_no_features(impl: str) -> None:
+@ways
+def test_no_pairs_no_examples_no_features(impl: str, way: str) -> None:
     a, d, offsets = random_streams([3, 2], 4, 5)
     none = torch.empty(0, 2, dtype=torch.int64)
-    assert grad_products(a, d, offsets, none, impl=impl).shape == (0,)
-    assert grad_products(a[:0], d[:0], offsets[:1], none, impl=impl).shape == (0,)
-    assert grad_products(a[:, :0], d, offsets, all_pairs(2, 2), impl=impl).tolist() == [0.0] * 4
-    assert (
-        grad_products(a[:0], d[:0], torch.zeros(3, dtype=torch.int64), all_pairs(2, 2), impl=impl).tolist() == [0.0] * 4
-    )
+    assert grad_products(a, d, offsets, none, impl=impl, way=way).shape == (0,)
+    assert grad_products(a[:0], d[:0], offsets[:1], none, impl=impl, way=way).shape == (0,)
+    assert grad_products(a[:, :0], d, offsets, all_pairs(2, 2), impl=impl, way=way).tolist() == [0.0] * 4
+    empty = (a[:0], d[:0], torch.zeros(3, dtype=torch.int64))
+    assert grad_products(*empty, all_pairs(2, 2), impl=impl, way=way).tolist() == [0.0] * 4
+    assert grad_products(a, [d[:, :0], d, d[:, :0]], offsets, all_pairs(2, 2), impl=impl, way=way).all()
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_companions_change_nothing_not_even_nan(impl: str) -> None:
+@ways
+def test_companions_change_nothing_not_even_nan(impl: str, way: str) -> None:
     """An example's result is its own, whatever its neighbours in the stream hold."""
     a, d, offsets = random_streams([5, 37, 5, 130, 9], 21, 10)
-    alone = [grad_products(a[s:e], d[s:e], torch.tensor([0, e - s]), torch.tensor([[0, 0]]), impl=impl) for s, e in
-             zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]  # fmt: skip
+    alone = [
+        grad_products(a[s:e], d[s:e], torch.tensor([0, e - s]), torch.tensor([[0, 0]]), impl=impl, way=way)
+        for s, e in pairwise(offsets.tolist())
+    ]
     for x in (a, d):
         x[offsets[2] : offsets[3]] = torch.nan
-    got = grad_products(a, d, offsets, torch.tensor([[z, z] for z in range(5)]), impl=impl)
+    got = grad_products(a, d, offsets, torch.tensor([[z, z] for z in range(5)]), impl=impl, way=way)
     torch.testing.assert_close(got[[0, 1, 3, 4]], torch.cat(alone)[[0, 1, 3, 4]], rtol=1e-5, atol=0)
     assert got[2].isnan()
+    others = torch.tensor([[z, y] for z in (4, 0, 1, 3) for y in (0, 1, 3, 4)])  # rows outside every listed example
+    assert grad_products(a, d, offsets, others, impl=impl, way=way).isfinite().all()
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_same_bits_for_any_thread_count_and_dirty_memory(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@ways
+def test_same_bits_for_any_thread_count_and_dirty_memory(impl: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     streams, pairs = random_streams([70, 0, 300, 64, 1], 33, 70), all_pairs(5, 5)
-    first = grad_products(*streams, pairs, impl=impl)
+    first = grad_products(*streams, pairs, impl=impl, way=way)
     # with this setting torch fills every new allocation with NaN
     torch.use_deterministic_algorithms(True)
     try:
-        assert torch.equal(grad_products(*streams, pairs, impl=impl), first)
+        assert torch.equal(grad_products(*streams, pairs, impl=impl, way=way), first)
     finally:
         torch.use_deterministic_algorithms(False)
     threads = torch.get_num_threads()
     if impl == "native":  # for the others the BLAS decides
         torch.set_num_threads(1)
         try:
-            assert torch.equal(grad_products(*streams, pairs, impl=impl), first)
+            assert torch.equal(grad_products(*streams, pairs, impl=impl, way=way), first)
         finally:
             torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS[1:])
+@pytest.mark.parametrize(("impl", "way"), WAYS[1:])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(("lengths", "p", "q"), [([6000], 8, 8), ([2000, 666], 5000, 300)])
-def test_scratch_stays_bounded(impl: str, lengths: list[int], p: int, q: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "p", "q"), [([6000], 8, 8), ([2000, 666], 5000, 300), ([4] * 2100, 40, 33), ([7, 40000, 1], 3000, 16)]
+)
+def test_scratch_stays_bounded(impl: str, way: str, lengths: list[int], p: int, q: int, dtype: torch.dtype) -> None:
     """Token products of 6000 tokens would take 144 MB each, gathered rows of 5000 features more."""
     if impl == "native" and dtype == BF16:
         pytest.skip("native copies 16-bit streams to fp32 on a CPU, as its README says")
@@ -129,29 +125,34 @@ def test_scratch_stays_bounded(impl: str, lengths: list[int], p: int, q: int, dt
     last = len(lengths) - 1
     pairs = torch.tensor([[0, last], [last, 0], [0, 0], [last, last]])
     with torch.profiler.profile(profile_memory=True) as profile:
-        grad_products(*streams, pairs, impl=impl)
+        grad_products(*streams, pairs, impl=impl, way=way)
     held = most = 0
     for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
     assert 0 < most <= SCRATCH_BYTES
-    check_products(impl, streams, pairs)  # the pieces of a cut pair are all there
+    check_products(impl, streams, pairs, way=way)  # the pieces of a cut pair are all there
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_operator_contract(impl: str) -> None:
-    streams, pairs = random_streams([4, 0, 19], 6, 5), all_pairs(3, 3)
-    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*streams, pairs, None, None, None, impl))
-    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*streams, pairs, *streams, impl))
+@ways
+def test_operator_contract(impl: str, way: str) -> None:
+    (a, d, offsets), pairs = random_streams([4, 0, 19], 6, 5), all_pairs(3, 3)
+    streams = (a, [d, d[:, 1:3]], offsets)
+    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*streams, pairs, None, [], None, impl, way))
+    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*streams, pairs, *streams, impl, way))
 
 
 def test_compiles_without_a_graph_break() -> None:
-    streams, pairs = random_streams([4, 0, 19], 6, 5), all_pairs(3, 3)
-    compiled = torch.compile(
-        lambda a, d: grad_products(2 * a, d, streams[2], pairs) + 1, fullgraph=True, backend="aot_eager"
-    )
-    torch.testing.assert_close(compiled(*streams[:2]), 4 * grad_products(*streams, pairs) + 1)
+    (a, d, offsets), pairs = random_streams([4, 0, 19], 6, 5), all_pairs(3, 3)
+    other = (a, [d, d[:, :3]], offsets)
+
+    def twice_and_one(a: Tensor, d: Tensor) -> Tensor:
+        one = grad_products(2 * a, d, offsets, pairs)
+        return one + grad_products(a, [d, d[:, :3]], offsets, pairs, other=other) + 1
+
+    compiled = torch.compile(twice_and_one, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(a, d), twice_and_one(a, d))
 
 
 def test_result_carries_no_graph() -> None:
@@ -168,71 +169,6 @@ def test_import_loads_neither_triton_nor_the_compiler() -> None:
         "assert not bad, bad[:5]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-GOOD = (*random_streams([3, 4], 5, 6), torch.tensor([[0, 1]]))
-
-
-def _offsets(*values: int) -> Tensor:
-    return torch.tensor(values)
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "error", "message"),
-    [
-        (0, torch.ones(7), ValueError, "a and d must be"),
-        (1, torch.ones(6, 6), ValueError, "same S"),
-        (0, torch.ones(7, 5, dtype=torch.int32), TypeError, "a must be float32"),
-        (1, torch.ones(7, 6, dtype=F64), TypeError, "d must have the dtype of a"),
-        (1, torch.ones(7, 6, device="meta"), ValueError, "device of a"),
-        (2, torch.tensor([[0, 3, 7]]), ValueError, r"offsets must be \(B\+1,\)"),
-        (2, torch.tensor([0.0, 3, 7]), TypeError, "int32 or int64"),
-        (2, _offsets(), TypeError, "int32 or int64"),
-        (2, _offsets(1, 3, 7), ValueError, "start at 0"),
-        (2, _offsets(0, 3, 6), ValueError, "end at the number of rows, 7"),
-        (2, _offsets(0, 8, 7), ValueError, "must not fall"),
-        (3, torch.tensor([0, 1]), ValueError, r"pairs must be \(n, 2\)"),
-        (3, torch.tensor([[0, 1]], dtype=torch.int32), TypeError, "pairs must be int64"),
-        (3, torch.tensor([[0, 1]], device="meta"), ValueError, "pairs must be on the device"),
-        (3, torch.tensor([[0, 2]]), ValueError, "not there"),
-        (3, torch.tensor([[-1, 0]]), ValueError, "not there"),
-    ],
-)
-def test_bad_input_is_named(place: int, value: Tensor, error: type[Exception], message: str) -> None:
-    given_ = [*GOOD]
-    if place == 2 and value.numel() == 0:
-        value, error, message = torch.empty(0, dtype=torch.int64), ValueError, "offsets must be"
-    given_[place] = value
-    with pytest.raises(error, match=message):
-        grad_products(*given_)
-
-
-@pytest.mark.parametrize(
-    ("other", "error", "message"),
-    [
-        (random_streams([2], 4, 6), ValueError, "widths of a and d"),
-        (random_streams([2], 5, 6, F64), TypeError, "other must have the dtype"),
-        (random_streams([2], 5, 6)[:2], ValueError, "other must be"),
-        ((torch.ones(2, 5), torch.ones(3, 6), _offsets(0, 2)), ValueError, "other's a and d"),
-        ((torch.ones(2, 5), torch.ones(2, 6), _offsets(0, 1)), ValueError, "other's offsets must end"),
-        (tuple(x.to("meta") for x in random_streams([2, 1], 5, 6)), ValueError, "other must be on the device"),
-        (random_streams([2], 5, 6), ValueError, "not there"),  # pairs name example 1 of one
-    ],
-)
-def test_bad_other_is_named(other, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        grad_products(*GOOD, other=other)
-
-
-def test_an_implementation_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="impl must be one of"):
-        grad_products(*GOOD, impl="cuda")
-    with pytest.raises(RuntimeError, match=r"triton.*cannot run"):
-        grad_products(*GOOD, impl="triton")
-    monkeypatch.setattr(native, "_load", lambda: "the native library is not built; build it with …")
-    with pytest.raises(RuntimeError, match=r"native.*cannot run.*not built"):
-        grad_products(*GOOD, impl="native")
-    assert torch.equal(grad_products(*GOOD), grad_products(*GOOD, impl="torch"))  # auto does without it
 
 
 def test_the_library_is_there_where_it_can_be_built():

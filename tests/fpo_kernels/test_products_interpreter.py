@@ -37,8 +37,8 @@ def all_pairs(n: int, m: int) -> torch.Tensor:
 @pytest.mark.parametrize(("p", "q"), [(1, 3), (33, 70), (64, 32)])
 def test_matches_the_definition(p: int, q: int, dtype: torch.dtype) -> None:
     streams = random_streams([3, 0, 1, 150, 64, 65], p, q, dtype)
-    check_products("triton", streams, all_pairs(6, 6))
-    check_products("triton", streams, all_pairs(6, 3), random_streams([0, 70, 1], p, q, dtype, seed=1))
+    check_products("triton", streams, all_pairs(6, 6), way="tokens")
+    check_products("triton", streams, all_pairs(6, 3), random_streams([0, 70, 1], p, q, dtype, seed=1), way="tokens")
 
 
 @inside
@@ -46,18 +46,18 @@ def test_matches_the_definition(p: int, q: int, dtype: torch.dtype) -> None:
 def test_any_split_of_a_pair(pairs: int) -> None:
     """One pair is shared by 16 programs, 300 pairs are not shared."""
     streams = random_streams([200, 5], 9, 17)
-    check_products("triton", streams, torch.tensor([[0, 0], [0, 1], [1, 1]]).repeat(pairs, 1)[:pairs])
+    check_products("triton", streams, torch.tensor([[0, 0], [0, 1], [1, 1]]).repeat(pairs, 1)[:pairs], way="tokens")
 
 
 @inside
 def test_companions_strides_and_int32_offsets() -> None:
     a, d, offsets = random_streams([70, 9, 40], 12, 5)
     pairs = torch.tensor([[0, 0], [2, 2], [0, 2]])
-    clean = grad_products(a, d, offsets, pairs, impl="triton")
+    clean = grad_products(a, d, offsets, pairs, impl="triton", way="tokens")
     a[70:79] = torch.nan
     spread = torch.full((len(a), 24), torch.nan)
     spread[:, ::2] = a
-    again = grad_products(spread[:, ::2], d.T.contiguous().T, offsets.int(), pairs, impl="triton")
+    again = grad_products(spread[:, ::2], d.T.contiguous().T, offsets.int(), pairs, impl="triton", way="tokens")
     assert torch.equal(clean, again)
 
 
@@ -65,5 +65,5 @@ def test_companions_strides_and_int32_offsets() -> None:
 def test_refuses_float64_and_takes_no_pairs() -> None:
     streams = random_streams([2, 3], 4, 5, torch.float64)
     with pytest.raises(RuntimeError, match="no float64"):
-        grad_products(*streams, all_pairs(2, 2), impl="triton")
-    assert grad_products(*random_streams([2], 4, 5), all_pairs(0, 0), impl="triton").shape == (0,)
+        grad_products(*streams, all_pairs(2, 2), impl="triton", way="tokens")
+    assert grad_products(*random_streams([2], 4, 5), all_pairs(0, 0), impl="triton", way="tokens").shape == (0,)

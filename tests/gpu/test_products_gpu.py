@@ -35,29 +35,32 @@ def all_pairs(n: int, m: int) -> torch.Tensor:
 @pytest.mark.parametrize(("p", "q"), [(1, 3), (33, 70), (576, 192), (577, 1535)])
 def test_matches_the_definition(impl: str, dtype: torch.dtype, p: int, q: int) -> None:
     streams = random_streams([3, 0, 1, 150, 64, 65, 200], p, q, dtype, "cuda")
-    check_products(impl, streams, all_pairs(7, 7))
-    check_products(impl, streams, all_pairs(7, 3), random_streams([0, 70, 1], p, q, dtype, "cuda", seed=1))
+    check_products(impl, streams, all_pairs(7, 7), way="tokens")
+    check_products(
+        impl, streams, all_pairs(7, 3), random_streams([0, 70, 1], p, q, dtype, "cuda", seed=1), way="tokens"
+    )
 
 
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
 def test_long_examples(impl: str, dtype: torch.dtype) -> None:
-    check_products(impl, random_streams([4096, 1, 2500], 40, 24, dtype, "cuda"), all_pairs(3, 3))
+    check_products(impl, random_streams([4096, 1, 2500], 40, 24, dtype, "cuda"), all_pairs(3, 3), way="tokens")
 
 
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
 def test_same_bits_every_time(impl: str, dtype: torch.dtype) -> None:
     streams, pairs = random_streams([700, 64, 64, 1, 33], 96, 130, dtype, "cuda"), all_pairs(5, 5)
-    first = grad_products(*streams, pairs, impl=impl)
+    first = grad_products(*streams, pairs, impl=impl, way="tokens")
     for _ in range(20):
-        assert torch.equal(grad_products(*streams, pairs, impl=impl), first)
+        assert torch.equal(grad_products(*streams, pairs, impl=impl, way="tokens"), first)
 
 
 @pytest.mark.parametrize("impl", ["triton", "native", "torch"])
 def test_operator_contract(impl: str) -> None:
     streams = random_streams([4, 0, 19], 6, 5, device="cuda")
+    streams = (streams[0], [streams[1], streams[1][:, 1:3]], streams[2])
     arguments = (*streams, all_pairs(3, 3))
-    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*arguments, None, None, None, impl))
-    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*arguments, *streams, impl))
+    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*arguments, None, [], None, impl, "tokens"))
+    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*arguments, *streams, impl, "tokens"))
 
 
 def test_rows_past_two_to_the_31() -> None:
@@ -71,5 +74,5 @@ def test_rows_past_two_to_the_31() -> None:
     d = torch.randn(rows, 3, device="cuda").to(BF16)
     offsets = torch.tensor([0, rows - 70, rows], device="cuda")
     last = torch.tensor([[1, 1]], device="cuda")
-    alone = grad_products(a[-70:], d[-70:], torch.tensor([0, 70], device="cuda"), last - 1, impl="triton")
-    assert torch.equal(grad_products(a, d, offsets, last, impl="triton"), alone)
+    alone = grad_products(a[-70:], d[-70:], torch.tensor([0, 70], device="cuda"), last - 1, impl="triton", way="tokens")
+    assert torch.equal(grad_products(a, d, offsets, last, impl="triton", way="tokens"), alone)

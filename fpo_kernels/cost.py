@@ -1,0 +1,153 @@
+"""FLOPs and bytes of the two ways to inner products of per-example gradients, and the choice between them.
+
+Both ways give Σ_pairs ⟨G_i, G_j⟩ exactly. With G_i = Σ_t d_t a_tᵀ, p inputs and Q outputs (of all layers that read
+the same a, added up), h = pQ/(p+Q):
+
+- "tokens" multiplies token by token, ⟨G_i, G_j⟩ = Σ_{t,s} (a_t·a_s)(d_t·d_s).
+- "form" forms G_i tile by tile, Σ_t d_t a_tᵀ, and multiplies the tiles elementwise.
+
+For steering, many candidates z of T tokens with the pairs (z, z) and (z, ref), tokens take fewer FLOPs while
+T < 2h/3. For all pairs of n examples they do while T < h/n + √((h/n)² + h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a call has to do, whatever the layer: read once on the host, used for every layer of a model.
+
+    Attributes:
+        pairs: listed pairs, n.
+        token_pairs: Σ over pairs of T_i·T_j; a pair (i, i) of one stream counts half, its tiles are symmetric.
+        pair_tokens: Σ over pairs of T_i + T_j, the rows a token-by-token kernel reads; T_i for a pair (i, i).
+        examples: distinct examples in the list, left and right apart unless they are of one stream.
+        tokens: their tokens.
+        longest: the most tokens an example of the list has.
+    """
+
+    pairs: int
+    token_pairs: float
+    pair_tokens: float
+    examples: int
+    tokens: int
+    longest: int
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Sequence[int] | NDArray[Any],
+        pairs: Sequence[tuple[int, int]] | NDArray[Any],
+        lengths2: Sequence[int] | NDArray[Any] | None = None,
+    ) -> Work:
+        """The work of pairs (n, 2) of examples with these lengths (B,); the right ones are of `lengths2` if given."""
+        left = np.asarray(lengths, dtype=np.int64)
+        right = left if lengths2 is None else np.asarray(lengths2, dtype=np.int64)
+        listed = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+        i, j = listed[:, 0], listed[:, 1]
+        rows_i, rows_j = left[i].astype(np.float64), right[j].astype(np.float64)
+        products, rows = rows_i * rows_j, rows_i + rows_j
+        used = np.zeros(len(left), dtype=bool)
+        used[i] = True
+        if lengths2 is None:
+            used[j] = True
+            twins = i == j
+            products[twins] /= 2
+            rows[twins] /= 2
+            of_used = left[used]
+        else:
+            used2 = np.zeros(len(right), dtype=bool)
+            used2[j] = True
+            of_used = np.concatenate([left[used], right[used2]])
+        return cls(
+            pairs=len(listed),
+            token_pairs=float(products.sum()),
+            pair_tokens=float(rows.sum()),
+            examples=len(of_used),
+            tokens=int(of_used.sum()),
+            longest=int(of_used.max(initial=0)),
+        )
+
+
+def token_flops(work: Work, p: int, q: int) -> float:
+    """2 (p+q) Σ T_i·T_j: every token product is p + q multiply-adds. q adds up the layers that share a."""
+    return 2 * (p + q) * work.token_pairs
+
+
+def form_flops(work: Work, p: int, q: int) -> float:
+    """2 p q (Σ T_i + n): one multiply-add a token and element of G, one a pair and element. q adds up the layers."""
+    return 2 * p * q * float(work.tokens + work.pairs)
+
+
+def token_bytes(work: Work, p: int, q: int, itemsize: int) -> float:
+    """(p+q) · itemsize · Σ (T_i + T_j): each pair reads its rows once, a once for all layers that share it."""
+    return (p + q) * itemsize * work.pair_tokens
+
+
+def form_bytes(work: Work, p: int, q: int, itemsize: int) -> float:
+    """(p+q) · itemsize · Σ T_i: each example's rows are read once, its gradient stays on chip."""
+    return (p + q) * itemsize * float(work.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """How fast a room goes: seconds = overhead + layers · layer_overhead + FLOPs / rate, forming and multiplying apart.
+
+    Attributes:
+        flops: multiply-adds of the inner loop, FLOP/s (2 a multiply-add); for "form" those of Σ_t d_t a_tᵀ.
+        multiply: FLOP/s of multiplying formed tiles elementwise; bound by memory. Unused by "tokens".
+        overhead: seconds a call. layer_overhead: seconds each of the layers that share a.
+    """
+
+    flops: float
+    multiply: float
+    overhead: float
+    layer_overhead: float
+
+
+# Measured on two cores of an AMD EPYC with AVX-512, fp32 (benchmarks/results/cpu-2threads/ways.json); the choice
+# needs their ratios only, and those move less between machines than the rates do.
+_RATES = {
+    ("cpu", "native", "tokens"): Rates(flops=1.6e11, multiply=0, overhead=1e-5, layer_overhead=2e-6),
+    ("cpu", "torch", "tokens"): Rates(flops=0.8e11, multiply=0, overhead=3e-4, layer_overhead=2e-5),
+    ("cpu", "torch", "form"): Rates(flops=1.6e11, multiply=1e10, overhead=1.5e-4, layer_overhead=5e-5),
+    # Not measured: equal rates, so that FLOPs alone decide. Both ways run on the same matrix units.
+    ("cuda", "triton", "tokens"): Rates(flops=1e14, multiply=0, overhead=2e-5, layer_overhead=0),
+    ("cuda", "triton", "form"): Rates(flops=1e14, multiply=1e14, overhead=2e-5, layer_overhead=0),
+    # Not measured: plain FMA without matrix units, a tenth.
+    ("cuda", "native", "tokens"): Rates(flops=1e13, multiply=0, overhead=2e-5, layer_overhead=0),
+    # Not measured: matrix products of the vendor's library, the plan made on the host.
+    ("cuda", "torch", "tokens"): Rates(flops=5e13, multiply=0, overhead=1e-3, layer_overhead=1e-4),
+    ("cuda", "torch", "form"): Rates(flops=5e13, multiply=1e12, overhead=1e-3, layer_overhead=1e-4),
+}
+
+
+def seconds(work: Work, p: int, qs: Sequence[int], rates: Rates, way: str) -> float:
+    """The estimated time of a call."""
+    q = sum(qs)
+    fixed = rates.overhead + len(qs) * rates.layer_overhead
+    if way == "tokens":
+        return fixed + token_flops(work, p, q) / rates.flops
+    forming, multiplying = 2 * p * q * float(work.tokens), 2 * p * q * float(work.pairs)
+    return fixed + forming / rates.flops + multiplying / rates.multiply
+
+
+def choose_way(work: Work, p: int, qs: Sequence[int], device_type: str, tokens: str, form: str) -> str:
+    """ "tokens" or "form", whichever the estimate says is sooner.
+
+    Args:
+        p, qs: inputs, and outputs of each layer that shares them.
+        tokens, form: the room ("native", "torch", "triton") that would run each way.
+    """
+    # Triton is asked for on a CPU by its interpreter, and by those whom its room will refuse.
+    device = "cuda" if device_type == "cuda" or tokens == "triton" else "cpu"
+    by_tokens = seconds(work, p, qs, _RATES[device, tokens, "tokens"], "tokens")
+    by_forming = seconds(work, p, qs, _RATES[device, form, "form"], "form")
+    return "form" if by_forming < by_tokens else "tokens"
