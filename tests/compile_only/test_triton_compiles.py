@@ -43,8 +43,8 @@ class Job(NamedTuple):
 
 
 def jobs(target: str) -> Iterator[Job]:
-    """Rows of 577 elements are read one by one, which takes most registers; on gfx942 only the usual rows of 576."""
-    for aligned in (True,) if target == "gfx942" else (True, False):
+    """Rows of 577 elements are read one by one, which takes most registers, on sm_80 and sm_100 more than on sm_90."""
+    for aligned in (True, False) if target in ("sm_80", "sm_100") else (True,):
         for dtype in ("bf16", "fp32"):
             yield from tokens(dtype, aligned, target)
             yield from formed(dtype, aligned)
