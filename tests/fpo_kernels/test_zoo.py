@@ -101,10 +101,10 @@ def everything(name, dtype, side, width=None, **options):
     return errors(answers(engine_of(name, dtype, **options), batch, references, vectors), right), right
 
 
-def loop_errors(name, dtype, right, side="right") -> dict[str, float]:
-    """What one autograd call an example makes in this dtype, measured against the same loop in float64."""
-    own = truth_of(name, dtype, dtype, seed=2, side=side)
-    theirs = truth_of(name, dtype, dtype, lengths=REFERENCES, seed=3, side=side, width=None)
+def loop_errors(name, dtype, right) -> dict[str, float]:
+    """What one autograd call an example makes in this dtype against the same loop in float64, padded on the right."""
+    own = truth_of(name, dtype, dtype, seed=2, side="right")
+    theirs = truth_of(name, dtype, dtype, lengths=REFERENCES, seed=3, side="right", width=None)
     vectors = random_direction(model_of(name, dtype), own.names, seed=4)
     return errors(wanted(own, theirs, vectors), right)
 
