@@ -117,7 +117,11 @@ def check_direction(impl: str, streams: tuple[Tensor, Tensor, Tensor], direction
 
 
 def direction_budget(
-    reference_error: Tensor, streams: tuple[Tensor, Tensor, Tensor], direction: Tensor, dtype: torch.dtype, formed: bool = False
+    reference_error: Tensor,
+    streams: tuple[Tensor, Tensor, Tensor],
+    direction: Tensor,
+    dtype: torch.dtype,
+    formed: bool = False,
 ) -> Tensor:
     """(B,) the error allowed to ⟨G_i, V⟩ computed in `dtype`, whichever sum is taken first.
 
