@@ -66,9 +66,9 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """Every case by name."""
-    from benchmarks.cases import direction, head, influence, products
+    from benchmarks.cases import direction, head, influence, products, ways
 
-    return {case.name: case for case in (products.CASE, direction.CASE, influence.CASE, head.CASE)}
+    return {case.name: case for case in (products.CASE, ways.CASE, direction.CASE, influence.CASE, head.CASE)}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:

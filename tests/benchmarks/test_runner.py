@@ -162,7 +162,7 @@ def test_cuda_without_a_gpu_exits_2(capsys):
 def test_list_names_every_case(capsys):
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("products", "influence", "head", "triton", "autograd call each"))
+    assert all(name in shown for name in ("products", "ways", "influence", "head", "triton", "autograd call each"))
 
 
 def test_real_products_pass_the_gate(tmp_path):
@@ -171,3 +171,12 @@ def test_real_products_pass_the_gate(tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert {row["status"] for row in rows if row["competitor"] in ("form G, multiply", "torch")} == {"timed"}
     assert all(row["reason"] for row in rows if row["status"] == "cannot run")
+
+
+def test_both_ways_pass_the_gate(tmp_path):
+    assert main(["run", "ways", "--quick", "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.rglob("ways-quick.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert {(row["competitor"], row["status"]) for row in rows} == {
+        (way, "timed") for way in ("auto", "tokens", "form")
+    }
