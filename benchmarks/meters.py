@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import gc
@@ -59,6 +60,18 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
     before = _kilobytes("VmRSS")
     run()
     return max(0, _kilobytes("VmHWM") - before) * 1024
+
+
+def high_water_bytes() -> int | None:
+    """The most memory that this process ever had resident (VmHWM); None where it cannot be read."""
+    return _kilobytes("VmHWM") * 1024 if STATUS.exists() else None
+
+
+def release() -> None:
+    """Collect what nothing refers to any more and give its pages back to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
 
 
 class Bystanders:

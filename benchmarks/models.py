@@ -1,4 +1,4 @@
-"""A reward model of SmolLM2's shape with random weights, and token batches for it."""
+"""Llama-type reward models of known shapes with random weights, and token batches for them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,39 @@ PAD, VOCABULARY = 0, 1024  # embeddings are never chosen, so their number does n
 
 Batch = dict[str, Tensor]
 
+# What one block is made of: width, MLP width, query heads, key heads.
+SHAPES = {
+    "smollm2-135m": (576, 1536, 9, 3),
+    "llama3.1-8b": (4096, 14336, 32, 8),
+    "tiny": (48, 96, 3, 1),  # for tests
+}
 
-def reward_model(layers: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
-    """SmolLM2-135M's blocks (hidden 576, MLP 1536, 9 query and 3 key heads) under a scalar head; frozen, eval."""
+
+def reward_model(shape: str, layers: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
+    """Some layers of the blocks of SHAPES[shape] under a scalar head; frozen, eval.
+
+    Weights are made in `dtype`, so that making them takes no more memory than having them.
+    """
+    hidden, feed_forward, query_heads, key_heads = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
         num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        num_attention_heads=query_heads,
+        num_key_value_heads=key_heads,
         pad_token_id=PAD,
         use_cache=False,
     )
     config.num_labels = 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = LlamaForSequenceClassification(config)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: nn.Module = LlamaForSequenceClassification(config)
+    finally:
+        torch.set_default_dtype(usual)
     return model.to(dtype=dtype, device=device).eval().requires_grad_(False)
 
 

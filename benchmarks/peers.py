@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.models import Batch, rows
 
+CACHED_ROWS = 64
+
 
 def wide(x: Tensor) -> Tensor:
     """fp32 at least."""
@@ -77,26 +79,45 @@ def forward_and_backward(model: nn.Module, batch: Batch) -> Tensor:
     return gradient
 
 
-def autograd_loop(model: nn.Module, names: Sequence[str], batch: Batch) -> Tensor:
-    """Steering products (N,), the paper's way: one forward and one autograd call an example."""
+@contextmanager
+def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The parameters require grad for a while; what autograd leaves on them is dropped."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def autograd_loop(
+    model: nn.Module, names: Sequence[str], batch: Batch, accumulate: torch.dtype | None = None
+) -> Tensor:
+    """Steering products (N,), the paper's way: one forward and one autograd call an example.
+
+    Products are summed in `accumulate`; by default in the gradients' own dtype, fp32 at least.
+    """
     parameters = [model.get_parameter(name) for name in names]
 
     def gradient(n: int) -> tuple[Tensor, ...]:
         return torch.autograd.grad(rewards(model, rows(batch, slice(n, n + 1))).sum(), parameters)
 
     def product(own: tuple[Tensor, ...]) -> Tensor:
-        return torch.stack([(wide(g) * (wide(g) - wide(r))).sum() for g, r in zip(own, reference, strict=True)]).sum()
+        parts = []
+        for g, r in zip(own, reference, strict=True):
+            # A few rows at a time stay in the cache; whole matrices of an 8B model take five times as long.
+            for x, y in zip(g.split(CACHED_ROWS), r.split(CACHED_ROWS), strict=True):
+                x, y = (wide(t) if accumulate is None else t.to(accumulate) for t in (x, y))
+                parts.append((x * (x - y)).sum())
+        return torch.stack(parts).sum()
 
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            last = len(batch["input_ids"]) - 1
-            reference = gradient(last)
-            return torch.stack([product(gradient(n)) for n in range(last)])
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+    with trainable(parameters):
+        last = len(batch["input_ids"]) - 1
+        reference = gradient(last)
+        return torch.stack([product(gradient(n)) for n in range(last)])
 
 
 def vmap_grad(model: nn.Module, names: Sequence[str], batch: Batch) -> Tensor:
@@ -121,7 +142,11 @@ def vmap_bytes(model: nn.Module, names: Sequence[str], examples: int) -> int:
 
 
 def hooked_token_products(model: nn.Module, batch: Batch) -> Tensor:
-    """Steering products (N,) over all Linear weights: token products in plain torch, from hooks during backward."""
+    """Steering products (N,) over all Linear weights: token products in plain torch, from hooks during backward.
+
+    The token-by-token matrices are those of `ghost_norms`; here all weights stay frozen, so no weight gradient
+    is computed and inputs live no longer than the tape.
+    """
     parts: list[Tensor] = []
 
     def product(a: Tensor, d: Tensor) -> None:  # (B, T, p), (B, T, q)
@@ -151,6 +176,40 @@ def head_closed_form(model: nn.Module, batch: Batch) -> Tensor:
     return (h[:-1] * (h[:-1] - h[-1])).sum(1)
 
 
+def ghost_norms(model: nn.Module, names: Sequence[str], batch: Batch) -> Tensor:
+    """Steering products (N,), as ghost clipping in the manner of Opacus finds norms: Li et al. 2022, section 3.
+
+    Its structure is kept: the chosen weights require grad (its hooks pass frozen layers over), so that backward
+    also sums the batch's weight gradients; every layer's input is held from its forward to its backward; a full
+    backward hook writes a·aᵀ and d·dᵀ to memory as (B, T, T) by einsum, multiplies and sums them. Added is the
+    same with the reference. `hooked_token_products` does no more than these products, on frozen weights.
+    """
+    inputs: dict[nn.Module, Tensor] = {}
+    parts: list[Tensor] = []
+
+    def remember(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs[module] = args[0].detach()
+
+    def product(module: nn.Module, inner: tuple[Tensor, ...], outer: tuple[Tensor, ...]) -> None:
+        a, d = wide(inputs.pop(module)), wide(outer[0].detach())  # (B, T, p), (B, T, q)
+        aa, dd = (torch.einsum("nik,njk->nij", x[:-1], x[:-1]) for x in (a, d))  # (N, T, T)
+        own = torch.einsum("nij,nij->n", aa, dd)
+        aa, dd = (torch.einsum("nik,jk->nij", x[:-1], x[-1]) for x in (a, d))
+        parts.append(own - torch.einsum("nij,nij->n", aa, dd))
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [layer.register_forward_hook(remember) for layer in layers]
+    handles += [layer.register_full_backward_hook(product) for layer in layers]
+    try:
+        # Without a gradient to a first layer's input, torch warns that its full hook has none to hand over.
+        with trainable([model.get_parameter(name) for name in names]), embeddings_on_tape(model):
+            rewards(model, batch).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(parts).sum(0)
+
+
 def exact(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
     """In float64 by plain autograd: reward (B,), input_gradient (B, T, hidden), product (N,)."""
     double = copy.deepcopy(model).double()
@@ -158,3 +217,18 @@ def exact(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, Ten
         reward = rewards(double, batch)
     gradient = forward_and_backward(double, batch)
     return {"reward": reward, "input_gradient": gradient, "product": autograd_loop(double, names, batch)}
+
+
+def trusted(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+    """The same in the model's own dtype, one example at a time by plain autograd; products summed in float64.
+
+    For models whose float64 twin and its gradients (four times a fp32 model's weights, and twice that again) are
+    more than a benchmark may take. Examples never meet in one forward, so what a batched competitor mixes up
+    shows; what all fp32 autograd gets wrong alike does not.
+    """
+    examples = [rows(batch, slice(n, n + 1)) for n in range(len(batch["input_ids"]))]
+    with torch.no_grad():
+        reward = torch.cat([rewards(model, example) for example in examples])
+    gradient = torch.cat([forward_and_backward(model, example) for example in examples])
+    product = autograd_loop(model, names, batch, accumulate=torch.float64)
+    return {"reward": reward, "input_gradient": gradient, "product": product}

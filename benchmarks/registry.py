@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +22,14 @@ class Competitor:
         run: computes it from inputs made beforehand; called many times.
         budget: the relative error ‖got − expected‖ / ‖expected‖ it may make.
         answers: which of the contest's expected tensors it returns.
+        rounds: the most rounds it is timed in; None for every round, 0 to make do with the time of the call that
+            the gate judges. For slow ones: a run has to end.
     """
 
     run: Callable[[], Tensor]
     budget: float
     answers: str = "product"
+    rounds: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,22 @@ class Contest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Headline:
+    """One ratio that a case is run for.
+
+    Attributes:
+        text: what is printed before it, with what is measured.
+        over, under: the two competitors. figure: "seconds"; or "memory", the peak resident memory of their
+            own processes, or where there are none (on a GPU) the peak beyond the start of the call.
+    """
+
+    text: str
+    over: str
+    under: str
+    figure: Literal["seconds", "memory"] = "seconds"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """A named comparison.
 
@@ -54,6 +73,8 @@ class Case:
         baseline: the competitor whose time is 1 in the ratios.
         settings: (quick, device) → frozen dataclasses with a `name`, one contest each; written to the results.
         build: (setting, device) → its contest.
+        headlines: the ratios printed below the table, for every setting.
+        isolated: setting → the competitors whose memory is measured in processes of their own, on a CPU.
     """
 
     name: str
@@ -62,13 +83,15 @@ class Case:
     baseline: str
     settings: Callable[[bool, torch.device], Sequence[Any]]
     build: Callable[[Any, torch.device], Contest]
+    headlines: tuple[Headline, ...] = ()
+    isolated: Callable[[Any], Sequence[str]] = lambda setting: ()
 
 
 def cases() -> dict[str, Case]:
     """Every case by name."""
-    from benchmarks.cases import direction, head, influence, products
+    from benchmarks.cases import direction, head, influence, products, ways
 
-    return {case.name: case for case in (products.CASE, direction.CASE, influence.CASE, head.CASE)}
+    return {case.name: case for case in (products.CASE, ways.CASE, direction.CASE, influence.CASE, head.CASE)}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:

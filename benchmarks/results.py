@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.registry import Case
-from benchmarks.runner import Options, Row
+from benchmarks.runner import Options, Row, seconds_ratio, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
@@ -28,8 +28,51 @@ def describe(case: Case, options: Options, rows: list[Row]) -> dict[str, Any]:
         "baseline": case.baseline,
         "settings": {"device": options.device.type, "quick": options.quick, "repeats": options.repeats},
         **environment(options.device),
+        "headlines": headlines(case, rows),
         "rows": rows,
     }
+
+
+def headlines(case: Case, rows: list[Row]) -> list[dict[str, Any]]:
+    """The case's ratios for every setting, {setting, text, median, min, max}; those that have no figures are left out.
+
+    Seconds are divided round by round as far as both were timed; one timed outside the rounds meets the other's
+    median. Memory is one figure each.
+    """
+    found: list[dict[str, Any]] = []
+    for setting in dict.fromkeys(row["setting"]["name"] for row in rows):
+        timed = {r["competitor"]: r for r in rows if r["setting"]["name"] == setting and r["status"] == "timed"}
+        for headline in case.headlines:
+            if headline.over in timed and headline.under in timed:
+                over, under = timed[headline.over], timed[headline.under]
+                text, ratios = headline.text, seconds_ratio(over, under)
+                if headline.figure == "memory":
+                    how, ratios = _memory_ratio(over, under)
+                    text = f"{text}, {how}"
+                if ratios:
+                    found.append({"setting": setting, "text": text, **spread(ratios)})
+    return found
+
+
+def _memory_ratio(over: Row, under: Row) -> tuple[str, list[float]]:
+    for key, how in (("rss_bytes", "own processes"), ("peak_bytes", "beyond the start of the call")):
+        if over.get(key) and under.get(key):
+            return how, [over[key] / under[key]]
+    return "", []
+
+
+def lines(found: list[dict[str, Any]]) -> str:
+    """The headlines, one a line below their setting: text, median (least to greatest)."""
+    width = max(len(line["text"]) for line in found)
+    printed: list[str] = []
+    setting = None
+    for line in found:
+        if line["setting"] != setting:
+            setting = line["setting"]
+            printed.append(str(setting))
+        between = f" ({line['min']:.2f} to {line['max']:.2f})" if line["min"] < line["max"] else ""
+        printed.append(f"  {line['text']:<{width}}  {line['median']:.2f}{between}")
+    return "\n".join(printed)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -86,7 +129,11 @@ def write(case: Case, options: Options, result: dict[str, Any], folder: Path) ->
 
 
 def table(rows: list[Row]) -> str:
-    """Aligned columns; ratio is to the case's baseline, others the CPU share that other processes took."""
+    """Aligned columns.
+
+    ratio is to the case's baseline; peak beyond what was held before the call; process all that a process of its
+    own held at most, to base its ratio to the baseline's; others the CPU share that other processes took.
+    """
     head = [
         "setting",
         "competitor",
@@ -96,7 +143,10 @@ def table(rows: list[Row]) -> str:
         "ratio",
         "min",
         "max",
+        "rounds",
         "peak MiB",
+        "process MiB",
+        "to base",
         "error",
         "others",
         "note",
@@ -114,17 +164,20 @@ def table(rows: list[Row]) -> str:
 
 def _cells(row: Row) -> list[str]:
     seconds, ratio, peak = (row.get(key) for key in ("seconds", "ratio", "peak_bytes"))
-    error, others = row.get("error"), row.get("others_cpu_share")
+    error, others, rss, rss_ratio = (row.get(key) for key in ("error", "others_cpu_share", "rss_bytes", "rss_ratio"))
     keys = ("median", "min", "max")
     return [
         row["setting"]["name"],
         row["competitor"],
         *(_time(seconds[key]) if seconds else "" for key in keys),
         *(f"{ratio[key]:.2f}" if ratio else "" for key in keys),
+        str(len(row["samples"])) if "samples" in row else "",
         "" if peak is None else f"{peak / 2**20:.0f}",
+        "" if rss is None else f"{rss / 2**20:.0f}",
+        "" if rss_ratio is None else f"{rss_ratio:.2f}",
         "" if error is None else f"{error:.0e}",
         f"{others:.0%}" if others is not None else "",
-        "" if row["status"] == "timed" else f"{row['status']}: {row['reason']}",
+        row.get("rss_reason", "") if row["status"] == "timed" else f"{row['status']}: {row['reason']}",
     ]
 
 

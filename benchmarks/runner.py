@@ -5,18 +5,23 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.meters import Bystanders, peak_bytes, seconds_per_call
+from benchmarks import isolated
+from benchmarks.meters import Bystanders, peak_bytes, release, seconds_per_call
 from benchmarks.registry import Case, Competitor, Contest
 
 SAMPLE_SECONDS = 0.02  # a sample repeats its call until it lasts about this long, at most MOST_CALLS times
 MOST_CALLS = 200
+WARM_SECONDS = (
+    2.0  # calls that take longer are not repeated to be measured warm: what a first call adds is lost in them
+)
 
 Row = dict[str, Any]
 
@@ -38,35 +43,73 @@ def run_case(case: Case, options: Options) -> list[Row]:
     """One row a setting and competitor, JSON-ready: {setting, competitor, status, reason, …}.
 
     Status is "timed", "failed" (wrong answer or an exception; never timed) or "cannot run". Timed rows have
-    seconds and ratio (to the baseline, pair by pair within a round) as {median, min, max}, peak_bytes beyond
-    what was held before, and others_cpu_share, the part of all cores' time that other processes took meanwhile.
+    samples (seconds a call, one a round), seconds and ratio (to the baseline, pair by pair within a round) as
+    {median, min, max}, peak_bytes beyond what was held before, and others_cpu_share, the part of all cores' time
+    that other processes took meanwhile. Those in the case's `isolated` have rss_bytes and its kin (`isolated`)
+    and rss_ratio to the baseline's.
     """
     rows: list[Row] = []
     for setting in case.settings(options.quick, options.device):
+        print(f"{setting.name} …", file=sys.stderr, flush=True)  # minutes may pass before the table
         contest = case.build(setting, options.device)
         named = {*contest.competitors, *contest.cannot}
         if named != set(case.competitors):
             raise ValueError(f"{case.name}: competitors {sorted(named)}, wanted {sorted(case.competitors)}")
         outcome = run_contest(contest, case.baseline, options)
+        del contest
+        release()  # children need the room
+        if options.device.type == "cpu":
+            _isolate(case, setting, outcome, options.quick)
         rows += [{"setting": asdict(setting), "competitor": name, **outcome[name]} for name in case.competitors]
     return rows
+
+
+def _isolate(case: Case, setting: Any, outcome: dict[str, Row], quick: bool) -> None:
+    for name in case.isolated(setting):
+        if outcome[name]["status"] == "timed":
+            outcome[name] |= isolated.measure(case, setting.name, name, quick)
+    base = outcome[case.baseline].get("rss_bytes")
+    for row in outcome.values():
+        if base and row.get("rss_bytes"):
+            row["rss_ratio"] = row["rss_bytes"] / base
 
 
 def run_contest(contest: Contest, baseline: str, options: Options) -> dict[str, Row]:
     """What became of every competitor."""
     expected = contest.expected()
     rows: dict[str, Row] = {name: {"status": "cannot run", "reason": why} for name, why in contest.cannot.items()}
-    passed: dict[str, Competitor] = {}
+    passed: dict[str, _Metered] = {}
     for name, competitor in contest.competitors.items():
-        error, reason = check(competitor, expected)
+        metered = _Metered(competitor, options.device)
+        error, reason = check(replace(competitor, run=metered), expected)
         rows[name] = {"status": "failed", "reason": reason, "error": error, "budget": competitor.budget}
         if not reason:
-            passed[name] = competitor
-    for name, competitor in passed.items():
-        rows[name] |= {"status": "timed", "peak_bytes": peak_bytes(competitor.run, options.device)}
+            passed[name] = metered
+    for name, metered in passed.items():
+        if metered.seconds < WARM_SECONDS:
+            metered()
+        rows[name] |= {"status": "timed", "peak_bytes": metered.peak}
     for name, timing in _take_turns(passed, baseline, options).items():
         rows[name] |= timing
     return rows
+
+
+class _Metered:
+    """A competitor whose latest call's time and memory are kept."""
+
+    def __init__(self, competitor: Competitor, device: torch.device) -> None:
+        self.run, self.rounds, self.device = competitor.run, competitor.rounds, device
+        self.seconds = math.inf
+        self.peak: int | None = None
+
+    def __call__(self) -> Tensor:
+        answers: list[Tensor] = []
+
+        def timed() -> None:
+            self.seconds = seconds_per_call(lambda: answers.append(self.run()), 1, self.device)
+
+        self.peak = peak_bytes(timed, self.device)
+        return answers[0]
 
 
 def check(competitor: Competitor, expected: Mapping[str, Tensor]) -> tuple[float | None, str]:
@@ -87,28 +130,43 @@ def check(competitor: Competitor, expected: Mapping[str, Tensor]) -> tuple[float
     )
 
 
-def _take_turns(competitors: Mapping[str, Competitor], baseline: str, options: Options) -> dict[str, Row]:
-    """A B C A B C …, so that a slow moment of the machine hits all alike."""
-    calls = {}
+def _take_turns(competitors: Mapping[str, _Metered], baseline: str, options: Options) -> dict[str, Row]:
+    """A B C A B C …, so that a slow moment of the machine hits all alike; those with fewer rounds drop out early."""
+    calls, times = {}, {}
     for name, competitor in competitors.items():
-        once = seconds_per_call(competitor.run, 1, options.device)
+        once = competitor.seconds
+        if once < WARM_SECONDS:  # the metered call had to fetch its memory from the system
+            once = seconds_per_call(competitor.run, 1, options.device)
         calls[name] = max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
+        times[name] = [once] if competitor.rounds == 0 else []
     bystanders = Bystanders()
-    times: dict[str, list[float]] = {name: [] for name in competitors}
-    for _ in range(options.repeats):
+    for turn in range(options.repeats):
         gc.collect()
         for name, competitor in competitors.items():
-            times[name].append(seconds_per_call(competitor.run, calls[name], options.device))
-    base, others = times.get(baseline), bystanders.share()
-    return {
+            if competitor.rounds is None or turn < competitor.rounds:
+                times[name].append(seconds_per_call(competitor.run, calls[name], options.device))
+    rows: dict[str, Row] = {
         name: {
+            "samples": own,
+            "in_rounds": competitors[name].rounds != 0,
             "seconds": spread(own),
-            "ratio": spread([x / y for x, y in zip(own, base, strict=True)]) if base else None,
+            "ratio": None,
             "calls_per_sample": calls[name],
-            "others_cpu_share": others,
+            "others_cpu_share": bystanders.share(),
         }
         for name, own in times.items()
     }
+    if baseline in rows:
+        for row in rows.values():
+            row["ratio"] = spread(seconds_ratio(row, rows[baseline]))
+    return rows
+
+
+def seconds_ratio(over: Row, under: Row) -> list[float]:
+    """Of two timed rows, round by round as far as both go; one timed outside the rounds meets the other's median."""
+    if over["in_rounds"] and under["in_rounds"]:
+        return [x / y for x, y in zip(over["samples"], under["samples"], strict=False)]
+    return [over["seconds"]["median"] / under["seconds"]["median"]]
 
 
 def spread(values: list[float]) -> dict[str, float]:

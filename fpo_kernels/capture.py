@@ -8,20 +8,40 @@ is ever computed, and nothing below the lowest tap is put on the tape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .batches import Batch, rows_of
-from .factors import Factors, interleave, offsets_of
-from .layers import Site
+from .layers import Site, looked_up
 
-Deliver = Callable[[nn.Module, Tensor, Tensor], None]
-Consume = Callable[[Site, Factors], None]
+
+class UnservedError(Exception):
+    """What a pass found out about chosen parameters that the modules' kinds did not tell: name → reason."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+        self.reasons = dict(reasons)
+
+
+class Shape(NamedTuple):
+    """How many examples a batch holds, and how many tokens each (None where its entries do not say)."""
+
+    examples: int
+    tokens: int | None
+
+
+class Delivery(NamedTuple):
+    """One use of a module. Deliveries of one `group` read the same input tensor."""
+
+    module: nn.Module
+    group: int
+    a: Tensor  # (B, …, p) its input, or (B, …) ids
+    d: Tensor  # (B, …, q) the gradient of its output
 
 
 class _Tap(torch.autograd.Function):
@@ -40,62 +60,146 @@ class _Tap(torch.autograd.Function):
 
 
 class Taps:
-    """What a forward pass under `tapped` left behind: how often each module ran, and the way back."""
+    """What a forward pass under `tapped` left behind: each use of a module in order, and the way back.
 
-    def __init__(self, deliver: Deliver, device: torch.device) -> None:
-        self.deliver = deliver
-        self.calls: dict[nn.Module, int] = {}
+    Attributes:
+        calls: (module, group) of every use of a tapped module.
+        idle: outputs are passed on untouched.
+        expanded: modules whose call was broadcast over the batch and went on expanded to it.
+        uses: counts the uses of the sites' parameters while it is entered.
+    """
+
+    def __init__(self, sites: Sequence[Site], shape: Shape, device: torch.device) -> None:
+        self.calls: list[tuple[nn.Module, int]] = []
+        self.expanded: set[nn.Module] = set()
+        self.idle = False
+        self.deliver: Callable[[Delivery], None] = lambda delivery: None
+        self.uses = Uses(sites)
+        self.names: dict[nn.Module, list[str]] = {}
+        for site in sites:
+            for module in site.rules:
+                self.names.setdefault(module, []).append(site.name)
+        self._shape = shape
         self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._inputs: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # id → input, its version and group
+        self._backward = False
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Forward hook: pass the output through an identity that remembers the input."""
-        a = input_of(args, kwargs)
+        if self.idle:
+            return output
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(module).__name__}: it runs under no_grad inside the model's forward, so no gradient can "
                 "reach it; reentrant gradient checkpointing does that (pass use_reentrant=False)"
             )
-        self.calls[module] = self.calls.get(module, 0) + 1
+        a = given = args[0] if args else next(iter(kwargs.values()))
+        scale = 1.0
+        if isinstance(module, nn.Embedding):
+            try:
+                with self.uses.paused():
+                    a, scale = looked_up(module, args, kwargs, output)
+                    given = a
+            except ValueError as problem:
+                raise UnservedError(dict.fromkeys(self.names[module], str(problem))) from None
+        a, output = self._by_example(module, a.detach(), output)
+        group = self._group(given)
+        if not self._backward:  # under checkpointing the forward runs again during backward
+            self.calls.append((module, group))
 
         def deliver(a: Tensor, d: Tensor) -> None:
-            with torch.no_grad():
-                self.deliver(module, a, d)
+            with torch.no_grad(), torch.autocast(d.device.type, enabled=False):
+                self.deliver(Delivery(module, group, a, d if scale == 1 else d * scale))
 
-        return _Tap.apply(output, self._anchor, a.detach(), deliver)
+        return _Tap.apply(output, self._anchor, a, deliver)
 
-    def backward(self, outputs: Tensor) -> None:
-        """Send the gradient of `outputs.sum()` down the tape; each tap delivers on the way."""
+    def _by_example(self, module: nn.Module, a: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output with the batch in front; a call broadcast over the batch is expanded to it."""
+        size, tokens = self._shape
+        if size == 1 or (output.ndim >= 2 and output.shape[0] == size):
+            return a, output
+        if output.ndim >= 3 and output.shape[0] == a.shape[0] == 1:
+            self.expanded.add(module)
+            return a.expand(size, *a.shape[1:]), output.expand(size, *output.shape[1:])
+        if output.ndim == 2 and tokens and output.shape[0] == size * tokens:
+            return a, output  # (B·T, q), one example after another
+        reason = (
+            f"its module's input has shape {tuple(a.shape)}; wanted the batch of {size} examples in the first dimension"
+        )
+        raise UnservedError(dict.fromkeys(self.names[module], reason))
+
+    def _group(self, given: Tensor) -> int:
+        known = self._inputs.get(id(given))
+        if known is not None and known[0]() is given and known[1] == given._version:
+            return known[2]
+        self._inputs[id(given)] = weakref.ref(given), given._version, len(self.calls)
+        return len(self.calls)
+
+    def backward(self, outputs: Tensor, deliver: Callable[[Delivery], None], *, again: bool = False) -> None:
+        """Send the gradient of `outputs.sum()` down the tape; `deliver` is called on the way, under no_grad."""
         if not outputs.requires_grad:
             raise ValueError("output: it depends on none of the chosen parameters' modules (was it detached?)")
-        torch.autograd.grad(outputs.sum(), self._anchor, allow_unused=True)
+        self.deliver, self._backward = deliver, True
+        torch.autograd.grad(outputs.sum(), self._anchor, allow_unused=True, retain_graph=again)
 
+    def leaks(self, outputs: Tensor) -> set[nn.Module]:
+        """Modules through whose rows an example's output depends on rows of another example.
 
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A module's input, passed by place or by name."""
-    return args[0] if args else kwargs["input"]
+        The first dimension is then not the batch, or examples meet. Told from the gradient of one output.
+        """
+        size = self._shape.examples
+        one = size // 2  # neither the first nor the last of three: a model may treat those in their own way
+        found: dict[nn.Module, Tensor] = {}
+
+        def look(delivery: Delivery) -> None:
+            d = delivery.d.reshape(size, -1)
+            others = torch.cat([d[:one], d[one + 1 :]])
+            leak = (others != 0).any()
+            found[delivery.module] = found[delivery.module] | leak if delivery.module in found else leak
+
+        self.backward(outputs[one], look, again=True)
+        return {module for module, leak in found.items() if bool(leak)}
 
 
 @contextmanager
-def tapped(model: nn.Module, modules: Iterable[nn.Module], deliver: Deliver) -> Iterator[Taps]:
-    """Taps on `modules` for one forward and `Taps.backward`; the model is restored whatever happens.
-
-    `deliver(module, a, d)` is called once for each use of a module in the forward whose output reaches
-    the differentiated scalar, in backward order and under no_grad: a is the module's input, d the gradient
-    of its output.
-    """
-    first = next(model.parameters(), None)
-    taps = Taps(deliver, first.device if first is not None else torch.device("cpu"))
+def frozen(model: nn.Module, learning: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """No parameter requires grad but the given ones; as before afterwards, whatever happens."""
+    wanted = {id(parameter) for parameter in learning}
     with ExitStack() as stack:
         for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                stack.callback(parameter.requires_grad_, True)
-        for module in modules:
+            if parameter.requires_grad != (id(parameter) in wanted):
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(id(parameter) in wanted)
+        yield
+
+
+@contextmanager
+def tapped(model: nn.Module, sites: Sequence[Site], shape: Shape) -> Iterator[Taps]:
+    """Taps on the sites' modules for one forward and `Taps.backward`; the model is restored whatever happens."""
+    first = next(model.parameters(), None)
+    taps = Taps(sites, shape, first.device if first is not None else torch.device("cpu"))
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        for module in taps.names:
             # first in line: a user's own hook may change the output, and d belongs to what the module made
             handle = module.register_forward_hook(taps.hook, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
+        for module in model.modules():
+            if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+                stack.callback(module.register_forward_hook(_passes_gradients, with_kwargs=True).remove)
         stack.enter_context(torch.enable_grad())
         yield taps
+
+
+def _passes_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    """Forward hook: bitsandbytes' 4-bit layers drop the gradient once they are packed for inference on a CPU."""
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if any(x.requires_grad for x in given) and not output.requires_grad:
+        raise RuntimeError(
+            f"{type(module).__name__} passes no gradient on: its quantised weight was packed for inference, as "
+            "bitsandbytes does on CPUs with AVX512-BF16 in eval mode; load the model again and call model.train() "
+            "(without dropout) before the first forward"
+        )
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
@@ -113,93 +217,31 @@ class Uses(TorchFunctionMode):
     def __init__(self, sites: Iterable[Site]) -> None:
         super().__init__()
         self._names = {id(site.parameter): site.name for site in sites}
+        self._paused = False
         self.count: dict[str, int] = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Without counting: what a tap looks up for itself is no use of the model's."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
-        if any(isinstance(x, Tensor) for x in _flat([out])):  # sizes, dtypes and devices are no use of its values
+        if not self._paused and any(
+            isinstance(x, Tensor) for x in _flat([out])
+        ):  # sizes, dtypes and devices are no use of its values
             for name in {self._names[id(x)] for x in _flat([*args, *(kwargs or {}).values()]) if id(x) in self._names}:
                 self.count[name] = self.count.get(name, 0) + 1
         return out
 
-    def check(self, calls: dict[nn.Module, int], sites: Iterable[Site]) -> None:
-        """Refuse parameters that are also used outside their modules' calls, where no tap sees them."""
-        for site in sites:
-            if self.count.get(site.name, 0) > sum(calls.get(module, 0) for module in site.modules):
-                raise ValueError(
-                    f"{site.name}: chosen, but used outside its module's call (functionally, or by another "
-                    "method), so its gradient cannot be told apart by example. Leave it out of `parameters`."
-                )
-
-
-class Gather:
-    """Joins what the taps deliver into one packed stream a parameter and passes it on when complete."""
-
-    def __init__(self, sites: list[Site], batch: Batch, consume: Consume) -> None:
-        self.consume = consume
-        self.size = rows_of(batch)
-        self.square: set[nn.Module] = set()  # modules whose input has as many tokens as examples
-        self._sites = sites
-        self._sites_of: dict[nn.Module, list[Site]] = {}
-        for site in sites:
-            for module in dict.fromkeys(site.modules):
-                self._sites_of.setdefault(module, []).append(site)
-        self._parts: dict[str, list[Factors]] = {}
-        self._missing: dict[str, int] = {}
-        mask = batch.get("attention_mask")
-        self._padding: tuple[Tensor, Tensor] | None = None  # where tokens are (B, T), and how many (B,)
-        if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
-            self._padding = mask.bool(), mask.bool().sum(1)
-
-    @property
-    def modules(self) -> Iterable[nn.Module]:
-        """What has to be tapped."""
-        return self._sites_of.keys()
-
-    def start(self, calls: dict[nn.Module, int]) -> None:
-        """Learn from the forward's call counts how many deliveries complete each parameter."""
-        silent = [s.name for s in self._sites if not any(calls.get(module) for module in s.modules)]
-        if silent:
-            raise ValueError(
-                f"{', '.join(silent[:5])}{' …' if len(silent) > 5 else ''}: chosen, but its module was not "
-                "called in the forward pass, so its gradient cannot be seen. Leave it out of `parameters`."
-            )
-        self._missing = {s.name: sum(calls.get(module, 0) for module in s.modules) for s in self._sites}
-
-    def deliver(self, module: nn.Module, a: Tensor, d: Tensor) -> None:
-        """A tap's callback: pack one call's (a, d) and pass complete parameters on."""
-        packed = self._pack(module, a, d)
-        for site in self._sites_of[module]:
-            self._parts.setdefault(site.name, []).append(packed)
-            self._missing[site.name] -= 1
-            if not self._missing[site.name]:
-                self._pass_on(site)
-
-    def finish(self) -> None:
-        """Pass on what is left: parameters of which some calls did not reach the output."""
-        for site in self._sites:
-            if site.name in self._parts:
-                self._pass_on(site)
-
-    def _pass_on(self, site: Site) -> None:
-        self.consume(site, interleave(self._parts.pop(site.name)))
-
-    def _pack(self, module: nn.Module, a: Tensor, d: Tensor) -> Factors:
-        if a.ndim < 2 or a.shape[0] != self.size:
-            named = ", ".join(site.name for site in self._sites_of[module])
-            raise ValueError(
-                f"{named}: its module's input has shape {tuple(a.shape)}; wanted the batch of {self.size} "
-                "examples in the first dimension"
-            )
-        if a.ndim >= 3 and a.shape[1] == self.size > 1:
-            self.square.add(module)
-        common = torch.promote_types(a.dtype, d.dtype)
-        a, d = a.to(common), d.to(common)
-        mask, tokens = self._padding or (None, None)
-        by_token = mask is not None and a.ndim >= 3 and a.shape[1] == mask.shape[1]
-        # Padding has no gradient in a model that respects its mask; of one that does not, every row counts.
-        if mask is not None and tokens is not None and by_token and not d[~mask].any():
-            counts = tokens * (a[0, 0].numel() // a.shape[-1])
-            return Factors(a[mask].flatten(0, -2), d[mask].flatten(0, -2), offsets_of(counts))
-        counts = torch.full((self.size,), a[0].numel() // a.shape[-1], device=a.device)
-        return Factors(a.flatten(0, -2), d.flatten(0, -2), offsets_of(counts))
+    def outside(self, calls: Mapping[nn.Module, int], sites: Iterable[Site]) -> dict[str, str]:
+        """Name → reason of parameters that are also used outside their modules' calls, where no tap sees them."""
+        return {
+            site.name: "used outside its module's call (functionally, or by another method)"
+            for site in sites
+            if self.count.get(site.name, 0) > sum(calls.get(module, 0) for module in site.rules)
+        }

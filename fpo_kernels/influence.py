@@ -1,26 +1,28 @@
 """`Influence`: inner products of a model's per-example gradients from one backward, no gradient formed.
 
 For example i of a batch, g_i is the gradient of the example's own scalar output with respect to the chosen
-parameters. One forward and one activation-only backward run with taps (`capture`); each parameter's rule
-(`layers`) turns what its taps deliver into inner products at once, and the parameters are added up.
+parameters. One forward and one activation-only backward run with taps (`capture`, `passes`); each parameter's
+rule (`layers`) turns what its taps deliver into a stream (`gradients`), whose products are taken at once and
+added up over the parameters.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .batches import Batch, chunks, join, rows_of, take
-from .capture import Consume, Gather, Uses, input_of, tapped
-from .factors import Factors, concatenate
-from .layers import Coverage, Parameters, Site, choose, survey
+from .gradients import Pairs, Stream, Vectors, join_batches
+from .layers import Coverage, Parameters, Site, choose
+from .passes import PER_EXAMPLE, Passes
+from .totals import Held, Total, holding, symmetric, wide
 
 Output = Callable[..., Tensor]
+T = TypeVar("T")
 
 
 class Steering(NamedTuple):
@@ -34,19 +36,27 @@ class Steering(NamedTuple):
 class Influence:
     """Per-example gradient inner products of `model` over the chosen parameters.
 
+    Served are the weights and biases of Linear, transformers' Conv1D, Embedding, LayerNorm, RMSNorm and their
+    likes, LoRA's factors among them; a shared parameter's gradient is the sum over all its uses. What else is
+    chosen is named with the reason, see `fallback` and `coverage`.
+
     Args:
         model: called as `model(**batch)`. Its parameters, modes and buffers are left as they were found.
         parameters: "all", "head" (the score head), "lora" (the LoRA factors), "trainable" (what requires
             grad now), a list of names or globs, or a predicate on (name, parameter).
         output: maps what the model returns, or (returned, batch), to one scalar an example, (B,).
             Default: `returned.logits[:, 0]`.
-        fallback: "error" refuses a parameter whose gradient cannot be told apart by example.
+        fallback: what becomes of a parameter whose gradient cannot be told apart by example. "error" refuses
+            it; "per_example" computes it exactly by one forward and backward an example and holds these
+            gradients, (sequences on a tape) × (its weights) numbers.
         micro_batch: the most sequences on one autograd tape; None puts a call's whole batch on one. Each
             piece of a steering call runs the references it needs again.
 
+    The first call of an engine runs its backward twice: once to see that examples do not meet.
+
     Raises:
-        ValueError: a choice that matches nothing, or a parameter whose gradient cannot be told apart by
-            example with the rules at hand (each is named with the reason).
+        ValueError: a choice that matches nothing, or a parameter that cannot be served (each is named with
+            the reason; some show only when the model runs, in the first call).
         TypeError: a compiled or FSDP-sharded model.
     """
 
@@ -58,67 +68,73 @@ class Influence:
         fallback: str = "error",
         micro_batch: int | None = None,
     ) -> None:
-        if fallback != "error":
-            raise ValueError(f"fallback={fallback!r}: wanted 'error'")
+        if fallback not in ("error", PER_EXAMPLE):
+            raise ValueError(f"fallback={fallback!r}: wanted 'error' or {PER_EXAMPLE!r}")
         if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
             raise ValueError(f"micro_batch={micro_batch!r}: wanted a positive number of sequences, or None")
         _refuse_wrapped(model)
         self.model = model
         self.micro_batch = micro_batch
-        self._output = _with_batch(output or _first_logit)
-        self._sites, self._coverage = survey(model, choose(model, parameters))
-        self._known_uses = self._known_layout = False
-        refused: dict[str, list[str]] = {}
-        for row in self._coverage:
-            if row.rule is None:
-                refused.setdefault(row.reason, []).append(row.parameter)
-        if refused:
-            named = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in refused.items())
-            raise ValueError(
-                "parameters whose gradients cannot be told apart by example were chosen "
-                f"({named}); leave them out through `parameters`"
-            )
+        self._passes = Passes(model, choose(model, parameters), _with_batch(output or _first_logit), fallback)
 
     def coverage(self) -> list[Coverage]:
-        """One row a chosen parameter: its name, shape and the rule that serves it."""
-        return list(self._coverage)
+        """One row a chosen parameter: its name, shape, the rule that serves it, and a reason where it is not served.
+
+        Reasons that show only when the model runs are known after the first call.
+        """
+        return self._passes.coverage()
 
     def norms(self, batch: Batch) -> Tensor:
         """‖g_i‖² of every example, (B,), fp32 or float64 (accumulated so). Raises as `gram` does."""
-        self._check_mode()
-        parts = []
-        for rows in chunks(rows_of(batch), self.micro_batch):
-            total = _Total()
-            outputs = self._backward(take(batch, rows), total.over(_diagonal))
-            parts.append(total.result(outputs, outputs.shape[0]))
-        return torch.cat(parts)
+
+        def one(rows: slice) -> Tensor:
+            part = take(batch, rows)
+            total, index = Total(), torch.arange(rows_of(part))
+            outputs = self._passes.run(part, total.over(Pairs(torch.stack([index, index], 1))))
+            return total.result(outputs, len(outputs))
+
+        return self._call(lambda: torch.cat([one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]))
+
+    def direction(self, batch: Batch, vectors: Mapping[str, Tensor]) -> Tensor:
+        """⟨g_i, v⟩ of every example, (B,), fp32 or float64 (accumulated so); the model's stated directional derivative.
+
+        Args:
+            batch: B sequences.
+            vectors: parameter name → tensor of the parameter's shape, floating point. Chosen parameters that
+                are not named count as zero.
+
+        Raises: as `gram`; ValueError for a name that is not a chosen parameter, or a tensor of another shape.
+        """
+        wanted = self._vectors(vectors)
+
+        def one(rows: slice) -> Tensor:
+            total = Total()
+
+            def consume(sites: list[Site], streams: list[Stream]) -> None:
+                for site, stream in zip(sites, streams, strict=True):
+                    if site.name in wanted:
+                        device = stream.v.device if isinstance(stream, Vectors) else stream.d.device
+                        total.add(stream.direction(wanted[site.name].to(device)))
+
+            outputs = self._passes.run(take(batch, rows), consume)
+            return total.result(outputs, len(outputs))
+
+        return self._call(lambda: torch.cat([one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]))
 
     def gram(self, batch: Batch, other: Batch | None = None) -> Tensor:
         """⟨g_i, g_j⟩ over one batch, (B, B), or between two, (B, M); fp32 or float64 (accumulated so).
 
-        With `micro_batch`, blocks of rows are held and met by every later block: the factors of two
+        With `micro_batch`, blocks of rows are held and met by every later block: the streams of two
         blocks are in memory at a time, for n(n+1)/2 passes over n blocks (n·m between two batches).
 
         Raises:
             RuntimeError: called under `torch.inference_mode`, or the model drops activations at random.
-            ValueError: the model's output is not one scalar an example, a chosen parameter's module is
-                not called, or a module's input does not carry the batch in its first dimension.
+            ValueError: the model's output is not one scalar an example, or a chosen parameter turns out not
+                to be told apart by example under `fallback="error"`.
         """
-        self._check_mode()
-        lefts = chunks(rows_of(batch), self.micro_batch)
         if other is None:
-            blocks = []
-            for n, rows in enumerate(lefts):
-                own, held = self._gram_block(take(batch, rows), hold=n + 1 < len(lefts))
-                right = [self._cross_block(len(own), held, take(batch, later)) for later in lefts[n + 1 :]]
-                blocks.append([own, *right])
-            return _symmetric(blocks)
-        rights = chunks(rows_of(other), self.micro_batch)
-        grid = []
-        for rows in lefts:
-            outputs, held = self._hold(take(batch, rows))
-            grid.append(torch.cat([self._cross_block(len(outputs), held, take(other, cols)) for cols in rights], 1))
-        return torch.cat(grid)
+            return self._call(lambda: self._gram(batch))
+        return self._call(lambda: self._cross_gram(batch, other))
 
     def steering(self, candidates: Batch, references: Batch, reference_of: Tensor | None = None) -> Steering:
         """⟨g_z, g_z − g_ref⟩ of every candidate z against its reference (the paper's practical penalty).
@@ -130,13 +146,59 @@ class Influence:
 
         Raises: as `gram`; ValueError for a `reference_of` that does not fit.
         """
-        self._check_mode()
         n, m = rows_of(candidates), rows_of(references)
         partner = _partners(n, m, reference_of)
-        parts = [
-            self._steer(take(candidates, rows), references, partner[rows]) for rows in self._steering_chunks(n, partner)
-        ]
-        return Steering(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+        def whole() -> Steering:
+            pieces = [
+                self._steer(take(candidates, rows), references, partner[rows])
+                for rows in self._steering_chunks(n, partner)
+            ]
+            return Steering(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+
+        return self._call(whole)
+
+    def _call(self, compute: Callable[[], T]) -> T:
+        self._check_mode()
+        return self._passes.settled(compute)
+
+    def _vectors(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The directions by canonical name, (q, p) of each parameter."""
+        if not vectors:
+            raise ValueError("vectors: wanted parameter name → tensor, got none")
+        canonical = {id(parameter): name for name, parameter in self._passes.chosen.items()}
+        every = dict(self.model.named_parameters(remove_duplicate=False))
+        wanted: dict[str, Tensor] = {}
+        for name, vector in vectors.items():
+            if name not in every or id(every[name]) not in canonical:
+                raise ValueError(f"vectors: {name!r} is not among the chosen parameters")
+            if vector.shape != every[name].shape or not vector.is_floating_point():
+                raise ValueError(
+                    f"vectors[{name!r}]: wanted floating point {tuple(every[name].shape)}, "
+                    f"got {vector.dtype} {tuple(vector.shape)}"
+                )
+            key = canonical[id(every[name])]
+            if key in wanted:
+                raise ValueError(f"vectors: {name!r} is {key!r} by another name, and both are given")
+            wanted[key] = vector.detach()
+        return wanted
+
+    def _gram(self, batch: Batch) -> Tensor:
+        lefts = chunks(rows_of(batch), self.micro_batch)
+        blocks = []
+        for n, rows in enumerate(lefts):
+            own, held = self._gram_block(take(batch, rows), hold=n + 1 < len(lefts))
+            right = [self._cross_block(len(own), held, take(batch, later)) for later in lefts[n + 1 :]]
+            blocks.append([own, *right])
+        return symmetric(blocks)
+
+    def _cross_gram(self, batch: Batch, other: Batch) -> Tensor:
+        rights = chunks(rows_of(other), self.micro_batch)
+        grid = []
+        for rows in chunks(rows_of(batch), self.micro_batch):
+            outputs, held = self._hold(take(batch, rows))
+            grid.append(torch.cat([self._cross_block(len(outputs), held, take(other, cols)) for cols in rights], 1))
+        return torch.cat(grid)
 
     def _steering_chunks(self, n: int, partner: Tensor) -> list[slice]:
         """Slices of candidates that fit on one tape together with their references, where any do."""
@@ -151,109 +213,66 @@ class Influence:
         n, m = len(partner), len(used)
         fits = self.micro_batch is None or n + m <= self.micro_batch
         both = join(candidates, references, self._pad_id()) if fits else None
-        total = _Total()
+        total = Total()
         index = torch.arange(n)
-        own_pairs = torch.stack([index, index], 1)
+        own = torch.stack([index, index], 1)
         if both is not None:
-            pairs = torch.cat([own_pairs, torch.stack([index, n + partner], 1)])
-            outputs = self._backward(both, total.over(lambda own: pairs))
+            outputs = self._passes.run(both, total.over(Pairs(torch.cat([own, torch.stack([index, n + partner], 1)]))))
             products = total.result(outputs, 2 * n)
             reward, reference_reward = outputs[:n], outputs[n:]
         else:
             reference_reward, held = self._hold(references)
-            cross = torch.stack([index, partner], 1)
-            crossed = _Total()
+            crossed = Total()
+            own_pairs, cross_pairs = Pairs(own), Pairs(torch.stack([index, partner], 1))
 
-            def consume(site: Site, own: Factors) -> None:
-                total.add(site, own, own_pairs)
-                if site.name in held:
-                    crossed.add(site, own, cross, held[site.name])
+            def consume(sites: list[Site], streams: list[Stream]) -> None:
+                total.multiply(sites, streams, own_pairs)
+                crossed.multiply(sites, streams, cross_pairs, held)
 
-            reward = self._backward(candidates, consume)
+            reward = self._passes.run(candidates, consume)
             products = torch.cat([total.result(reward, n), crossed.result(reward, n)])
         on_device = partner.to(reward.device)
-        return _wide(reward), _wide(reference_reward)[on_device], products[:n] - products[n:]
+        return wide(reward), wide(reference_reward)[on_device], products[:n] - products[n:]
 
-    def _hold(self, batch: Batch) -> tuple[Tensor, dict[str, Factors]]:
-        """Outputs and every site's factors of a batch, at most `micro_batch` sequences on a tape."""
+    def _hold(self, batch: Batch) -> tuple[Tensor, Held]:
+        """Outputs and every parameter's stream of a batch, at most `micro_batch` sequences on a tape."""
         outputs, parts = [], []
         for rows in chunks(rows_of(batch), self.micro_batch):
-            held: dict[str, Factors] = {}
-            outputs.append(self._backward(take(batch, rows), _holding(held)))
+            held: Held = {}
+            outputs.append(self._passes.run(take(batch, rows), holding(held)))
             parts.append(held)
-        sizes = [len(o) for o in outputs]
-        names = dict.fromkeys(name for part in parts for name in part)
-        merged = {name: concatenate([part.get(name) for part in parts], sizes) for name in names}
+        merged = parts[0] if len(parts) == 1 else join_batches(parts, [len(o) for o in outputs])
         return torch.cat(outputs), merged
 
-    def _gram_block(self, batch: Batch, hold: bool) -> tuple[Tensor, dict[str, Factors]]:
-        total = _Total()
-        held: dict[str, Factors] = {}
+    def _gram_block(self, batch: Batch, hold: bool) -> tuple[Tensor, Held]:
+        total = Total()
+        held: Held = {}
+        b = rows_of(batch)
+        upper_pairs = Pairs(torch.triu_indices(b, b).T.contiguous())
 
-        def consume(site: Site, own: Factors) -> None:
-            total.add(site, own, _upper(own))
+        def consume(sites: list[Site], streams: list[Stream]) -> None:
+            total.multiply(sites, streams, upper_pairs)
             if hold:
-                held[site.name] = own
+                holding(held)(sites, streams)
 
-        outputs = self._backward(batch, consume)
-        b = outputs.shape[0]
-        upper = total.result(outputs, b * (b + 1) // 2)
+        upper = total.result(self._passes.run(batch, consume), b * (b + 1) // 2)
         rows, cols = torch.triu_indices(b, b, device=upper.device)
         gram = upper.new_empty(b, b)
         gram[rows, cols] = upper
         gram[cols, rows] = upper
         return gram, held
 
-    def _cross_block(self, size: int, held: dict[str, Factors], batch: Batch) -> Tensor:
+    def _cross_block(self, size: int, held: Held, batch: Batch) -> Tensor:
         """⟨g_i, g_j⟩ of the `size` held examples i and the batch's examples j, (I, J)."""
-        total = _Total()
+        total = Total()
+        b = rows_of(batch)
+        pairs = Pairs(torch.cartesian_prod(torch.arange(b), torch.arange(size)))
 
-        def consume(site: Site, own: Factors) -> None:
-            if site.name in held:
-                b = own.examples
-                pairs = torch.cartesian_prod(torch.arange(b), torch.arange(size))
-                total.add(site, own, pairs, held[site.name])
+        def consume(sites: list[Site], streams: list[Stream]) -> None:
+            total.multiply(sites, streams, pairs, held)
 
-        outputs = self._backward(batch, consume)
-        return total.result(outputs, outputs.shape[0] * size).view(-1, size).T
-
-    def _backward(self, batch: Batch, consume: Consume) -> Tensor:
-        """One tapped forward and backward; `consume` meets each parameter's factors as they are complete."""
-        gather = Gather(self._sites, batch, consume)
-        rows = rows_of(batch)
-        with tapped(self.model, gather.modules, gather.deliver) as taps:
-            with nullcontext() if self._known_uses else Uses(self._sites) as uses:
-                outputs = self._output(self.model(**batch), batch)
-            if not isinstance(outputs, Tensor) or outputs.shape != (rows,) or not outputs.is_floating_point():
-                got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-                raise ValueError(f"output: wanted one floating-point scalar an example, ({rows},), got {got}")
-            gather.start(taps.calls)
-            if uses is not None:
-                uses.check(taps.calls, self._sites)
-                self._known_uses = True
-            taps.backward(outputs)
-        gather.finish()
-        if gather.square and not self._known_layout:
-            self._check_layout(batch, gather.square)
-        return outputs.detach()
-
-    def _check_layout(self, batch: Batch, modules: set[nn.Module]) -> None:
-        """Where tokens and examples are equally many, one example alone tells which dimension is which."""
-        first: list[int] = []
-
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            first.append(input_of(args, kwargs).shape[0])
-
-        handles = [module.register_forward_hook(look, with_kwargs=True) for module in modules]
-        try:
-            with torch.no_grad():
-                self.model(**take(batch, slice(0, 1)))
-        finally:
-            for handle in handles:
-                handle.remove()
-        if any(size != 1 for size in first):
-            raise ValueError("a chosen module's input does not carry the batch in its first dimension")
-        self._known_layout = True
+        outputs = self._passes.run(batch, consume)
+        return total.result(outputs, b * size).view(-1, size).T
 
     def _pad_id(self) -> int | None:
         return getattr(getattr(self.model, "config", None), "pad_token_id", None)
@@ -269,59 +288,6 @@ class Influence:
                 )
 
 
-class _Total:
-    """Inner products summed over parameters, in fp32 or float64."""
-
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
-
-    def add(self, site: Site, own: Factors, pairs: Tensor, other: Factors | None = None) -> None:
-        part = site.products(own, pairs.to(own.d.device), other)
-        self.value = part if self.value is None else self.value + part
-
-    def over(self, pairs_of: Callable[[Factors], Tensor]) -> Consume:
-        """A consumer that adds the products of the pairs chosen for each stream."""
-
-        def consume(site: Site, own: Factors) -> None:
-            self.add(site, own, pairs_of(own))
-
-        return consume
-
-    def result(self, outputs: Tensor, n: int) -> Tensor:
-        """The sum, or zeros where no gradient reached any chosen parameter."""
-        return _wide(outputs).new_zeros(n) if self.value is None else self.value
-
-
-def _holding(held: dict[str, Factors]) -> Consume:
-    def consume(site: Site, own: Factors) -> None:
-        held[site.name] = own
-
-    return consume
-
-
-def _symmetric(blocks: list[list[Tensor]]) -> Tensor:
-    """A symmetric matrix from its blocks on and above the diagonal."""
-    sizes = [row[0].shape[0] for row in blocks]
-    starts = [sum(sizes[:n]) for n in range(len(sizes))]
-    whole = blocks[0][0].new_empty(sum(sizes), sum(sizes))
-    for n, row in enumerate(blocks):
-        top = slice(starts[n], starts[n] + sizes[n])
-        upper = torch.cat(row, 1)
-        whole[top, starts[n] :] = upper
-        whole[starts[n] :, top] = upper.T
-    return whole
-
-
-def _diagonal(own: Factors) -> Tensor:
-    index = torch.arange(own.examples)
-    return torch.stack([index, index], 1)
-
-
-def _upper(own: Factors) -> Tensor:
-    b = own.examples
-    return torch.triu_indices(b, b).T.contiguous()
-
-
 def _partners(n: int, m: int, reference_of: Tensor | None) -> Tensor:
     if reference_of is None:
         if m not in (1, n):
@@ -335,10 +301,6 @@ def _partners(n: int, m: int, reference_of: Tensor | None) -> Tensor:
     if n and not (int(reference_of.min()) >= 0 and int(reference_of.max()) < m):
         raise ValueError(f"reference_of: indices must lie in [0, {m}), got {reference_of.tolist()}")
     return reference_of
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _first_logit(returned: Any) -> Tensor:

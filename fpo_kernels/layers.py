@@ -1,46 +1,70 @@
 """What a module's per-example gradient is made of, and which parameters can be told apart by example.
 
-A rule turns the (a, d) that a tap delivers into inner products of one parameter's per-example gradients.
-Parameters without a rule are named, with the reason, and refused by the engine.
+A rule turns one call of a module, its input and the gradient of its output, into a stream of one parameter's
+per-example gradients. Parameters without a rule are named, with the reason.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .factors import Factors
-from .products import grad_products
+from .gradients import Factors, Packing, Rows, Stream, Vectors
 
 Parameters = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 HEAD_NAMES = frozenset({"score", "classifier", "classification_head", "v_head", "value_head", "reward_head"})
+# Batch statistics let examples meet, and groups of channels are scaled through a shape of their own.
+_OTHER_NORMS = (
+    nn.modules.batchnorm._NormBase,  # batch and instance norms
+    nn.GroupNorm,
+)
 
 
-def linear_weight_products(own: Factors, pairs: Tensor, other: Factors | None = None) -> Tensor:
-    """⟨G_i, G_j⟩ of G_i = Σ_t d_t a_tᵀ for pairs (n, 2) → (n,)."""
-    return grad_products(own.a, own.d, own.offsets, pairs, other=other)
+class Call(Protocol):
+    """One use of a module, example by example: B examples of R rows each."""
+
+    @property
+    def a(self) -> Tensor:
+        """(B, R, p) the module's input, or (B, R) ids."""
+
+    @property
+    def d(self) -> Tensor:
+        """(B, R, q) the gradient of its output."""
+
+    def inputs(self, dtype: torch.dtype | None) -> Tensor:
+        """(S, p) or (S,) the input without padding, in a dtype; the same tensor for all that read it."""
+
+    def gradients(self) -> tuple[Tensor, Packing]:
+        """(S, q) the gradient without padding."""
 
 
-def linear_bias_products(own: Factors, pairs: Tensor, other: Factors | None = None) -> Tensor:
-    """⟨b_i, b_j⟩ of b_i = Σ_t d_t for pairs (n, 2) → (n,)."""
-    left = _sums(own)
-    right = left if other is None else _sums(other)
-    return (left[pairs[:, 0]] * right[pairs[:, 1]]).sum(-1)
+@dataclass(frozen=True)
+class Rule:
+    """How one parameter of a kind of module is served.
 
+    Attributes:
+        name: as `coverage()` shows it.
+        stream: (module, call) → the parameter's per-example gradients.
+        objection: why a module cannot be served; "" where it can.
+    """
 
-def _sums(factors: Factors) -> Tensor:
-    """Σ_t d_t of each example, (B, q), in fp32 or float64, summed in a fixed order."""
-    d = factors.d if factors.d.dtype == torch.float64 else factors.d.float()
-    return torch.segment_reduce(d, "sum", offsets=factors.offsets, axis=0, initial=0)
+    name: str
+    stream: Callable[[nn.Module, Call], Stream]
+    objection: Callable[[nn.Module], str] = lambda module: ""
 
 
 class Coverage(NamedTuple):
-    """How one chosen parameter is served: `rule` names the way, or is None and `reason` says why not."""
+    """How one chosen parameter is served: `rule` names the way, or is None and `reason` says why not.
+
+    Under `fallback="per_example"` the rule of a parameter without one is "per_example", its reason stays.
+    """
 
     parameter: str
     shape: tuple[int, ...]
@@ -48,17 +72,160 @@ class Coverage(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
-    """A chosen parameter, the modules that use it and the inner products of its per-example gradients."""
+    """A chosen parameter, the modules that use it, and each one's rule."""
 
     name: str
     parameter: nn.Parameter
-    modules: tuple[nn.Module, ...]
-    products: Callable[[Factors, Tensor, Factors | None], Tensor]
+    rules: dict[nn.Module, Rule]
 
 
-_RULES = {"weight": linear_weight_products, "bias": linear_bias_products}
+def _outer(module: nn.Module, call: Call) -> Factors:
+    d, packing = call.gradients()
+    # under autocast the module multiplied its input in the dtype of its output
+    return Factors(call.inputs(d.dtype), d, packing)
+
+
+def _outer_transposed(module: nn.Module, call: Call) -> Factors:
+    d, packing = call.gradients()
+    return Factors(call.inputs(d.dtype), d, packing, transposed=True)
+
+
+def _sum(module: nn.Module, call: Call) -> Vectors:
+    return Vectors(call.d.sum(1, dtype=_at_least_fp32(call.d)))
+
+
+def _lookup(module: nn.Module, call: Call) -> Rows:
+    d, packing = call.gradients()
+    ids = call.inputs(None).flatten()
+    padding = getattr(module, "padding_idx", None)
+    if padding is not None:  # its row never learns
+        d = d.masked_fill((ids == padding)[:, None], 0)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return Rows(ids, d, packing, len(weight))
+
+
+def _scale(module: nn.Module, call: Call) -> Vectors:
+    dtype = _at_least_fp32(call.d)
+    return Vectors((call.d.to(dtype) * normalised(module, call.a).to(dtype)).sum(1))
+
+
+def normalised(module: nn.Module, x: Tensor) -> Tensor:
+    """x̂, what the module's weight multiplies: what it returns with weight 1 less what it returns with 0.
+
+    This is the model's own arithmetic (LlamaRMSNorm normalises in fp32 even in a float64 model) and also
+    right where the weight counts from one, x̂·(1 + w).
+    """
+    return _with_parameters(module, x, weight=1.0, bias=0.0) - _with_parameters(module, x, weight=0.0, bias=0.0)
+
+
+def scales_elementwise(module: nn.Module, x: Tensor) -> bool:
+    """Whether the module makes x̂ ∘ w + c (+ bias) of x, as the rules for norms suppose; to a few roundings."""
+    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+    if not isinstance(weight, Tensor) or x.shape[-1:] != weight.shape:
+        return False
+    try:
+        output = type(module).forward(module, x)
+    except TypeError:  # it wants more than its input
+        return False
+    if output.shape != x.shape:
+        return False
+    made = _with_parameters(module, x, weight=0.0, bias=0.0) + normalised(module, x) * weight
+    made = (made if bias is None else made + bias).double()
+    # many norms compute in fp32 even in a float64 model
+    eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
+    return bool((made - output.double()).norm() <= 16 * eps * output.double().norm())
+
+
+def _with_parameters(module: nn.Module, x: Tensor, **constants: float) -> Tensor:
+    """What the module's forward returns with each parameter set to a constant; the module itself is not touched."""
+    twin = copy.copy(module)
+    own = dict(module.named_parameters(recurse=False))
+    twin.__dict__["_parameters"] = {
+        name: torch.full_like(own[name], constants[name]) if name in own else None for name in module._parameters
+    }
+    out: Tensor = type(module).forward(twin, x)
+    return out
+
+
+def looked_up(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> tuple[Tensor, float]:
+    """An embedding's ids and the factor s in output = s·weight[ids], also of classes that compute their own ids.
+
+    Raises:
+        ValueError: the output is not that.
+    """
+    if type(module).forward is nn.Embedding.forward:
+        return (args[0] if args else kwargs["input"]), 1.0
+    seen = _Lookups(module)
+    with torch.no_grad(), seen:
+        type(module).forward(module, *args, **kwargs)
+    if len(seen.ids) == 1:
+        scale = float(getattr(module, "embed_scale", 1.0))
+        for factor in dict.fromkeys((1.0, scale)):
+            plain = seen.values[0]
+            if plain.shape == output.shape and torch.equal(plain * torch.tensor(factor, dtype=plain.dtype), output):
+                return seen.ids[0], factor
+    raise ValueError(f"{type(module).__name__} does more than look rows up")
+
+
+class _Lookups(TorchFunctionMode):
+    """Records what is looked up in a module's weight."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.weight = module.weight
+        self.ids: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function is nn.functional.embedding:
+            given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
+            if given["weight"] is self.weight:
+                self.ids.append(given["input"])
+                self.values.append(out)
+        return out
+
+
+def _at_least_fp32(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _embedding_objection(module: nn.Module) -> str:
+    if getattr(module, "max_norm", None) is not None:
+        return "an Embedding with max_norm rewrites its weight as it reads it"
+    if getattr(module, "scale_grad_by_freq", False):
+        return "an Embedding with scale_grad_by_freq divides gradients by counts over the whole batch"
+    return ""
+
+
+def rules_of(module: nn.Module) -> dict[str, Rule]:
+    """Attribute → rule of the parameters that a module of this kind owns; {} for kinds without rules."""
+    name, kind = type(module).__name__, type(module)
+    if kind.forward is nn.Linear.forward:
+        return {"weight": Rule("linear weight", _outer), "bias": Rule("bias", _sum)}
+    if name == "Conv1D" and hasattr(module, "nf"):  # transformers': a linear layer whose weight is (p, q)
+        return {"weight": Rule("conv1d weight", _outer_transposed), "bias": Rule("bias", _sum)}
+    if isinstance(module, nn.Embedding):
+        return {"weight": Rule("embedding", _lookup, _embedding_objection)}
+    if is_norm(module):
+        return {"weight": Rule("norm weight", _scale), "bias": Rule("bias", _sum)}
+    return {}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """LayerNorm, RMSNorm and their likes: x̂ scaled by one vector, over the last dimension."""
+    own = dict(module.named_parameters(recurse=False))
+    return (
+        "Norm" in type(module).__name__
+        and not isinstance(module, _OTHER_NORMS)
+        and "weight" in own
+        and own.keys() <= {"weight", "bias"}
+        and all(parameter.ndim == 1 for parameter in own.values())
+        and not any(module.children())
+    )
 
 
 def choose(model: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
@@ -103,29 +270,33 @@ def _by_globs(model: nn.Module, everything: dict[str, nn.Parameter], globs: Sequ
     return {name: p for name, p in everything.items() if id(p) in wanted}
 
 
-def survey(model: nn.Module, chosen: dict[str, nn.Parameter]) -> tuple[list[Site], list[Coverage]]:
-    """Who serves each chosen parameter: the sites that can, and one coverage row a parameter."""
+def survey(model: nn.Module, chosen: dict[str, nn.Parameter]) -> tuple[list[Site], dict[str, str]]:
+    """Who serves each chosen parameter: the sites that can, and name → reason of those that none can."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(parameter), []).append((module, attribute))
-    sites, rows = [], []
+    sites, refused = [], {}
     for name, parameter in chosen.items():
         uses = owners[id(parameter)]
-        reason = next((why for module, attribute in uses if (why := _objection(module, attribute))), "")
-        attribute = uses[0][1]
-        if not reason and len({attribute for _, attribute in uses}) > 1:
-            reason = "shared between a weight and a bias"
-        rule = None if reason else f"linear {attribute}"
-        rows.append(Coverage(name, tuple(parameter.shape), rule, reason))
-        if rule:
-            sites.append(Site(name, parameter, tuple(module for module, _ in uses), _RULES[attribute]))
-    return sites, rows
+        rules = [(module, rules_of(module).get(attribute), attribute) for module, attribute in uses]
+        reason = next((why for module, rule, attribute in rules if (why := _objection(module, rule, attribute))), "")
+        kinds = {rule.name for _, rule, _ in rules if rule is not None}
+        if not reason and not (len(kinds) == 1 or kinds == {"linear weight", "embedding"}):
+            reason = f"shared between uses of different kinds ({', '.join(sorted(kinds))})"
+        if not reason and len({module for module, _ in uses}) < len(uses):
+            reason = f"used twice by one {type(uses[0][0]).__name__}"
+        if reason:
+            refused[name] = reason
+        else:
+            sites.append(Site(name, parameter, {module: rule for module, rule, _ in rules if rule is not None}))
+    return sites, refused
 
 
-def _objection(module: nn.Module, attribute: str) -> str:
-    if type(module) is not nn.Linear or attribute not in _RULES:
+def _objection(module: nn.Module, rule: Rule | None, attribute: str) -> str:
+    if rule is None:
         return f"no rule for {type(module).__name__}.{attribute}"
-    if not module.weight.is_floating_point():
-        return f"a {module.weight.dtype} weight has no gradient"
-    return ""
+    parameter = getattr(module, attribute)
+    if not parameter.is_floating_point():
+        return f"a {parameter.dtype} weight has no gradient"
+    return rule.objection(module)

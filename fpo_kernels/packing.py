@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .factors import offsets_of
-
 
 def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The rows x[b, t] with mask[b, t] set, example after example, and where each example begins and ends.
@@ -33,4 +31,5 @@ def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         if bool(((mask != 0) & (mask != 1)).any()):
             raise ValueError("mask must hold 0 and 1 only")
         mask = mask.bool()
-    return x[mask], offsets_of(mask.sum(1))
+    counts = mask.sum(1)
+    return x[mask], torch.cat([counts.new_zeros(1), counts.cumsum(0)])

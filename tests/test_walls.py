@@ -50,13 +50,23 @@ OPERATIONS = [p.parent for p in (ROOT / "fpo_kernels").glob("*/api.py")]
 ROOMS = {"reference", "triton", "triton_formed", "native", "blocked", "formed"}
 
 
+# Each of these may import those after it, none before it.
+ENGINE = ("influence", "totals", "passes", "gather", "capture", "layers", "gradients", "batches")
+
+
+@pytest.mark.parametrize("module", ENGINE)
+def test_the_engine_imports_downwards(module):
+    above = {f"fpo_kernels.{name}" for name in ENGINE[: ENGINE.index(module) + 1]}
+    assert not above & imports(ROOT / "fpo_kernels" / f"{module}.py")
+
+
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda p: p.name)
 def test_rooms_of_an_operation_do_not_know_each_other(operation):
     here = f"fpo_kernels.{operation.name}"
     for path in operation.glob("*.py"):
         names = imports(path)
         others = {f"fpo_kernels.{o.name}" for o in OPERATIONS if o != operation}
-        above = {f"fpo_kernels.{name}" for name in ("influence", "capture", "layers", "factors", "batches")}
+        above = {f"fpo_kernels.{name}" for name in ENGINE}
         assert not {n for n in names for banned in others | above if n == banned or n.startswith(banned + ".")}
         if path.stem in ROOMS:
             assert not {n for n in names for room in ROOMS - {path.stem} if n.startswith(f"{here}.{room}")}

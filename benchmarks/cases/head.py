@@ -10,9 +10,9 @@ from torch import Tensor
 
 import fpo_kernels as fk
 from benchmarks import peers
-from benchmarks.cases.influence import Setting, settings
+from benchmarks.cases.influence import Setting, smollm2
 from benchmarks.models import reward_model, rows, token_batch
-from benchmarks.registry import TOLERANCE, Case, Competitor, Contest
+from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, Headline
 
 BASELINE, CLOSED, ENGINE, LOOP = "forward", "closed form", "fk.Influence.steering", "autograd call each"
 HEAD = ["score.weight"]
@@ -21,7 +21,7 @@ HEAD = ["score.weight"]
 def build(setting: Setting, device: torch.device) -> Contest:
     """The model and tokens of the influence case; only the head's weight is chosen."""
     dtype = getattr(torch, setting.dtype)
-    model = reward_model(setting.layers, dtype, device)
+    model = reward_model(setting.shape, setting.layers, dtype, device)
     batch = token_batch(setting.candidates + 1, setting.tokens, device)
     candidates, reference = rows(batch, slice(0, -1)), rows(batch, slice(-1, None))
     engine = fk.Influence(model, parameters="head")
@@ -45,6 +45,7 @@ CASE = Case(
     description="steering products over the score head of a reward model against scoring alone",
     competitors=(BASELINE, CLOSED, ENGINE, LOOP),
     baseline=BASELINE,
-    settings=settings,
+    settings=smollm2,
     build=build,
+    headlines=(Headline(text="steering over the head / forward", over=ENGINE, under=BASELINE),),
 )

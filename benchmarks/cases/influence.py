@@ -3,53 +3,94 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fpo_kernels as fk
 from benchmarks import peers
 from benchmarks.meters import available_bytes
-from benchmarks.models import block_weights, reward_model, rows, token_batch
-from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, dtypes
+from benchmarks.models import Batch, block_weights, reward_model, rows, token_batch
+from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, Headline, dtypes
 
 BASELINE, OURS = "forward + backward", "fk.Influence.steering"
-LOOP, VMAP, HOOKS = "autograd call each", "torch.func vmap(grad)", "torch hooks"
-CANDIDATES, TOKENS = 8, 64
+HOOKS, GHOST = "torch hooks", "ghost norms, Opacus-style"
+LOOP, VMAP = "autograd call each", "torch.func vmap(grad)"
+FAST = (BASELINE, OURS, HOOKS)
+# At 8B width the float64 loop takes 12 GiB and well over a minute.
+EXACT_WEIGHTS = 200_000_000
+# Of what takes seconds a call on a CPU. A whole run of the case has to end within ten minutes on two cores.
+LIMITS: dict[str, Any] = {"rounds": 3, "slow_rounds": 0, "isolated": FAST}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A SmolLM2-shaped reward model of some layers, and candidates of equal length with one reference."""
+    """A reward model and candidates of equal length with one reference.
+
+    Attributes:
+        shape: of models.SHAPES. layers: its blocks. candidates, tokens, dtype: what it is given, and in what.
+        rounds: the most that baseline, engine and hooks are timed in; None for as many as asked for.
+        slow_rounds: the same of the other peers.
+        isolated: competitors whose memory is measured in processes of their own.
+    """
 
     name: str
+    shape: str
     layers: int
     candidates: int
     tokens: int
     dtype: str
+    rounds: int | None = None
+    slow_rounds: int | None = 4
+    isolated: tuple[str, ...] = FAST
+
+
+def smollm2(quick: bool, device: torch.device) -> Sequence[Setting]:
+    """SmolLM2's 30 layers, or 4 if quick, 8 candidates and a reference of 64 tokens."""
+    layers = 4 if quick else 30
+    kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes(device)]
+    return [
+        Setting(
+            name=f"{layers} layers, 8+1 of 64 {kind}",
+            shape="smollm2-135m",
+            layers=layers,
+            candidates=8,
+            tokens=64,
+            dtype=kind,
+            isolated=(BASELINE, OURS) if quick else CASE.competitors,
+        )
+        for kind in kinds
+    ]
 
 
 def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
-    """SmolLM2's 30 layers, or 4 if quick."""
-    layers = 4 if quick else 30
+    """`smollm2`; and, as time allows fewer rounds of them, longer texts, more candidates, and Llama-3.1-8B's width.
+
+    At 8B width a CPU gets fp32 like everywhere: bf16 takes half the time where the CPU multiplies it (AVX512-BF16)
+    and many times as long elsewhere, and would be gated at 5% instead of 1e-5.
+    """
+    first = smollm2(quick, device)
+    if quick:
+        return first
+    limits = LIMITS if device.type == "cpu" else {}
     return [
-        Setting(
-            name=f"{layers} layers, {CANDIDATES}+1 of {TOKENS} {kind}",
-            layers=layers,
-            candidates=CANDIDATES,
-            tokens=TOKENS,
-            dtype=kind,
-        )
-        for kind in (str(dtype).removeprefix("torch.") for dtype in dtypes(device))
+        *first,
+        *(replace(s, name=f"30 layers, 8+1 of 256 {s.dtype}", tokens=256, **limits) for s in first),
+        *(replace(s, name=f"30 layers, 32+1 of 64 {s.dtype}", candidates=32, **limits) for s in first),
+        *(
+            replace(s, name=f"2 layers of 8B width, 8+1 of 64 {s.dtype}", shape="llama3.1-8b", layers=2, **limits)
+            for s in first
+        ),
     ]
 
 
 def build(setting: Setting, device: torch.device) -> Contest:
     """Random weights and tokens."""
     dtype = getattr(torch, setting.dtype)
-    model = reward_model(setting.layers, dtype, device)
+    model = reward_model(setting.shape, setting.layers, dtype, device)
     names = block_weights(model)
     batch = token_batch(setting.candidates + 1, setting.tokens, device)
     candidates, reference = rows(batch, slice(0, -1)), rows(batch, slice(-1, None))
@@ -58,29 +99,55 @@ def build(setting: Setting, device: torch.device) -> Contest:
         BASELINE: functools.partial(peers.forward_and_backward, model, batch),
         OURS: lambda: engine.steering(candidates, reference).product,
         HOOKS: functools.partial(peers.hooked_token_products, model, batch),
+        GHOST: functools.partial(peers.ghost_norms, model, names, batch),
         LOOP: functools.partial(peers.autograd_loop, model, names, batch),
         VMAP: functools.partial(peers.vmap_grad, model, names, batch),
     }
-    cannot = {}
-    need, free = peers.vmap_bytes(model, names, setting.candidates + 1), available_bytes(device)
-    if free is not None and need > free:
-        cannot[VMAP] = f"needs at least {need / 2**30:.1f} GiB for all gradients, {free / 2**30:.1f} GiB are free"
-        del runs[VMAP]
+    weights = sum(model.get_parameter(name).nbytes for name in names)
+    needs = {
+        GHOST: (weights, "the batch's weight gradients"),
+        LOOP: (2 * weights, "two gradients"),
+        VMAP: (peers.vmap_bytes(model, names, setting.candidates + 1), "all gradients"),
+    }
+    free, cannot = available_bytes(device), {}
+    for name, (need, what) in needs.items():
+        if free is not None and need > free:
+            cannot[name] = f"needs at least {need / 2**30:.1f} GiB for {what}, {free / 2**30:.1f} GiB are free"
+            del runs[name]
     answers = {name: "input_gradient" if name == BASELINE else "product" for name in runs}
     return Contest(
         competitors={
-            name: Competitor(run=run, budget=TOLERANCE[dtype], answers=answers[name]) for name, run in runs.items()
+            name: Competitor(
+                run=run,
+                budget=TOLERANCE[dtype],
+                answers=answers[name],
+                rounds=setting.rounds if name in FAST else setting.slow_rounds,
+            )
+            for name, run in runs.items()
         },
-        expected=functools.partial(peers.exact, model, names, batch),
+        expected=functools.partial(_expected, model, names, batch),
         cannot=cannot,
     )
+
+
+def _expected(model: nn.Module, names: Sequence[str], batch: Batch) -> Mapping[str, Tensor]:
+    """Exact where that is affordable, else trusted to the same budget."""
+    weights = sum(model.get_parameter(name).numel() for name in names)
+    right = peers.exact if weights <= EXACT_WEIGHTS else peers.trusted
+    return right(model, names, batch)
 
 
 CASE = Case(
     name="influence",
     description="steering products over all Linear weights of a reward model against one forward and backward",
-    competitors=(BASELINE, OURS, HOOKS, LOOP, VMAP),
+    competitors=(BASELINE, OURS, HOOKS, GHOST, LOOP, VMAP),
     baseline=BASELINE,
     settings=settings,
     build=build,
+    headlines=(
+        Headline(text="steering / (forward + backward)", over=OURS, under=BASELINE),
+        Headline(text="one autograd call a candidate / steering", over=LOOP, under=OURS),
+        Headline(text="peak memory, steering / (forward + backward)", over=OURS, under=BASELINE, figure="memory"),
+    ),
+    isolated=lambda setting: setting.isolated,
 )

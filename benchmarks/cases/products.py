@@ -1,4 +1,4 @@
-"""fk.grad_products on one layer: its implementations against forming each G_i and multiplying."""
+"""fk.grad_products on one layer: its token-by-token rooms against forming each G_i and multiplying."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 import fpo_kernels as fk
 from benchmarks.peers import formed_products
 from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, dtypes
-from fpo_kernels.testing import budget, random_streams
+from fpo_kernels.testing import budget, random_streams, reach, terms
 
 IMPLS = ("torch", "native", "triton")
 FORMED = "form G, multiply"
@@ -64,8 +64,8 @@ def build(setting: Setting, device: torch.device) -> Contest:
     """Random streams of the setting's shape, the same on every device."""
     dtype = getattr(torch, setting.dtype)
     streams = random_streams(setting.lengths, setting.p, setting.q, dtype, seed=0)
-    pairs = _pairs(len(setting.lengths), setting.pairs)
-    exact, allowed, allowed_formed = _exact(streams, pairs)
+    pairs = list_pairs(len(setting.lengths), setting.pairs)
+    exact, allowed, allowed_formed = exact_products(streams, pairs)
     a, d, offsets = (x.to(device) for x in streams)
     listed = pairs.to(device)
     # 16-bit G are rounded as they are formed; the peer is allowed that.
@@ -79,36 +79,33 @@ def build(setting: Setting, device: torch.device) -> Contest:
         if why:
             cannot[impl] = why
         else:
-            run = functools.partial(fk.grad_products, a, d, offsets, listed, impl=impl)
+            run = functools.partial(fk.grad_products, a, d, offsets, listed, impl=impl, way="tokens")
             competitors[impl] = Competitor(run=run, budget=allowed)
     return Contest(competitors=competitors, expected=lambda: {"product": exact}, cannot=cannot)
 
 
-def _pairs(examples: int, kind: Pairs) -> Tensor:
+def list_pairs(examples: int, kind: Pairs) -> Tensor:
+    """(n, 2): all i ≤ j for "gram"; (z, z) and (z, last) for "steering"."""
     if kind == "gram":
         return torch.tensor(list(itertools.combinations_with_replacement(range(examples), 2)))
     own = torch.arange(examples - 1)
     return torch.cat([torch.stack([own, own], 1), torch.stack([own, torch.full_like(own, examples - 1)], 1)])
 
 
-def _exact(streams: tuple[Tensor, Tensor, Tensor], pairs: Tensor) -> tuple[Tensor, float, float]:
+def exact_products(streams: tuple[Tensor, Tensor, Tensor], pairs: Tensor) -> tuple[Tensor, float, float]:
     """The products in float64, and the relative errors that fp32 may make (testing.budget): from tokens, by forming."""
     a, d, offsets = streams
-    wide_a, wide_d = a.double(), d.double()
-    exact = fk.grad_products(wide_a, wide_d, offsets, pairs, impl="reference")
-    same = fk.grad_products(a, d, offsets, pairs, impl="reference")
-    counts = offsets.diff()
-    # Σ_t ‖a_t‖²‖d_t‖² and ‖G_i‖²: what an example's partial sums reach
-    tokens = torch.stack([t.sum() for t in (wide_a.square().sum(1) * wide_d.square().sum(1)).split(counts.tolist())])
-    every = torch.arange(len(counts))
-    norms = fk.grad_products(wide_a, wide_d, offsets, torch.stack([every, every], 1), impl="reference")
-    reach = torch.maximum(tokens, norms).sqrt()
+    wide = (a.double(), d.double(), offsets)
+    exact = fk.grad_products(*wide, pairs, impl="reference")
+    same = fk.grad_products(*streams, pairs, impl="reference")
     i, j = pairs.unbind(1)
-    # A BLAS that forms the Gram matrix of G adds p·q terms one after another.
-    from_tokens, by_forming = a.shape[1] + d.shape[1] + counts[i] * counts[j], counts[i] + a.shape[1] * d.shape[1]
+    size = reach(wide)
     tokens_budget, forming_budget = (
-        float(budget((same - exact).abs(), reach[i] * reach[j], terms, torch.float32).norm() / exact.norm())
-        for terms in (from_tokens, by_forming)
+        float(
+            budget((same - exact).abs(), size[i] * size[j], terms(streams, pairs, streams, way), torch.float32).norm()
+            / exact.norm()
+        )
+        for way in ("tokens", "form")
     )
     return exact, tokens_budget, forming_budget
 
@@ -117,7 +114,7 @@ def _why_not(impl: str, a: Tensor, d: Tensor) -> str:
     """The reason an implementation gives for not running here, from one token."""
     one = (a[:1], d[:1], torch.tensor([0, 1], device=a.device), torch.zeros(1, 2, dtype=torch.int64, device=a.device))
     try:
-        fk.grad_products(*one, impl=impl)
+        fk.grad_products(*one, impl=impl, way="tokens")
     except RuntimeError as problem:
         if "cannot run" in str(problem):
             return str(problem)

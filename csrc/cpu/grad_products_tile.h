@@ -42,15 +42,17 @@ FPO_TARGET inline void dot_tile(const Stream<T>* left, const Stream<T>* right, i
     point(x, left[c], t, t_stop);
     point(y, right[c], s, s_stop);
     const int64_t width = left[c].width;
+    V part[sums] = {};  // of this stream: `total` itself would be kept in memory, not in registers
     int64_t k = 0;
     for (; k + lanes <= width; k += lanes) {
       V of_y[FPO_N];
       for (int n = 0; n < FPO_N; ++n) of_y[n] = *reinterpret_cast<const V*>(y[n] + k);
       for (int m = 0; m < FPO_M; ++m) {
         const V of_x = *reinterpret_cast<const V*>(x[m] + k);
-        for (int n = 0; n < FPO_N; ++n) total[m * FPO_N + n] += of_x * of_y[n];
+        for (int n = 0; n < FPO_N; ++n) part[m * FPO_N + n] += of_x * of_y[n];
       }
     }
+    for (int i = 0; i < sums; ++i) total[i] += part[i];
     for (; k < width; ++k)
       for (int m = 0; m < FPO_M; ++m)
         for (int n = 0; n < FPO_N; ++n) out[m * FPO_N + n] += x[m][k] * y[n][k];

@@ -23,6 +23,7 @@ from fpo_kernels.products.config import (
     LEAST_TOKENS,
     MOST_EXAMPLES,
     PAD_FLOPS,
+    PIECE,
     RECTANGLE_FILL,
     ROW_BYTES,
 )
@@ -180,8 +181,7 @@ class _Plan:
         if self.rectangle is not None and self.within is not None:
             rows, columns = self.rectangle
             at_row, at_column, place = self.within
-            products = _rows(left, rows) @ _rows(right, columns).T
-            sums[place] += products[at_row, at_column].double()
+            sums[place] += _gram(_rows(left, rows), _rows(right, columns))[at_row, at_column]
         i, j = self.rest
         step = max(1, FORM_BYTES // max(1, left.shape[1] * left.element_size()))
         for first in range(0, len(i), step):
@@ -189,6 +189,17 @@ class _Plan:
             x = _rows(left, i[some])
             y = x if left is right and np.array_equal(i[some], j[some]) else _rows(right, j[some])
             sums[self.rest_at[some]] += (x * y).sum(1).double()
+
+
+def _gram(x: Tensor, y: Tensor) -> Tensor:
+    """(m, n) float64: x (m, e) times yᵀ (e, n), piece by piece of e, the pieces added up in float64."""
+    pieces = x.shape[1] // PIECE
+    whole = pieces * PIECE
+    total = (x[:, whole:] @ y[:, whole:].T).double()
+    if pieces:
+        cut, cut2 = (z[:, :whole].view(-1, pieces, PIECE).transpose(0, 1) for z in (x, y))
+        total += (cut @ cut2.mT).sum(0, dtype=torch.float64)
+    return total
 
 
 def _rows(tiles: Tensor, index: Ints) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import registry
+from benchmarks import isolated, registry, results
 from benchmarks.__main__ import main
-from benchmarks.registry import Case, Competitor, Contest
-from benchmarks.runner import check
+from benchmarks.registry import Case, Competitor, Contest, Headline
+from benchmarks.runner import check, spread
 
 EXACT = torch.tensor([3.0, 4.0], dtype=torch.float64)
 
@@ -162,7 +164,7 @@ def test_cuda_without_a_gpu_exits_2(capsys):
 def test_list_names_every_case(capsys):
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("products", "influence", "head", "triton", "autograd call each"))
+    assert all(name in shown for name in ("products", "ways", "influence", "head", "triton", "autograd call each"))
 
 
 def test_real_products_pass_the_gate(tmp_path):
@@ -171,3 +173,111 @@ def test_real_products_pass_the_gate(tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert {row["status"] for row in rows if row["competitor"] in ("form G, multiply", "torch")} == {"timed"}
     assert all(row["reason"] for row in rows if row["status"] == "cannot run")
+
+
+def test_both_ways_pass_the_gate(tmp_path):
+    assert main(["run", "ways", "--quick", "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.rglob("ways-quick.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert {(row["competitor"], row["status"]) for row in rows} == {
+        (way, "timed") for way in ("auto", "tokens", "form")
+    }
+
+
+def test_rounds_can_be_capped(run):
+    runs = {name: Counted(EXACT) for name in ("right", "twice", "never")}
+    contest = Contest(
+        competitors={
+            name: Competitor(run=run, budget=1e-6, rounds=rounds)
+            for (name, run), rounds in zip(runs.items(), (None, 2, 0), strict=True)
+        },
+        expected=lambda: {"product": EXACT},
+    )
+    case = dataclasses.replace(case_of(runs), build=lambda setting, device: contest)
+    _, result, _ = run(case)
+    right, twice, never = result["rows"]
+    assert [len(row["samples"]) for row in (right, twice, never)] == [3, 2, 1]
+    assert never["ratio"]["median"] == never["seconds"]["median"] / right["seconds"]["median"]
+
+
+def row_of(competitor: str, samples: list[float], setting: str = "small", **figures) -> dict:
+    return {
+        "setting": {"name": setting},
+        "competitor": competitor,
+        "status": "timed",
+        "samples": samples,
+        "in_rounds": True,
+        "seconds": spread(samples),
+        **figures,
+    }
+
+
+def headlines_of(rows: list[dict], figure="seconds") -> list[dict]:
+    headline = Headline(text="ours / base", over="ours", under="base", figure=figure)
+    return results.headlines(dataclasses.replace(case_of({}), headlines=(headline,)), rows)
+
+
+def test_headlines_are_ratios_round_by_round():
+    (line,) = headlines_of([row_of("base", [1.0, 2.0, 4.0]), row_of("ours", [1.5, 2.0, 3.0])])
+    assert line == {"setting": "small", "text": "ours / base", "median": 1.0, "min": 0.75, "max": 1.5}
+    assert results.lines([line]) == "small\n  ours / base  1.00 (0.75 to 1.50)"
+
+
+def test_headlines_tell_settings_apart():
+    rows = [row_of("base", [1.0]), row_of("ours", [3.0]), row_of("base", [1.0], "big"), row_of("ours", [2.0], "big")]
+    assert results.lines(headlines_of(rows)) == "small\n  ours / base  3.00\nbig\n  ours / base  2.00"
+
+
+def test_a_headline_about_memory_says_which():
+    own = [row_of("base", [1.0], rss_bytes=200, peak_bytes=10), row_of("ours", [1.0], rss_bytes=220, peak_bytes=20)]
+    (line,) = headlines_of(own, "memory")
+    assert (line["text"], line["median"]) == ("ours / base, own processes", 1.1)
+    (line,) = headlines_of([{**row, "rss_bytes": None} for row in own], "memory")
+    assert (line["text"], line["median"]) == ("ours / base, beyond the start of the call", 2.0)
+    assert headlines_of([{**row, "rss_bytes": None, "peak_bytes": None} for row in own], "memory") == []
+
+
+def test_a_headline_without_figures_is_left_out():
+    assert headlines_of([row_of("base", [1.0]), {**row_of("ours", [1.0]), "status": "failed"}]) == []
+
+
+def test_memory_of_own_processes_is_kept_and_shown(monkeypatch, run, capsys):
+    figures = {
+        "right": (200 * 2**20, ""),
+        "greedy": (300 * 2**20, ""),
+        "lost": (None, "own process: exit code 1: gone"),
+    }
+
+    def measure(case, setting, competitor, quick):
+        size, reason = figures[competitor]
+        return {"rss_bytes": size, "rss_built_bytes": size, "rss_reason": reason}
+
+    monkeypatch.setattr(isolated, "measure", measure)
+    runs = {name: Counted(EXACT) for name in (*figures, "unasked")}
+    case = dataclasses.replace(
+        case_of(runs),
+        isolated=lambda setting: tuple(figures),
+        headlines=(Headline(text="greed", over="greedy", under="right", figure="memory"),),
+    )
+    code, result, _ = run(case)
+    right, greedy, lost, unasked = result["rows"]
+    assert code == 0
+    assert (right["rss_ratio"], greedy["rss_ratio"]) == (1.0, 1.5)
+    assert "rss_ratio" not in lost
+    assert "rss_bytes" not in unasked
+    assert result["headlines"][0]["median"] == 1.5
+    shown = capsys.readouterr().out
+    assert "own process: exit code 1: gone" in shown
+    assert "\n  greed, own processes  1.50\n" in shown
+
+
+@pytest.mark.slow
+def test_real_steering_is_measured_in_its_own_process(tmp_path, capsys):
+    assert main(["run", "influence", "--quick", "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.rglob("influence-quick.json")
+    rows = {row["competitor"]: row for row in json.loads(path.read_text())["rows"]}
+    ours = rows["fk.Influence.steering"]
+    if Path("/proc/self/status").exists():
+        assert ours["rss_bytes"] > ours["rss_built_bytes"] > 0, "the figure is that of building the model"
+        assert ours["rss_ratio"] == ours["rss_bytes"] / rows["forward + backward"]["rss_bytes"]
+        assert "own processes" in capsys.readouterr().out

@@ -89,7 +89,21 @@ class Plain(nn.Module):
         return self.use(self, x)
 
 
-def plain(use, rows=4, tokens=5, **parts):
+def plain(use, rows=4, tokens=5, chosen=("layer.*",), **parts):
     torch.manual_seed(35)
-    engine = fk.Influence(Plain(use, **parts), ["layer.*"], output=lambda returned: returned)
+    engine = fk.Influence(Plain(use, **parts), list(chosen), output=lambda returned: returned)
     return engine.norms({"x": torch.randn(rows, tokens, 3, dtype=torch.float64)})
+
+
+def rows_of_gradients(model, batch, names=None):
+    """One backward an example of a model that returns its scalars: flattened gradients (B, weights), in float64."""
+    size = len(next(iter(batch.values())))
+    wanted = [p for name, p in model.named_parameters() if names is None or name in names]
+    rows = []
+    for i in range(size):
+        (scalar,) = model(**{key: value[i : i + 1] for key, value in batch.items()})
+        got = torch.autograd.grad(scalar, wanted, allow_unused=True)
+        rows.append(
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(got, wanted, strict=True)])
+        )
+    return torch.stack(rows).double()

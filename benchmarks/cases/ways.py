@@ -1,0 +1,79 @@
+"""fk.grad_products from tokens against forming tiles of G, and what "auto" makes of it, by length and shape."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+import fpo_kernels as fk
+from benchmarks.cases.products import Pairs, exact_products, list_pairs
+from benchmarks.registry import Case, Competitor, Contest, dtypes
+from fpo_kernels.testing import random_streams
+
+AUTO = "auto"
+WAYS = ("tokens", "form")
+SHAPES = ((576, 576), (1536, 576), (384, 384), (64, 64), (4096, 16))  # the last is a LoRA factor
+TOKENS = (16, 64, 128, 256, 512, 1024, 2048)
+# Gram matrices of all lengths would take minutes a call from tokens; past these the ways are far apart.
+LONGEST_GRAM = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One layer (p inputs, q outputs), `examples` of `tokens` each, and which pairs of them (cases/products.py)."""
+
+    name: str
+    p: int
+    q: int
+    tokens: int
+    examples: int
+    pairs: Pairs
+    dtype: str
+
+
+def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
+    """Steering of 8 candidates and a Gram matrix of 16 examples, on every shape at every length."""
+    found = []
+    for dtype in dtypes(device):
+        kind = str(dtype).removeprefix("torch.")
+        suffix = f" {kind}" if len(dtypes(device)) > 1 else ""
+        for p, q in ((96, 64),) if quick else SHAPES:
+            for tokens in (4, 80) if quick else TOKENS:
+                of: tuple[tuple[Pairs, int], ...] = (("steering", 9), ("gram", 16))
+                for pairs, examples in of:
+                    if pairs == "gram" and tokens > LONGEST_GRAM:
+                        continue
+                    name = f"{pairs} {examples}x{tokens}, {p} to {q}{suffix}"
+                    found.append(
+                        Setting(name=name, p=p, q=q, tokens=tokens, examples=examples, pairs=pairs, dtype=kind)
+                    )
+    return found
+
+
+def build(setting: Setting, device: torch.device) -> Contest:
+    """Random streams of the setting's shape, the same on every device; every way within its own error budget."""
+    lengths = (setting.tokens,) * setting.examples
+    streams = random_streams(lengths, setting.p, setting.q, getattr(torch, setting.dtype), seed=0)
+    pairs = list_pairs(setting.examples, setting.pairs)
+    exact, from_tokens, by_forming = exact_products(streams, pairs)
+    a, d, offsets = (x.to(device) for x in streams)
+    listed = pairs.to(device)
+    budgets = {AUTO: max(from_tokens, by_forming), "tokens": from_tokens, "form": by_forming}
+    competitors = {
+        way: Competitor(run=functools.partial(fk.grad_products, a, d, offsets, listed, way=way), budget=budget)
+        for way, budget in budgets.items()
+    }
+    return Contest(competitors=competitors, expected=lambda: {"product": exact})
+
+
+CASE = Case(
+    name="ways",
+    description="fk.grad_products from tokens, by forming, and the one that auto chooses (the baseline)",
+    competitors=(AUTO, *WAYS),
+    baseline=AUTO,
+    settings=settings,
+    build=build,
+)

@@ -1,0 +1,194 @@
+"""From what the taps deliver to complete streams: padding dropped, repeated calls joined, siblings together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batches import Batch, rows_of
+from .capture import Delivery, Shape, UnservedError
+from .gradients import Factors, Packing, Stream, join_calls
+from .layers import Site, is_norm, scales_elementwise
+
+Consume = Callable[[list[Site], list[Stream]], None]
+
+
+class PaddingReadError(Exception):
+    """Padded positions have a gradient in this model: its outputs read them, so their rows count."""
+
+
+class Layout:
+    """Where the rows of a batch's examples lie once padding is dropped."""
+
+    def __init__(self, batch: Batch, whole: bool) -> None:
+        """With `whole`, padded positions count like any other."""
+        size = rows_of(batch)
+        self.shape = Shape(size, _tokens(batch))
+        self._packings: dict[tuple[int, bool, torch.device], Packing] = {}
+        mask = batch.get("attention_mask")
+        self._tokens: np.ndarray[Any, Any] | None = None
+        self.leak: Tensor | None = None
+        if not whole and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == (size, self.shape.tokens):
+            kept = mask.bool()
+            counts = kept.sum(1).cpu().numpy()
+            if counts.sum() < mask.numel():
+                self._tokens = counts
+                flat = kept.flatten()
+                self._keep, self._drop = flat.nonzero().flatten(), (~flat).nonzero().flatten()
+
+    def pack(self, x: Tensor, per_token: int | None) -> Tensor:
+        """(B, R, …) → (S, …), without padding where the R rows are the batch's tokens, `per_token` rows each."""
+        if self._tokens is None or per_token is None:
+            return x.flatten(0, 1)
+        tokens = x.reshape(-1, per_token, *x.shape[2:])
+        return tokens.index_select(0, self._keep.to(x.device)).flatten(0, 1)
+
+    def packing(self, rows: int, per_token: int | None, device: torch.device) -> Packing:
+        """Where the examples lie in what `pack` returns of (B, rows, …)."""
+        if self._tokens is None or per_token is None:
+            key, lengths = (rows, False, device), np.full(self.shape.examples, rows)
+        else:
+            key, lengths = (per_token, True, device), self._tokens * per_token
+        if key not in self._packings:
+            self._packings[key] = Packing.of(lengths.astype(np.int64), device)
+        return self._packings[key]
+
+    def look_at_padding(self, d: Tensor, per_token: int | None) -> None:
+        """Remember whether a dropped row of d (B, R, q) has a gradient; read once, by `check`."""
+        if self._tokens is not None and per_token is not None:
+            dropped = d.reshape(-1, per_token * d.shape[2]).index_select(0, self._drop.to(d.device))
+            leak = (dropped != 0).any()
+            self.leak = leak if self.leak is None else self.leak | leak.to(self.leak.device)
+
+    def check(self) -> None:
+        """Raises PaddingReadError where a dropped row had a gradient."""
+        if self.leak is not None and bool(self.leak):
+            raise PaddingReadError
+
+
+def _tokens(batch: Batch) -> int | None:
+    """How many tokens each example of a batch has, padding included."""
+    keys = ["input_ids", "inputs_embeds", "attention_mask", *batch]
+    entries = (value for key in keys if isinstance(value := batch.get(key), Tensor) and value.ndim >= 2)
+    return next((entry.shape[1] for entry in entries), None)
+
+
+class _Call:
+    """One delivery as the rules want it (layers.Call)."""
+
+    def __init__(self, delivery: Delivery, layout: Layout, inputs: dict[tuple[Any, ...], Tensor]) -> None:
+        size, tokens = layout.shape
+        d, a = delivery.d, delivery.a
+        if size == 1 and d.ndim < 3:
+            a, d = a[None], d[None]
+        elif d.shape[0] != size:  # (B·T, q)
+            a, d = a.unflatten(0, (size, -1)), d.unflatten(0, (size, -1))
+        own = d.shape[1] if d.ndim >= 3 else 1
+        features = a.ndim - (d.ndim - 1)  # ids have no feature dimension
+        self.d = d.reshape(size, -1, d.shape[-1])
+        self.a = a.reshape(size, self.d.shape[1], *a.shape[a.ndim - features :])
+        # rows that belong to a token: dropping those of padding is right wherever their gradient is zero
+        self._per_token = self.d.shape[1] // own if own == tokens and d.ndim >= 3 else None
+        self._group = delivery.group
+        self._layout = layout
+        self._inputs = inputs
+        self._packed: Tensor | None = None
+
+    def inputs(self, dtype: torch.dtype | None) -> Tensor:
+        key = self._group, dtype, self.a.shape
+        if key not in self._inputs:
+            packed = self._layout.pack(self.a, self._per_token)
+            self._inputs[key] = packed if dtype is None else packed.to(dtype)
+        return self._inputs[key]
+
+    def gradients(self) -> tuple[Tensor, Packing]:
+        if self._packed is None:
+            self._layout.look_at_padding(self.d, self._per_token)
+            self._packed = self._layout.pack(self.d, self._per_token)
+        return self._packed, self._layout.packing(self.d.shape[1], self._per_token, self.d.device)
+
+
+class Gather:
+    """Joins what the taps deliver into one stream a parameter and passes it on when complete, siblings together."""
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        layout: Layout,
+        calls: Iterable[tuple[nn.Module, int]],
+        consume: Consume,
+        probe: bool,
+    ) -> None:
+        """`calls` are the forward's (module, group), which say how many deliveries complete each parameter."""
+        self._consume = consume
+        self._layout = layout
+        self._probe = probe
+        self._sites = {site.name: site for site in sites}
+        self._of: dict[nn.Module, list[Site]] = {}
+        for site in sites:
+            for module in site.rules:
+                self._of.setdefault(module, []).append(site)
+        made = list(calls)
+        times, groups = Counter(module for module, _ in made), dict(made)
+        self._missing = {s.name: sum(times[module] for module in s.rules) for s in sites}
+        # siblings: parameters used once, in modules that read one and the same input
+        self._family: dict[str, int] = {
+            s.name: groups[next(m for m in s.rules if times[m])] for s in sites if self._missing[s.name] == 1
+        }
+        self._awaited = Counter(self._family.values())
+        self._unread = Counter(group for _, group in made)
+        self._inputs: dict[int, dict[tuple[Any, ...], Tensor]] = {}
+        self._parts: dict[str, list[Stream]] = {}
+        self._ready: dict[int, list[tuple[Site, Stream]]] = {}
+
+    def deliver(self, delivery: Delivery) -> None:
+        """A tap's callback."""
+        module, group = delivery.module, delivery.group
+        if self._probe and is_norm(module) and not scales_elementwise(module, delivery.a):
+            reason = f"{type(module).__name__} does more than scale its input by its weight"
+            raise UnservedError({site.name: reason for site in self._of[module]})
+        call = _Call(delivery, self._layout, self._inputs.setdefault(group, {}))
+        for site in self._of[module]:
+            stream = site.rules[module].stream(module, call)
+            self._parts.setdefault(site.name, []).append(stream)
+            self._missing[site.name] -= 1
+            if not self._missing[site.name]:
+                self._complete(site)
+        self._unread[group] -= 1
+        if not self._unread[group]:
+            del self._inputs[group]
+
+    def finish(self) -> None:
+        """Pass on what is left: parameters of which some calls, or siblings, did not reach the output."""
+        for name in list(self._parts):
+            self._complete(self._sites[name])
+        for family in list(self._ready):
+            self._pass_on(family)
+
+    def _complete(self, site: Site) -> None:
+        stream = join_calls(self._parts.pop(site.name))
+        family = self._family.get(site.name)
+        if family is None or not isinstance(stream, Factors):
+            self._consume([site], [stream])
+            if family is None:
+                return
+        else:
+            self._ready.setdefault(family, []).append((site, stream))
+        self._awaited[family] -= 1
+        if not self._awaited[family]:
+            self._pass_on(family)
+
+    def _pass_on(self, family: int) -> None:
+        ready = self._ready.pop(family, [])
+        # siblings that did not come to share a tensor (a dtype apart, another layout) go one by one
+        together: dict[int, list[tuple[Site, Stream]]] = {}
+        for site, stream in ready:
+            assert isinstance(stream, Factors)
+            together.setdefault(id(stream.a), []).append((site, stream))
+        for members in together.values():
+            self._consume([site for site, _ in members], [stream for _, stream in members])

@@ -1,0 +1,215 @@
+"""Tapped passes of one model, and what they teach about it.
+
+What a parameter's module is called with is only seen when it runs. The first passes therefore look closely:
+that no parameter is used outside its modules, that no example's output depends on another's rows, that padding
+is not read. What they find is remembered; a parameter that cannot be told apart by example is refused by name,
+or served by one plain backward an example.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Batch, rows_of, take
+from .capture import Taps, UnservedError, frozen, tapped
+from .gather import Consume, Gather, Layout, PaddingReadError
+from .gradients import Stream, Vectors
+from .layers import Coverage, Site, survey
+
+T = TypeVar("T")
+PER_EXAMPLE = "per_example"
+
+
+class _SilentError(Exception):
+    """Chosen parameters whose modules were not called."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        self.sites = sites
+
+
+class Passes:
+    """Runs a model forward and backward and hands each chosen parameter's streams over."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: Mapping[str, nn.Parameter],
+        output: Callable[[Any, Batch], Tensor],
+        fallback: str,
+    ) -> None:
+        self.model = model
+        self.chosen = dict(chosen)
+        self._output = output
+        self._fallback = fallback
+        self._sites, self._refused = survey(model, self.chosen)
+        self._unused: set[str] = set()
+        self._whole = self._seen = self._separable = False
+        hopeless = {n: why for n, why in self._refused.items() if not chosen[n].is_floating_point()}
+        if hopeless or fallback == "error":
+            self._refuse(hopeless or self._refused)
+
+    def coverage(self) -> list[Coverage]:
+        """One row a chosen parameter, in the model's order."""
+        rules = {site.name: next(iter(site.rules.values())).name for site in self._sites}
+        shared = {site.name for site in self._sites if len(site.rules) > 1}
+        rows = []
+        for name, parameter in self.chosen.items():
+            rule, reason = rules.get(name), self._refused.get(name, "")
+            if rule is None:
+                rule = PER_EXAMPLE
+            elif name in self._unused:
+                reason = "not used by the model's forward so far: its gradient is zero"
+            elif name in shared:
+                reason = "shared by several modules, counted once"
+            rows.append(Coverage(name, tuple(parameter.shape), rule, reason))
+        return rows
+
+    def settled(self, call: Callable[[], T]) -> T:
+        """What `call` returns once its passes hold no surprise; it is begun anew after each."""
+        while True:
+            try:
+                return call()
+            except PaddingReadError:
+                self._whole = True
+            except UnservedError as unserved:
+                if self._fallback == "error":
+                    self._refuse(unserved.reasons)
+                self._refused |= unserved.reasons
+                self._sites = [site for site in self._sites if site.name not in unserved.reasons]
+
+    def run(self, batch: Batch, consume: Consume) -> Tensor:
+        """One forward and one backward; `consume` meets each parameter's stream as it is complete. → outputs (B,).
+
+        Raises:
+            ValueError: the outputs are not one scalar an example, or depend on no chosen parameter.
+            UnservedError, PaddingReadError: for `settled`.
+        """
+        try:
+            outputs = self._tapped(batch, consume) if self._sites else self._plain(batch)
+        except _SilentError as silent:
+            self._check_unused(batch, silent.sites)
+            outputs = self._tapped(batch, consume)
+        for name, vectors in self._formed(batch).items():
+            consume([Site(name, self.chosen[name], {})], [vectors])
+        return outputs
+
+    def _tapped(self, batch: Batch, consume: Consume) -> Tensor:
+        layout = Layout(batch, self._whole)
+        size = layout.shape.examples
+        probe = not self._seen or (not self._separable and size > 1)
+        with tapped(self.model, self._sites, layout.shape) as taps:
+            with nullcontext() if self._seen else taps.uses:
+                outputs = self._forward(batch, taps)
+            if probe:
+                self._probe(taps, outputs, size)
+            gather = Gather(self._sites, layout, taps.calls, consume, probe)
+            if outputs.requires_grad or not self._refused:
+                taps.backward(outputs, gather.deliver)
+        gather.finish()
+        layout.check()
+        self._seen, self._separable = True, self._separable or size > 1
+        return outputs.detach()
+
+    def _forward(self, batch: Batch, taps: Taps) -> Tensor:
+        try:
+            return self._outputs(batch)
+        except Exception as problem:
+            if isinstance(problem, UnservedError) or not taps.expanded or not self._runs(batch, taps):
+                raise
+            # of what was expanded, embeddings are the last suspects: position embeddings are everywhere
+            odd = {m for m in taps.expanded if not isinstance(m, nn.Embedding)} or taps.expanded
+            raise UnservedError(
+                _named(taps, odd, "its call is broadcast over the batch and cannot be expanded")
+            ) from problem
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        outputs = self._output(self.model(**batch), batch)
+        rows = rows_of(batch)
+        if not isinstance(outputs, Tensor) or outputs.shape != (rows,) or not outputs.is_floating_point():
+            got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(f"output: wanted one floating-point scalar an example, ({rows},), got {got}")
+        return outputs
+
+    def _runs(self, batch: Batch, taps: Taps) -> bool:
+        """Whether the model takes this batch where no call is expanded."""
+        taps.idle = True
+        try:
+            with torch.no_grad():
+                self._outputs(batch)
+        except Exception:
+            return False
+        finally:
+            taps.idle = False
+        return True
+
+    def _probe(self, taps: Taps, outputs: Tensor, size: int) -> None:
+        calls = Counter(module for module, _ in taps.calls)
+        outside = {} if self._seen else taps.uses.outside(calls, self._sites)
+        silent = [s for s in self._sites if not any(calls[m] for m in s.rules) and s.name not in outside]
+        if outside:
+            raise UnservedError(outside)
+        if new := [site for site in silent if site.name not in self._unused]:
+            raise _SilentError(new)
+        if size > 1 and outputs.requires_grad and (leaks := taps.leaks(outputs)):
+            raise UnservedError(
+                _named(taps, leaks, "examples meet in its module's call, whose first dimension is not the batch")
+            )
+
+    def _check_unused(self, batch: Batch, sites: list[Site]) -> None:
+        """Parameters whose modules were not called may still be used in ways that no tap and no count sees."""
+        parameters = [site.parameter for site in sites]
+        with frozen(self.model, parameters), torch.enable_grad():
+            outputs = self._outputs(batch)
+            used = []
+            if outputs.requires_grad:
+                got = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
+                used = [site.name for site, gradient in zip(sites, got, strict=True) if gradient is not None]
+        if used:
+            raise UnservedError(dict.fromkeys(used, "used outside its module's call (which is never made)"))
+        self._unused |= {site.name for site in sites}
+
+    def _plain(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return self._outputs(batch)
+
+    def _formed(self, batch: Batch) -> dict[str, Stream]:
+        """Gradients of the refused parameters by one forward and backward an example: (B, weights) each."""
+        parameters = {name: self.chosen[name] for name in self.chosen if name in self._refused}
+        if not parameters:
+            return {}
+        size = rows_of(batch)
+        wide = {name: torch.float64 if p.dtype == torch.float64 else torch.float32 for name, p in parameters.items()}
+        rows = {n: torch.zeros(size, p.numel(), dtype=wide[n], device=p.device) for n, p in parameters.items()}
+        with frozen(self.model, parameters.values()), torch.enable_grad():
+            for i in range(size):
+                one = take(batch, slice(i, i + 1))
+                scalar = self._outputs(one).sum()
+                if not scalar.requires_grad:
+                    continue
+                gradients = torch.autograd.grad(scalar, list(parameters.values()), allow_unused=True)
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        rows[name][i] = gradient.flatten()
+        return {name: Vectors(v) for name, v in rows.items()}
+
+    def _refuse(self, reasons: Mapping[str, str]) -> None:
+        if not reasons:
+            return
+        named: dict[str, list[str]] = {}
+        for name, reason in reasons.items():
+            named.setdefault(reason, []).append(name)
+        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in named.items())
+        raise ValueError(
+            f"parameters whose gradients cannot be told apart by example were chosen ({told}); leave them out "
+            'through `parameters`, or compute them by one backward an example with fallback="per_example"'
+        )
+
+
+def _named(taps: Taps, modules: set[nn.Module], reason: str) -> dict[str, str]:
+    return {name: reason for module in modules for name in taps.names[module]}
