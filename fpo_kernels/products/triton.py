@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fpo_kernels.products import config_triton as config
-from fpo_kernels.products.triton_inputs import readable, refuse
+from fpo_kernels.products.inputs_triton import readable, refuse
 
 
 @triton.jit
