@@ -54,6 +54,7 @@ class Case:
         baseline: the competitor whose time is 1 in the ratios.
         settings: (quick, device) → frozen dataclasses with a `name`, one contest each; written to the results.
         build: (setting, device) → its contest.
+        summary: rows → what they come to in a few lines, printed under the table.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     baseline: str
     settings: Callable[[bool, torch.device], Sequence[Any]]
     build: Callable[[Any, torch.device], Contest]
+    summary: Callable[[list[dict[str, Any]]], str] | None = None
 
 
 def cases() -> dict[str, Case]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -69,6 +71,52 @@ def build(setting: Setting, device: torch.device) -> Contest:
     return Contest(competitors=competitors, expected=lambda: {"product": exact})
 
 
+def regrets(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Setting → the least time of what auto chose / the least time of the best way; 1 where it chose the best.
+
+    Least times, because the same way timed twice differs by what the machine does besides.
+    """
+    least: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["status"] == "timed":
+            least.setdefault(row["setting"]["name"], {})[row["competitor"]] = row["seconds"]["min"]
+    return {
+        name: max(1.0, times[AUTO] / min(times[way] for way in WAYS))
+        for name, times in least.items()
+        if {AUTO, *WAYS} <= times.keys()
+    }
+
+
+def chart(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown lines, a layer and kind of pairs each: the least time by forming / from tokens, by tokens an example."""
+    least: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        if row["status"] == "timed":
+            setting = row["setting"]
+            line = f"{setting['pairs']}, {setting['p']} to {setting['q']}"
+            least.setdefault((line, setting["tokens"]), {})[row["competitor"]] = row["seconds"]["min"]
+    lengths = sorted({tokens for _, tokens in least})
+    lines = [f"| tokens an example | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 1) + "|"]
+    for line in dict.fromkeys(line for line, _ in least):
+        cells = []
+        for tokens in lengths:
+            times = least.get((line, tokens))
+            cells.append(f"{times['form'] / times['tokens']:.2f}" if times else "")
+        lines.append(f"| {line} | {' | '.join(cells)} |")
+    return lines
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The median and the worst regret of auto, and which way wins where."""
+    found = regrets(rows)
+    if not found:
+        return "no setting was timed in both ways"
+    worst = max(found, key=lambda name: found[name])
+    middle = statistics.median(found.values())
+    regret = f"regret of auto: median {middle:.2f}, worst {found[worst]:.2f} ({worst})"
+    return "\n".join([regret, "time by forming / from tokens:", *chart(rows)])
+
+
 CASE = Case(
     name="ways",
     description="fk.grad_products from tokens, by forming, and the one that auto chooses (the baseline)",
@@ -76,4 +124,5 @@ CASE = Case(
     baseline=AUTO,
     settings=settings,
     build=build,
+    summary=summary,
 )

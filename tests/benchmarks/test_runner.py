@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import registry
 from benchmarks.__main__ import main
+from benchmarks.cases import ways
 from benchmarks.registry import Case, Competitor, Contest
 from benchmarks.runner import check
 
@@ -174,10 +175,28 @@ def test_real_products_pass_the_gate(tmp_path):
     assert all(row["reason"] for row in rows if row["status"] == "cannot run")
 
 
-def test_both_ways_pass_the_gate(tmp_path):
+def test_both_ways_pass_the_gate(tmp_path, capsys):
     assert main(["run", "ways", "--quick", "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    assert "regret of auto: median " in capsys.readouterr().out
     (path,) = tmp_path.rglob("ways-quick.json")
     rows = json.loads(path.read_text())["rows"]
     assert {(row["competitor"], row["status"]) for row in rows} == {
         (way, "timed") for way in ("auto", "tokens", "form")
     }
+
+
+def test_regret_is_the_chosen_way_s_time_over_the_best_one_s():
+    def row(setting, competitor, least, status="timed"):
+        return {
+            "setting": {"name": setting, "pairs": "gram", "p": 5, "q": 6, "tokens": 16},
+            "competitor": competitor,
+            "status": status,
+            "seconds": {"min": least},
+        }
+
+    rows = [row("x", "auto", 3.0), row("x", "tokens", 3.1), row("x", "form", 2.0)]
+    rows += [row("y", "auto", 1.0), row("y", "tokens", 1.1), row("y", "form", 9.0)]
+    rows += [row("z", "auto", 1.0), row("z", "tokens", 1.0), row("z", "form", 0.1, "failed")]
+    assert ways.regrets(rows) == {"x": 1.5, "y": 1.0}
+    assert ways.summary(rows).startswith("regret of auto: median 1.25, worst 1.50 (x)\n")
+    assert ways.chart(rows[:3]) == ["| tokens an example | 16 |", "|---|---|", "| gram, 5 to 6 | 0.65 |"]
