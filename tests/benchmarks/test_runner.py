@@ -186,17 +186,18 @@ def test_both_ways_pass_the_gate(tmp_path, capsys):
 
 
 def test_regret_is_the_chosen_way_s_time_over_the_best_one_s():
-    def row(setting, competitor, least, status="timed"):
+    def row(setting, chosen, competitor, least, status="timed"):
         return {
-            "setting": {"name": setting, "pairs": "gram", "p": 5, "q": 6, "tokens": 16},
+            "setting": {"name": setting, "pairs": "gram", "p": 5, "q": 6, "tokens": 16, "chosen": chosen},
             "competitor": competitor,
             "status": status,
             "seconds": {"min": least},
         }
 
-    rows = [row("x", "auto", 3.0), row("x", "tokens", 3.1), row("x", "form", 2.0)]
-    rows += [row("y", "auto", 1.0), row("y", "tokens", 1.1), row("y", "form", 9.0)]
-    rows += [row("z", "auto", 1.0), row("z", "tokens", 1.0), row("z", "form", 0.1, "failed")]
+    rows = [row("x", "tokens", "auto", 3.1), row("x", "tokens", "tokens", 3.0), row("x", "tokens", "form", 2.0)]
+    rows += [row("y", "tokens", "auto", 1.2), row("y", "tokens", "tokens", 1.1), row("y", "tokens", "form", 9.0)]
+    rows += [row("z", "tokens", "auto", 1.0), row("z", "tokens", "tokens", 1.0)]
+    rows += [row("z", "tokens", "form", 0.1, "failed")]
     assert ways.regrets(rows) == {"x": 1.5, "y": 1.0}
     assert ways.summary(rows).startswith("regret of auto: median 1.25, worst 1.50 (x)\n")
-    assert ways.chart(rows[:3]) == ["| tokens an example | 16 |", "|---|---|", "| gram, 5 to 6 | 0.65 |"]
+    assert ways.chart(rows[:3]) == ["| tokens an example | 16 |", "|---|---|", "| gram, 5 to 6 | 0.67 |"]
