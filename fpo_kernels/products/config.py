@@ -37,22 +37,3 @@ PIECE = 1024
 
 # impl="native": layers that share a in one launch; csrc/cuda passes them in a launch's parameters (kLayers).
 MOST_LAYERS = 8
-
-# impl="triton": chosen by register and shared-memory arithmetic, not yet measured on a GPU. Of 9 settings
-# compiled for sm_80 and sm_90 (tests/compile_only reads the cubins) this spills nowhere: two (64, 64) fp32
-# accumulators over 256 threads take 32 registers of at most 128 a thread, so two programs share a processor.
-# With 4 warps fp32 spilled at 255 registers; with 64 features 16-bit left room for one program only.
-BLOCK_TOKENS = 64
-BLOCK_FEATURES = 32
-NUM_WARPS = 8
-# Copies in flight: 32 KiB of shared memory in fp32, 16 to 24 in 16-bit, under every limit at two programs.
-NUM_STAGES = 3
-# Two programs for each of an H100's 132 processors. A pair is split no further than 16 ways: its partial sums
-# are written out, one float64 each. Depends on the list's length only, so that nothing is read back.
-TARGET_PROGRAMS = 264
-MAX_SPLIT = 16
-
-
-def split(pairs: int) -> int:
-    """How many programs share one pair."""
-    return min(MAX_SPLIT, -(-TARGET_PROGRAMS // max(pairs, 1)))

@@ -7,39 +7,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpo_kernels.products import config
+from fpo_kernels.products import config_triton as config
+from fpo_kernels.products.triton_inputs import readable, refuse
 
 
 @triton.jit
 def token_products(
-    x_ptr, y_ptr, x_row, y_row, rows_x, rows_y, x_stride, x_step, y_stride, y_step,
-    WIDTH: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr, F: tl.constexpr,
+    total, x_ptr, y_ptr, x_row, y_row, rows_x, rows_y, x_stride, y_stride,
+    WIDTH: tl.constexpr, T: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """(T, T) fp32: x_t·y_s over WIDTH features, zero where t or s is past its example's end."""
+    """total (T, T) fp32 plus x_t·y_s over WIDTH features, nothing where t or s is past its example's end."""
     token = tl.arange(0, T)
     feature = tl.arange(0, F)
-    x_rows = x_ptr + (x_row + token).to(tl.int64)[:, None] * x_stride
-    y_rows = y_ptr + (y_row + token).to(tl.int64)[None, :] * y_stride
+    # 64 bits to the tile, 32 within it: addresses of all elements in 64 would not fit into the registers
+    x_first = x_ptr + x_row * x_stride
+    y_first = y_ptr + y_row * y_stride
     in_x = (token < rows_x)[:, None]
     in_y = (token < rows_y)[None, :]
-    total = tl.zeros((T, T), tl.float32)
     for first in range(0, WIDTH, F):
-        column = (first + feature).to(tl.int64)
+        column = first + feature
         inside = column < WIDTH
-        x = tl.load(x_rows + column[None, :] * x_step, in_x & inside[None, :], other=0.0)  # (T, F)
-        y = tl.load(y_rows + column[:, None] * y_step, inside[:, None] & in_y, other=0.0)  # (F, T)
-        total = tl.dot(x, y, total, input_precision=PRECISION)
+        x_tile = x_first + (token[:, None] * x_stride + column[None, :])  # (T, F)
+        y_tile = y_first + (column[:, None] + token[None, :] * y_stride)  # (F, T)
+        x = tl.load(x_tile, in_x & inside[None, :], other=0.0)
+        y = tl.load(y_tile, inside[:, None] & in_y, other=0.0)
+        total = tl.dot(x, y, total, input_precision="ieee")
     return total
 
 
 @triton.jit
 def grad_products_kernel(
-    a_ptr, d_ptr, offsets_ptr, a2_ptr, d2_ptr, offsets2_ptr, pairs_ptr, sums_ptr,
-    a_stride, a_step, d_stride, d_step, a2_stride, a2_step, d2_stride, d2_step,
-    P: tl.constexpr, Q: tl.constexpr, MIRRORED: tl.constexpr,
-    PRECISION: tl.constexpr, T: tl.constexpr, F: tl.constexpr,
+    a_ptr, ds, offsets_ptr, a2_ptr, ds2, offsets2_ptr, pairs_ptr, sums_ptr,
+    a_stride, d_strides, a2_stride, d2_strides,
+    P: tl.constexpr, QS: tl.constexpr, MIRRORED: tl.constexpr, T: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """sums[n, k]: the share of pair n from tile rows k, k + K, …; grid (n, K)."""
+    """sums[n, k]: the share of pair n from tile rows k, k + K, …; grid (n, K).
+
+    ds, ds2 are tuples of pointers to the d of the layers that share a, QS their widths.
+    """
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     parts = tl.num_programs(1)
@@ -59,13 +64,17 @@ def grad_products_kernel(
     while x_row < x_end:
         y_row = tl.where(twin, x_row, y_begin)
         while y_row < y_end:
+            rows_x = x_end - x_row
+            rows_y = y_end - y_row
+            dd = tl.zeros((T, T), tl.float32)
+            for k in tl.static_range(len(QS)):
+                dd = token_products(
+                    dd, ds[k], ds2[k], x_row, y_row, rows_x, rows_y,
+                    d_strides[k], d2_strides[k], QS[k], T, F,
+                )  # fmt: skip
             aa = token_products(
-                a_ptr, a2_ptr, x_row, y_row, x_end - x_row, y_end - y_row,
-                a_stride, a_step, a2_stride, a2_step, P, PRECISION, T, F,
-            )  # fmt: skip
-            dd = token_products(
-                d_ptr, d2_ptr, x_row, y_row, x_end - x_row, y_end - y_row,
-                d_stride, d_step, d2_stride, d2_step, Q, PRECISION, T, F,
+                tl.zeros((T, T), tl.float32), a_ptr, a2_ptr, x_row, y_row, rows_x, rows_y,
+                a_stride, a2_stride, P, T, F,
             )  # fmt: skip
             weight = tl.where(twin & (y_row > x_row), 2.0, 1.0)
             total += (tl.sum(aa * dd) * weight).to(tl.float64)
@@ -76,28 +85,30 @@ def grad_products_kernel(
 
 def grad_products(
     a: Tensor,  # (S, p)
-    ds: tuple[Tensor, ...],  # (S, q_k)
+    ds: tuple[Tensor, ...],  # each (S, q_k)
     offsets: Tensor,  # (B+1,)
     pairs: Tensor,  # (n, 2)
     other: tuple[Tensor, tuple[Tensor, ...], Tensor] | None,
 ) -> Tensor:  # (n,)
-    if a.dtype == torch.float64:
-        raise RuntimeError('grad_products: impl="triton" takes no float64; use "native", "torch" or "reference"')
-    if not (a.is_cuda or triton.knobs.runtime.interpret):
-        raise RuntimeError(f'grad_products: impl="triton" cannot run: it needs CUDA tensors, these are on {a.device}')
+    refuse(a)
     a2, ds2, offsets2 = other or (a, ds, offsets)
-    d = torch.cat(ds, 1) if len(ds) > 1 else ds[0]
-    d2 = d if other is None else torch.cat(ds2, 1) if len(ds2) > 1 else ds2[0]
     n, parts = len(pairs), config.split(len(pairs))
-    sums = torch.empty(n, parts, dtype=torch.float64, device=a.device)
-    strides = (s for x in (a, d, a2, d2) for s in x.stride())
+    # one row of sums for each launch of at most MOST_SIBLINGS
+    groups = range(0, len(ds), config.MOST_SIBLINGS)
+    sums = torch.empty(len(groups), n, parts, dtype=torch.float64, device=a.device)
     if n == 0:
         return a.new_empty(0, dtype=torch.float32)
+    tile = config.tokens(a.dtype)
+    left, right = (readable(a), *map(readable, ds)), (readable(a2), *map(readable, ds2))
+    cuts = offsets.contiguous(), offsets2.contiguous()
     with torch.cuda.device_of(a):
-        grad_products_kernel[n, parts](
-            a, d, offsets.contiguous(), a2, d2, offsets2.contiguous(), pairs.contiguous(), sums,
-            *strides, P=a.shape[1], Q=d.shape[1],
-            MIRRORED=other is None, PRECISION="ieee", T=config.BLOCK_TOKENS, F=config.BLOCK_FEATURES,
-            num_warps=config.NUM_WARPS, num_stages=config.NUM_STAGES,
-        )  # fmt: skip
-    return sums.sum(1).float()
+        for group, first in zip(sums, groups, strict=True):
+            some = slice(1 + first, 1 + first + config.MOST_SIBLINGS)
+            x, y = left[some], right[some]
+            grad_products_kernel[n, parts](
+                left[0], x, cuts[0], right[0], y, cuts[1], pairs.contiguous(), group,
+                left[0].stride(0), tuple(d.stride(0) for d in x), right[0].stride(0), tuple(d.stride(0) for d in y),
+                P=a.shape[1], QS=tuple(d.shape[1] for d in x), MIRRORED=other is None,
+                T=tile.tokens, F=tile.features, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+    return sums.sum((0, 2)).float()

@@ -11,11 +11,13 @@ from fpo_kernels.testing import check_products, random_streams
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+ROOMS = [("triton", "tokens"), ("triton", "form"), ("native", "tokens"), ("torch", "tokens"), ("torch", "form")]
 CASES = [
-    *((impl, dtype) for impl in ("triton", "native", "torch") for dtype in (F32, BF16, F16)),
-    ("native", F64),
-    ("torch", F64),
+    *((impl, way, dtype) for impl, way in ROOMS for dtype in (F32, BF16, F16)),
+    *((impl, way, F64) for impl, way in ROOMS if impl != "triton"),
 ]
+room = pytest.mark.parametrize(("impl", "way"), ROOMS)
+case = pytest.mark.parametrize(("impl", "way", "dtype"), CASES)
 
 
 @pytest.fixture(autouse=True)
@@ -31,39 +33,90 @@ def all_pairs(n: int, m: int) -> torch.Tensor:
     return torch.cartesian_prod(torch.arange(n), torch.arange(m)).cuda()
 
 
-@pytest.mark.parametrize(("impl", "dtype"), CASES)
-@pytest.mark.parametrize(("p", "q"), [(1, 3), (33, 70), (576, 192), (577, 1535)])
-def test_matches_the_definition(impl: str, dtype: torch.dtype, p: int, q: int) -> None:
+def steering(candidates: int) -> torch.Tensor:
+    """(z, z) and (z, ref), the reference last."""
+    own = torch.arange(candidates)
+    return torch.cat([torch.stack([own, own], 1), torch.stack([own, torch.full_like(own, candidates)], 1)]).cuda()
+
+
+@case
+@pytest.mark.parametrize(("p", "q"), [(1, 3), (33, 70), (576, 192), (577, 1535), (576, 8), (4, 1000)])
+def test_matches_the_definition(impl: str, way: str, dtype: torch.dtype, p: int, q: int) -> None:
     streams = random_streams([3, 0, 1, 150, 64, 65, 200], p, q, dtype, "cuda")
-    check_products(impl, streams, all_pairs(7, 7), way="tokens")
-    check_products(
-        impl, streams, all_pairs(7, 3), random_streams([0, 70, 1], p, q, dtype, "cuda", seed=1), way="tokens"
-    )
+    check_products(impl, streams, all_pairs(7, 7), way=way)
+    check_products(impl, streams, all_pairs(7, 3), random_streams([0, 70, 1], p, q, dtype, "cuda", seed=1), way=way)
 
 
-@pytest.mark.parametrize(("impl", "dtype"), CASES)
-def test_long_examples(impl: str, dtype: torch.dtype) -> None:
-    check_products(impl, random_streams([4096, 1, 2500], 40, 24, dtype, "cuda"), all_pairs(3, 3), way="tokens")
+@case
+def test_layers_that_share_their_inputs(impl: str, way: str, dtype: torch.dtype) -> None:
+    lengths = [5, 64, 0, 90, 17]
+    a, d, offsets = random_streams(lengths, 96, 96, dtype, "cuda")
+    more = tuple(random_streams(lengths, 96, q, dtype, "cuda", seed=q)[1] for q in (32, 33, 7))
+    for ds in ((d, more[0], more[0]), (d, *more)):
+        check_products(impl, (a, ds, offsets), steering(4), way=way)
+        check_products(impl, (a, ds, offsets), all_pairs(5, 5), (a, ds, offsets), way=way)
 
 
-@pytest.mark.parametrize(("impl", "dtype"), CASES)
-def test_same_bits_every_time(impl: str, dtype: torch.dtype) -> None:
+@case
+def test_many_examples(impl: str, way: str, dtype: torch.dtype) -> None:
+    """More than a block of either side, whole Gram matrices, a shared partner, a few pairs."""
+    streams = random_streams([7, 1, 30, 0, 64] * 9, 130, 48, dtype, "cuda")
+    check_products(impl, streams, all_pairs(45, 45), way=way)
+    check_products(impl, streams, steering(44), way=way)
+    check_products(impl, streams, torch.tensor([[44, 2], [0, 0], [17, 17], [16, 19]]).cuda(), way=way)
+
+
+@case
+def test_long_examples(impl: str, way: str, dtype: torch.dtype) -> None:
+    check_products(impl, random_streams([4096, 1, 2500], 40, 24, dtype, "cuda"), all_pairs(3, 3), way=way)
+
+
+@case
+def test_same_bits_every_time(impl: str, way: str, dtype: torch.dtype) -> None:
     streams, pairs = random_streams([700, 64, 64, 1, 33], 96, 130, dtype, "cuda"), all_pairs(5, 5)
-    first = grad_products(*streams, pairs, impl=impl, way="tokens")
+    first = grad_products(*streams, pairs, impl=impl, way=way)
     for _ in range(20):
-        assert torch.equal(grad_products(*streams, pairs, impl=impl, way="tokens"), first)
+        assert torch.equal(grad_products(*streams, pairs, impl=impl, way=way), first)
 
 
-@pytest.mark.parametrize("impl", ["triton", "native", "torch"])
-def test_operator_contract(impl: str) -> None:
-    streams = random_streams([4, 0, 19], 6, 5, device="cuda")
-    streams = (streams[0], [streams[1], streams[1][:, 1:3]], streams[2])
-    arguments = (*streams, all_pairs(3, 3))
-    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*arguments, None, [], None, impl, "tokens"))
-    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*arguments, *streams, impl, "tokens"))
+@room
+def test_same_bits_in_dirty_memory_and_beside_nan(impl: str, way: str) -> None:
+    a, d, offsets = random_streams([70, 9, 40, 5, 1], 96, 40, device="cuda")
+    pairs = torch.tensor([[0, 0], [2, 2], [0, 2], [3, 4]]).cuda()
+    first = grad_products(a, d, offsets, pairs, impl=impl, way=way)
+    a[70:79] = torch.nan
+    torch.use_deterministic_algorithms(True, warn_only=True)  # every new allocation is NaN then
+    try:
+        again = grad_products(a, d, offsets, pairs, impl=impl, way=way)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(again, first)
 
 
-def test_rows_past_two_to_the_31() -> None:
+@room
+def test_operator_contract(impl: str, way: str) -> None:
+    a, d, offsets = random_streams([4, 0, 19], 6, 5, device="cuda")
+    arguments = (a, [d], offsets, all_pairs(3, 3))
+    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*arguments, None, [], None, impl, way))
+    torch.library.opcheck(torch.ops.fpo.grad_products.default, (*arguments, a, [d], offsets, impl, way))
+
+
+@pytest.mark.parametrize("way", ["tokens", "form"])
+def test_triton_waits_for_nothing(way: str) -> None:
+    """In a CUDA graph any synchronisation is an error; the checks that read values are left out there."""
+    pytest.importorskip("triton")
+    streams, pairs = random_streams([7, 0, 64, 3, 20] * 4, 96, 40, device="cuda"), steering(19)
+    expected = grad_products(*streams, pairs, impl="triton", way=way)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = grad_products(*streams, pairs, impl="triton", way=way)
+    graph.replay()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("way", ["tokens", "form"])
+def test_rows_past_two_to_the_31(way: str) -> None:
     """Row · stride overflows 32 bits: the last example lies beyond element 2³¹ of a bf16 stream."""
     pytest.importorskip("triton")
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
@@ -74,5 +127,6 @@ def test_rows_past_two_to_the_31() -> None:
     d = torch.randn(rows, 3, device="cuda").to(BF16)
     offsets = torch.tensor([0, rows - 70, rows], device="cuda")
     last = torch.tensor([[1, 1]], device="cuda")
-    alone = grad_products(a[-70:], d[-70:], torch.tensor([0, 70], device="cuda"), last - 1, impl="triton", way="tokens")
-    assert torch.equal(grad_products(a, d, offsets, last, impl="triton", way="tokens"), alone)
+    cut = torch.tensor([0, 70], device="cuda")
+    alone = grad_products(a[-70:], d[-70:], cut, last - 1, impl="triton", way=way)
+    assert torch.equal(grad_products(a, d, offsets, last, impl="triton", way=way), alone)
