@@ -75,6 +75,7 @@ class Case:
         build: (setting, device) → its contest.
         headlines: the ratios printed below the table, for every setting.
         isolated: setting → the competitors whose memory is measured in processes of their own, on a CPU.
+        summary: rows → what they come to in a few lines, printed under the table.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Case:
     build: Callable[[Any, torch.device], Contest]
     headlines: tuple[Headline, ...] = ()
     isolated: Callable[[Any], Sequence[str]] = lambda setting: ()
+    summary: Callable[[list[dict[str, Any]]], str] | None = None
 
 
 def cases() -> dict[str, Case]:

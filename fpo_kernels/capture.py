@@ -142,22 +142,23 @@ class Taps:
         self.deliver, self._backward = deliver, True
         torch.autograd.grad(outputs.sum(), self._anchor, allow_unused=True, retain_graph=again)
 
-    def leaks(self, outputs: Tensor) -> set[nn.Module]:
+    def leaks(self, outputs: Tensor, look: Callable[[Delivery], None]) -> set[nn.Module]:
         """Modules through whose rows an example's output depends on rows of another example.
 
-        The first dimension is then not the batch, or examples meet. Told from the gradient of one output.
+        The first dimension is then not the batch, or examples meet. Told from the gradient of one output, which
+        leaves the tape for another backward; `look` sees each delivery too.
         """
         size = self._shape.examples
         one = size // 2  # neither the first nor the last of three: a model may treat those in their own way
         found: dict[nn.Module, Tensor] = {}
 
-        def look(delivery: Delivery) -> None:
+        def compare(delivery: Delivery) -> None:
+            look(delivery)
             d = delivery.d.reshape(size, -1)
-            others = torch.cat([d[:one], d[one + 1 :]])
-            leak = (others != 0).any()
+            leak = (d[:one] != 0).any() | (d[one + 1 :] != 0).any()
             found[delivery.module] = found[delivery.module] | leak if delivery.module in found else leak
 
-        self.backward(outputs[one], look, again=True)
+        self.backward(outputs[one], compare, again=True)
         return {module for module, leak in found.items() if bool(leak)}
 
 

@@ -98,34 +98,40 @@ def form_bytes(work: Work, p: int, q: int, itemsize: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """How fast a room goes: seconds = overhead + layers · layer_overhead + FLOPs / rate, forming and multiplying apart.
+    """How fast a room goes: seconds = overhead + layers · layer_overhead + FLOPs / rate.
 
     Attributes:
         flops: multiply-adds of the inner loop, FLOP/s (2 a multiply-add); for "form" those of Σ_t d_t a_tᵀ.
         multiply: FLOP/s of multiplying formed tiles elementwise; bound by memory. Unused by "tokens".
+        token_pair: seconds that each token pair costs besides its FLOPs. Unused by "form".
         overhead: seconds a call. layer_overhead: seconds each of the layers that share a.
     """
 
     flops: float
     multiply: float
+    token_pair: float
     overhead: float
     layer_overhead: float
 
 
-# Measured on two cores of an AMD EPYC with AVX-512, fp32 (benchmarks/results/cpu-2threads/ways.json); the choice
-# needs their ratios only, and those move less between machines than the rates do.
 _RATES = {
-    ("cpu", "native", "tokens"): Rates(flops=1.6e11, multiply=0, overhead=1e-5, layer_overhead=2e-6),
-    ("cpu", "torch", "tokens"): Rates(flops=0.8e11, multiply=0, overhead=3e-4, layer_overhead=2e-5),
-    ("cpu", "torch", "form"): Rates(flops=1.6e11, multiply=1e10, overhead=1.5e-4, layer_overhead=5e-5),
+    # Two cores of an AMD EPYC with AVX-512, fp32 (benchmarks/results/cpu-2threads/ways.json). The choice needs ratios
+    # only, and those move less between machines than the rates do. Register tiles: 150 to 290 GFLOP/s with wide
+    # features, and 4 to 6 ns a token pair and thread with narrow ones, for adding up and loading each tile.
+    ("cpu", "native", "tokens"): Rates(flops=1.6e11, multiply=0, token_pair=1e-9, overhead=1e-5, layer_overhead=2e-6),
+    # Both tiles are written and read again: half of that. The plan of the chunks takes 0.3 to 0.4 ms.
+    ("cpu", "torch", "tokens"): Rates(flops=0.8e11, multiply=0, token_pair=1e-9, overhead=3e-4, layer_overhead=2e-5),
+    # MKL's batched products: 187 GFLOP/s alone, 100 next to busy processes, which disturb them more than they do the
+    # native room. Elementwise products: 12 to 40 GFLOP/s, as many as are one matrix product.
+    ("cpu", "torch", "form"): Rates(flops=1.3e11, multiply=1.5e10, token_pair=0, overhead=2e-4, layer_overhead=5e-5),
     # Not measured: equal rates, so that FLOPs alone decide. Both ways run on the same matrix units.
-    ("cuda", "triton", "tokens"): Rates(flops=1e14, multiply=0, overhead=2e-5, layer_overhead=0),
-    ("cuda", "triton", "form"): Rates(flops=1e14, multiply=1e14, overhead=2e-5, layer_overhead=0),
+    ("cuda", "triton", "tokens"): Rates(flops=1e14, multiply=0, token_pair=0, overhead=2e-5, layer_overhead=0),
+    ("cuda", "triton", "form"): Rates(flops=1e14, multiply=1e14, token_pair=0, overhead=2e-5, layer_overhead=0),
     # Not measured: plain FMA without matrix units, a tenth.
-    ("cuda", "native", "tokens"): Rates(flops=1e13, multiply=0, overhead=2e-5, layer_overhead=0),
-    # Not measured: matrix products of the vendor's library, the plan made on the host.
-    ("cuda", "torch", "tokens"): Rates(flops=5e13, multiply=0, overhead=1e-3, layer_overhead=1e-4),
-    ("cuda", "torch", "form"): Rates(flops=5e13, multiply=1e12, overhead=1e-3, layer_overhead=1e-4),
+    ("cuda", "native", "tokens"): Rates(flops=1e13, multiply=0, token_pair=0, overhead=2e-5, layer_overhead=0),
+    # Not measured: matrix products of the vendor's library, the plan made on the host; memory bounds the rest.
+    ("cuda", "torch", "tokens"): Rates(flops=5e13, multiply=0, token_pair=0, overhead=1e-3, layer_overhead=1e-4),
+    ("cuda", "torch", "form"): Rates(flops=5e13, multiply=1e12, token_pair=0, overhead=1e-3, layer_overhead=1e-4),
 }
 
 
@@ -134,7 +140,7 @@ def seconds(work: Work, p: int, qs: Sequence[int], rates: Rates, way: str) -> fl
     q = sum(qs)
     fixed = rates.overhead + len(qs) * rates.layer_overhead
     if way == "tokens":
-        return fixed + token_flops(work, p, q) / rates.flops
+        return fixed + token_flops(work, p, q) / rates.flops + work.token_pairs * rates.token_pair
     forming, multiplying = 2 * p * q * float(work.tokens), 2 * p * q * float(work.pairs)
     return fixed + forming / rates.flops + multiplying / rates.multiply
 

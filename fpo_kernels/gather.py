@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch, rows_of
-from .capture import Delivery, Shape, UnservedError
+from .capture import Delivery, Shape
 from .gradients import Factors, Packing, Stream, join_calls
-from .layers import Site, is_norm, scales_elementwise
+from .layers import Site
 
 Consume = Callable[[list[Site], list[Stream]], None]
 
@@ -117,17 +117,11 @@ class Gather:
     """Joins what the taps deliver into one stream a parameter and passes it on when complete, siblings together."""
 
     def __init__(
-        self,
-        sites: Sequence[Site],
-        layout: Layout,
-        calls: Iterable[tuple[nn.Module, int]],
-        consume: Consume,
-        probe: bool,
+        self, sites: Sequence[Site], layout: Layout, calls: Iterable[tuple[nn.Module, int]], consume: Consume
     ) -> None:
         """`calls` are the forward's (module, group), which say how many deliveries complete each parameter."""
         self._consume = consume
         self._layout = layout
-        self._probe = probe
         self._sites = {site.name: site for site in sites}
         self._of: dict[nn.Module, list[Site]] = {}
         for site in sites:
@@ -149,9 +143,6 @@ class Gather:
     def deliver(self, delivery: Delivery) -> None:
         """A tap's callback."""
         module, group = delivery.module, delivery.group
-        if self._probe and is_norm(module) and not scales_elementwise(module, delivery.a):
-            reason = f"{type(module).__name__} does more than scale its input by its weight"
-            raise UnservedError({site.name: reason for site in self._of[module]})
         call = _Call(delivery, self._layout, self._inputs.setdefault(group, {}))
         for site in self._of[module]:
             stream = site.rules[module].stream(module, call)

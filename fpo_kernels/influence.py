@@ -52,7 +52,7 @@ class Influence:
         micro_batch: the most sequences on one autograd tape; None puts a call's whole batch on one. Each
             piece of a steering call runs the references it needs again.
 
-    The first call of an engine runs its backward twice: once to see that examples do not meet.
+    An engine's first call also runs three of its examples once more, to see that examples do not meet.
 
     Raises:
         ValueError: a choice that matches nothing, or a parameter that cannot be served (each is named with

@@ -10,27 +10,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .batches import Batch, rows_of, take
-from .capture import Taps, UnservedError, frozen, tapped
+from .capture import Delivery, Taps, UnservedError, frozen, tapped
 from .gather import Consume, Gather, Layout, PaddingReadError
 from .gradients import Stream, Vectors
-from .layers import Coverage, Site, survey
+from .layers import Coverage, Site, is_norm, scales_elementwise, survey
 
 T = TypeVar("T")
 PER_EXAMPLE = "per_example"
-
-
-class _SilentError(Exception):
-    """Chosen parameters whose modules were not called."""
-
-    def __init__(self, sites: list[Site]) -> None:
-        self.sites = sites
 
 
 class Passes:
@@ -49,7 +41,10 @@ class Passes:
         self._fallback = fallback
         self._sites, self._refused = survey(model, self.chosen)
         self._unused: set[str] = set()
-        self._whole = self._seen = self._separable = False
+        self._whole = False  # whether padded positions count, because the model reads them
+        # modules that a pass has looked at, and those of them seen to keep two or more examples apart
+        self._seen: set[nn.Module] = set()
+        self._separable: set[nn.Module] = set()
         hopeless = {n: why for n, why in self._refused.items() if not chosen[n].is_floating_point()}
         if hopeless or fallback == "error":
             self._refuse(hopeless or self._refused)
@@ -90,10 +85,11 @@ class Passes:
             ValueError: the outputs are not one scalar an example, or depend on no chosen parameter.
             UnservedError, PaddingReadError: for `settled`.
         """
-        try:
-            outputs = self._tapped(batch, consume) if self._sites else self._plain(batch)
-        except _SilentError as silent:
-            self._check_unused(batch, silent.sites)
+        if not self._sites:
+            outputs = self._plain(batch)
+        else:
+            if not (self._separable if rows_of(batch) > 1 else self._seen):
+                self._look(batch)
             outputs = self._tapped(batch, consume)
         for name, vectors in self._formed(batch).items():
             consume([Site(name, self.chosen[name], {})], [vectors])
@@ -101,20 +97,61 @@ class Passes:
 
     def _tapped(self, batch: Batch, consume: Consume) -> Tensor:
         layout = Layout(batch, self._whole)
-        size = layout.shape.examples
-        probe = not self._seen or (not self._separable and size > 1)
         with tapped(self.model, self._sites, layout.shape) as taps:
-            with nullcontext() if self._seen else taps.uses:
-                outputs = self._forward(batch, taps)
-            if probe:
-                self._probe(taps, outputs, size)
-            gather = Gather(self._sites, layout, taps.calls, consume, probe)
+            outputs = self._forward(batch, taps)
+            self._probe(taps, outputs, layout.shape.examples)
+            gather = Gather(self._sites, layout, taps.calls, consume)
             if outputs.requires_grad or not self._refused:
                 taps.backward(outputs, gather.deliver)
         gather.finish()
         layout.check()
-        self._seen, self._separable = True, self._separable or size > 1
         return outputs.detach()
+
+    def _look(self, batch: Batch) -> None:
+        """A pass over three examples that only looks; over all where the output map takes no fewer."""
+        few = take(batch, slice(0, 3))
+        try:
+            self._look_at(few)
+        except UnservedError:
+            raise
+        except Exception:
+            if rows_of(few) == rows_of(batch):
+                raise
+            self._look_at(batch)
+
+    def _look_at(self, batch: Batch) -> None:
+        layout = Layout(batch, self._whole)
+        with tapped(self.model, self._sites, layout.shape) as taps:
+            with taps.uses:
+                outputs = self._forward(batch, taps)
+            calls = Counter(module for module, _ in taps.calls)
+            if outside := taps.uses.outside(calls, self._sites):
+                raise UnservedError(outside)
+            self._probe(taps, outputs, layout.shape.examples)
+        silent = [s for s in self._sites if not any(calls[m] for m in s.rules) and s.name not in self._unused]
+        if silent:
+            self._check_unused(batch, silent)
+
+    def _probe(self, taps: Taps, outputs: Tensor, size: int) -> None:
+        """Of modules that no earlier pass has met: that examples do not meet there, and that norms only scale."""
+        called = {module for module, _ in taps.calls}
+        known = self._separable if size > 1 else self._seen
+        if called <= known or not outputs.requires_grad:
+            return
+
+        def look(delivery: Delivery) -> None:
+            module = delivery.module
+            if is_norm(module) and not scales_elementwise(module, delivery.a):
+                reason = f"{type(module).__name__} does more than scale its input by its weight"
+                raise UnservedError(_named(taps, {module}, reason))
+
+        if leaks := taps.leaks(outputs, look):
+            raise UnservedError(
+                _named(taps, leaks, "examples meet in its module's call: not the batch's first dimension")
+            )
+        self._seen |= called
+        if size > 1:
+            self._separable |= called
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
         try:
@@ -147,19 +184,6 @@ class Passes:
         finally:
             taps.idle = False
         return True
-
-    def _probe(self, taps: Taps, outputs: Tensor, size: int) -> None:
-        calls = Counter(module for module, _ in taps.calls)
-        outside = {} if self._seen else taps.uses.outside(calls, self._sites)
-        silent = [s for s in self._sites if not any(calls[m] for m in s.rules) and s.name not in outside]
-        if outside:
-            raise UnservedError(outside)
-        if new := [site for site in silent if site.name not in self._unused]:
-            raise _SilentError(new)
-        if size > 1 and outputs.requires_grad and (leaks := taps.leaks(outputs)):
-            raise UnservedError(
-                _named(taps, leaks, "examples meet in its module's call, whose first dimension is not the batch")
-            )
 
     def _check_unused(self, batch: Batch, sites: list[Site]) -> None:
         """Parameters whose modules were not called may still be used in ways that no tap and no count sees."""

@@ -1,7 +1,10 @@
 """Every number of the READMEs comes from a file in benchmarks/results."""
 
 import json
+import statistics
 from pathlib import Path
+
+from benchmarks.cases import ways
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,6 +41,13 @@ def test_the_linear_environment():
     none, relaxed = final["none"]["0"], final["relaxed"]["0"]
     assert f"utility {none['best_utility']:.2f} and falls to {none['utility']:.2f}" in readme
     assert f"it ends at {relaxed['utility']:.2f} of 10" in readme
+
+
+def test_which_way_wins_where():
+    page = (ROOT / "fpo_kernels" / "products" / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(ways.chart(rows("ways"))) in page
+    found = ways.regrets(rows("ways"))
+    assert f"median {statistics.median(found.values()):.2f} times, at worst {max(found.values()):.2f} times" in page
 
 
 def test_the_products_page():

