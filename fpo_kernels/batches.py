@@ -23,13 +23,18 @@ def rows_of(batch: Batch) -> int:
 
 
 def take(batch: Batch, rows: slice | Tensor) -> dict[str, Any]:
-    """The chosen examples of a batch; an entry that is not as long as the batch stays as it is."""
-    size = rows_of(batch)
+    """The chosen examples of a batch, of mappings in it too; an entry not as long as the batch stays as it is."""
+    return _take(batch, rows, rows_of(batch))
+
+
+def _take(batch: Batch, rows: slice | Tensor, size: int) -> dict[str, Any]:
     if isinstance(rows, slice) and rows == slice(0, size):
         return dict(batch)
     index = range(size)[rows] if isinstance(rows, slice) else rows.tolist()
 
     def pick(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _take(value, rows, size)
         if isinstance(value, (list, tuple)) and len(value) == size:
             return type(value)(value[i] for i in index)
         if not getattr(value, "shape", ()) or value.shape[0] != size:

@@ -8,6 +8,7 @@ is ever computed, and nothing below the lowest tap is put on the tape.
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .layers import Site, looked_up
+from .layers import Site, input_of, looked_up, returns_what_it_should
 
 
 class UnservedError(Exception):
@@ -40,13 +41,15 @@ class Delivery(NamedTuple):
 
     module: nn.Module
     group: int
-    a: Tensor  # (B, …, p) its input, or (B, …) ids
+    a: Tensor | None  # (B, …, p) its input, or (B, …) ids; None where no rule reads it
     d: Tensor  # (B, …, q) the gradient of its output
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, a: Tensor, deliver: Callable[[Tensor, Tensor], None]):
+    def forward(
+        ctx: Any, output: Tensor, anchor: Tensor, a: Tensor | None, deliver: Callable[[Tensor | None, Tensor], None]
+    ):
         ctx.save_for_backward(a)
         ctx.deliver = deliver
         # An alias that autograd does not count as a view: models may go on in place (ReLU(inplace=True)).
@@ -59,32 +62,57 @@ class _Tap(torch.autograd.Function):
         return grad, None, None, None
 
 
+class Known:
+    """What earlier passes saw of the modules, and what need not be looked at again.
+
+    Attributes:
+        checked: modules that return what their rules suppose.
+        separable: of those, the ones seen to keep two or more examples apart.
+        scales: what an embedding multiplies its rows by.
+    """
+
+    def __init__(self) -> None:
+        self.checked: set[nn.Module] = set()
+        self.separable: set[nn.Module] = set()
+        self.scales: dict[nn.Module, float] = {}
+
+
 class Taps:
     """What a forward pass under `tapped` left behind: each use of a module in order, and the way back.
 
     Attributes:
         calls: (module, group) of every use of a tapped module.
+        names: module → the chosen parameters it serves.
         idle: outputs are passed on untouched.
         expanded: modules whose call was broadcast over the batch and went on expanded to it.
+        plain: modules of which every call had the batch in its first dimension.
         uses: counts the uses of the sites' parameters while it is entered.
     """
 
-    def __init__(self, sites: Sequence[Site], shape: Shape, device: torch.device) -> None:
+    def __init__(self, sites: Sequence[Site], shape: Shape, device: torch.device, known: Known) -> None:
         self.calls: list[tuple[nn.Module, int]] = []
         self.expanded: set[nn.Module] = set()
+        self.plain: set[nn.Module] = set()
         self.idle = False
-        self.deliver: Callable[[Delivery], None] = lambda delivery: None
         self.uses = Uses(sites)
         self.names: dict[nn.Module, list[str]] = {}
+        self._own: dict[nn.Module, list[tuple[str, Tensor]]] = {}
+        self._reads: set[nn.Module] = set()
         for site in sites:
-            for module in site.rules:
+            for module, rule in site.rules.items():
                 self.names.setdefault(module, []).append(site.name)
+                self._own.setdefault(module, []).append((rule.attribute, site.parameter))
+                if rule.reads_input:
+                    self._reads.add(module)
+        self._deliver: Callable[[Delivery], None] = lambda delivery: None
+        self._known = known
         self._shape = shape
         self._anchor = torch.zeros((), device=device, requires_grad=True)
-        self._inputs: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # id → input, its version and group
+        # id → an input, its version, where it lies, and its group
+        self._inputs: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
         self._backward = False
 
-    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: pass the output through an identity that remembers the input."""
         if self.idle:
             return output
@@ -93,34 +121,51 @@ class Taps:
                 f"{type(module).__name__}: it runs under no_grad inside the model's forward, so no gradient can "
                 "reach it; reentrant gradient checkpointing does that (pass use_reentrant=False)"
             )
-        a = given = args[0] if args else next(iter(kwargs.values()))
-        scale = 1.0
-        if isinstance(module, nn.Embedding):
-            try:
-                with self.uses.paused():
-                    a, scale = looked_up(module, args, kwargs, output)
-                    given = a
-            except ValueError as problem:
-                raise UnservedError(dict.fromkeys(self.names[module], str(problem))) from None
+        try:
+            with self.uses.paused(), torch.no_grad():
+                a, scale = self._checked(module, args, kwargs, output)
+        except ValueError as problem:
+            raise UnservedError(dict.fromkeys(self.names[module], str(problem))) from None
+        group = self._group(a)
         a, output = self._by_example(module, a.detach(), output)
-        group = self._group(given)
         if not self._backward:  # under checkpointing the forward runs again during backward
             self.calls.append((module, group))
 
-        def deliver(a: Tensor, d: Tensor) -> None:
+        def deliver(a: Tensor | None, d: Tensor) -> None:
             with torch.no_grad(), torch.autocast(d.device.type, enabled=False):
-                self.deliver(Delivery(module, group, a, d if scale == 1 else d * scale))
+                self._deliver(Delivery(module, group, a, d if scale == 1 else d * scale))
 
-        return _Tap.apply(output, self._anchor, a, deliver)
+        return _Tap.apply(output, self._anchor, a if module in self._reads else None, deliver)
+
+    def _checked(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> tuple[Tensor, float]:
+        """The input (or ids) and the factor on the output, of a module that does what its rules suppose."""
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{type(module).__name__} returns a {type(output).__name__}")
+        if any(module._parameters.get(attribute) is not parameter for attribute, parameter in self._own[module]):
+            raise ValueError(f"{type(module).__name__} runs on another tensor in its place")
+        scales = self._known.scales
+        if isinstance(module, nn.Embedding):
+            a, scales[module] = looked_up(module, args, kwargs, output, scales.get(module))
+            return a, scales[module]
+        a = input_of(module, args, kwargs)
+        if module not in self._known.checked and not returns_what_it_should(module, a, output):
+            raise ValueError(f"{type(module).__name__} does not return what a layer of its kind makes of its input")
+        return a, 1.0
 
     def _by_example(self, module: nn.Module, a: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Input and output with the batch in front; a call broadcast over the batch is expanded to it."""
         size, tokens = self._shape
         if size == 1 or (output.ndim >= 2 and output.shape[0] == size):
+            if all(module is not other for other, _ in self.calls):
+                self.plain.add(module)
             return a, output
+        self.plain.discard(module)
         if output.ndim >= 3 and output.shape[0] == a.shape[0] == 1:
             self.expanded.add(module)
-            return a.expand(size, *a.shape[1:]), output.expand(size, *output.shape[1:])
+            # a copy, because a model may go on in place
+            return a.expand(size, *a.shape[1:]), output.expand(size, *output.shape[1:]).contiguous()
         if output.ndim == 2 and tokens and output.shape[0] == size * tokens:
             return a, output  # (B·T, q), one example after another
         reason = (
@@ -129,56 +174,89 @@ class Taps:
         raise UnservedError(dict.fromkeys(self.names[module], reason))
 
     def _group(self, given: Tensor) -> int:
+        state = given._version, given.data_ptr()
         known = self._inputs.get(id(given))
-        if known is not None and known[0]() is given and known[1] == given._version:
-            return known[2]
-        self._inputs[id(given)] = weakref.ref(given), given._version, len(self.calls)
+        if known is not None and known[0]() is given and known[1:3] == state:
+            return known[3]
+        self._inputs[id(given)] = weakref.ref(given), *state, len(self.calls)
         return len(self.calls)
 
     def backward(self, outputs: Tensor, deliver: Callable[[Delivery], None], *, again: bool = False) -> None:
         """Send the gradient of `outputs.sum()` down the tape; `deliver` is called on the way, under no_grad."""
         if not outputs.requires_grad:
             raise ValueError("output: it depends on none of the chosen parameters' modules (was it detached?)")
-        self.deliver, self._backward = deliver, True
+        self._deliver, self._backward = deliver, True
         torch.autograd.grad(outputs.sum(), self._anchor, allow_unused=True, retain_graph=again)
 
-    def leaks(self, outputs: Tensor, look: Callable[[Delivery], None]) -> set[nn.Module]:
-        """Modules through whose rows an example's output depends on rows of another example.
+    def leaks(self, outputs: Tensor) -> tuple[set[nn.Module], set[nn.Module]]:
+        """Modules through whose rows an example's output depends on rows of another, and those proven not to be.
 
-        The first dimension is then not the batch, or examples meet. Told from the gradient of one output, which
-        leaves the tape for another backward; `look` sees each delivery too.
+        The first dimension is then not the batch, or examples meet. Told from the gradients of some of the
+        outputs, chosen so that every two examples are apart in one of them; neither is told of a module through
+        which no gradient came. The tape is left for another backward.
         """
         size = self._shape.examples
-        one = size // 2  # neither the first nor the last of three: a model may treat those in their own way
-        found: dict[nn.Module, Tensor] = {}
+        told: dict[nn.Module, Tensor] = {}  # (2,): whether other examples' rows had a gradient, and whether own rows
 
         def compare(delivery: Delivery) -> None:
-            look(delivery)
             d = delivery.d.reshape(size, -1)
-            leak = (d[:one] != 0).any() | (d[one + 1 :] != 0).any()
-            found[delivery.module] = found[delivery.module] | leak if delivery.module in found else leak
+            # NaN is no gradient here: 0·∞ in another example's rows is not evidence that examples meet
+            reached = torch.stack([(d[~inside].abs() > 0).any(), (d[inside].abs() > 0).any()])
+            before = told.get(delivery.module)
+            told[delivery.module] = reached if before is None else before | reached
 
-        self.backward(outputs[one], compare, again=True)
-        return {module for module, leak in found.items() if bool(leak)}
+        for subset in _separating(size):
+            inside = subset.to(outputs.device)
+            self.backward(outputs[inside], compare, again=True)
+        if not told:
+            return set(), set()
+        leaking, reached = torch.stack([flags.cpu() for flags in told.values()]).T.tolist()
+        leaks = {module for module, leak in zip(told, leaking, strict=True) if leak}
+        return leaks, {module for module, own in zip(told, reached, strict=True) if own} - leaks
+
+
+def _separating(size: int) -> list[Tensor]:
+    """Subsets of range(size), masks, such that any example is in one without any other given one."""
+    index = torch.arange(size)
+    if size <= 3:
+        return [index == one for one in range(size)]
+    bits = [(index >> bit) & 1 == 1 for bit in range((size - 1).bit_length())]
+    return [subset for mask in bits for subset in (mask, ~mask)]
 
 
 @contextmanager
 def frozen(model: nn.Module, learning: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """No parameter requires grad but the given ones; as before afterwards, whatever happens."""
+    """No parameter requires grad but the given ones; they, and buffers, as before afterwards, whatever happens."""
     wanted = {id(parameter) for parameter in learning}
     with ExitStack() as stack:
         for parameter in model.parameters():
             if parameter.requires_grad != (id(parameter) in wanted):
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(id(parameter) in wanted)
+        for module in model.modules():
+            if module.training:  # spectral norms and their likes keep count as they run
+                for buffer in module.buffers(recurse=False):
+                    stack.callback(_put_back, buffer, buffer._version, buffer.clone())
         yield
 
 
+def _put_back(buffer: Tensor, version: int, before: Tensor) -> None:
+    if buffer._version != version:
+        with torch.no_grad():
+            buffer.copy_(before)
+
+
+_running: list[Taps] = []  # passes that are under way, the innermost last
+
+
 @contextmanager
-def tapped(model: nn.Module, sites: Sequence[Site], shape: Shape) -> Iterator[Taps]:
-    """Taps on the sites' modules for one forward and `Taps.backward`; the model is restored whatever happens."""
+def tapped(model: nn.Module, sites: Sequence[Site], shape: Shape, known: Known) -> Iterator[Taps]:
+    """Taps on the sites' modules for one forward and `Taps.backward`; the model is restored whatever happens.
+
+    Within another pass, of an output map that asks an engine of its own, the outer taps stand idle.
+    """
     first = next(model.parameters(), None)
-    taps = Taps(sites, shape, first.device if first is not None else torch.device("cpu"))
+    taps = Taps(sites, shape, first.device if first is not None else torch.device("cpu"), known)
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         for module in taps.names:
@@ -188,6 +266,15 @@ def tapped(model: nn.Module, sites: Sequence[Site], shape: Shape) -> Iterator[Ta
         for module in model.modules():
             if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
                 stack.callback(module.register_forward_hook(_passes_gradients, with_kwargs=True).remove)
+        # torch's fused encoder layers, taken where no weight requires grad, call none of their modules
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        for outer in _running:
+            stack.callback(setattr, outer, "idle", outer.idle)
+            outer.idle = True
+            stack.enter_context(outer.uses.paused())
+        _running.append(taps)
+        stack.callback(_running.pop)
         stack.enter_context(torch.enable_grad())
         yield taps
 
@@ -212,6 +299,10 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
+# What takes a parameter's dtype, device or shape, or leaves the tape: no use of its values for a gradient.
+_NEUTRAL = re.compile(r"detach|data|(zeros|ones|empty|full|rand|randn|randint)_like|new_\w+|to|type_as")
+
+
 class Uses(TorchFunctionMode):
     """Counts the torch functions that turn a parameter into a tensor: a module's own call is one."""
 
@@ -224,19 +315,23 @@ class Uses(TorchFunctionMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Without counting: what a tap looks up for itself is no use of the model's."""
-        self._paused = True
+        before, self._paused = self._paused, True
         try:
             yield
         finally:
-            self._paused = False
+            self._paused = before
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
-        if not self._paused and any(
-            isinstance(x, Tensor) for x in _flat([out])
-        ):  # sizes, dtypes and devices are no use of its values
-            for name in {self._names[id(x)] for x in _flat([*args, *(kwargs or {}).values()]) if id(x) in self._names}:
-                self.count[name] = self.count.get(name, 0) + 1
+        if self._paused or not any(isinstance(x, Tensor) and x.is_floating_point() for x in _flat([out])):
+            return out  # sizes, dtypes, devices and comparisons are no use of its values
+        given = list(_flat([*args, *(kwargs or {}).values()]))
+        attribute = getattr(function, "__self__", None)  # of a property's __get__, which all share a name
+        if _NEUTRAL.fullmatch(getattr(attribute or function, "__name__", "")):
+            casts = function in (Tensor.to, Tensor.type_as)  # of the parameter itself they are a use
+            given = given[:1] if casts else []
+        for name in {self._names[id(x)] for x in given if id(x) in self._names}:
+            self.count[name] = self.count.get(name, 0) + 1
         return out
 
     def outside(self, calls: Mapping[nn.Module, int], sites: Iterable[Site]) -> dict[str, str]:

@@ -83,26 +83,32 @@ class _Call:
 
     def __init__(self, delivery: Delivery, layout: Layout, inputs: dict[tuple[Any, ...], Tensor]) -> None:
         size, tokens = layout.shape
-        d, a = delivery.d, delivery.a
+        d = delivery.d
         if size == 1 and d.ndim < 3:
-            a, d = a[None], d[None]
+            d = d[None]
         elif d.shape[0] != size:  # (B·T, q)
-            a, d = a.unflatten(0, (size, -1)), d.unflatten(0, (size, -1))
+            d = d.unflatten(0, (size, -1))
         own = d.shape[1] if d.ndim >= 3 else 1
-        features = a.ndim - (d.ndim - 1)  # ids have no feature dimension
         self.d = d.reshape(size, -1, d.shape[-1])
-        self.a = a.reshape(size, self.d.shape[1], *a.shape[a.ndim - features :])
+        self._a = delivery.a
+        # ids have no feature dimension
+        self._features = 0 if delivery.a is None else delivery.a.ndim - (delivery.d.ndim - 1)
         # rows that belong to a token: dropping those of padding is right wherever their gradient is zero
         self._per_token = self.d.shape[1] // own if own == tokens and d.ndim >= 3 else None
-        self._group = delivery.group
         self._layout = layout
         self._inputs = inputs
         self._packed: Tensor | None = None
 
+    @property
+    def a(self) -> Tensor:
+        assert self._a is not None  # a rule that reads the input says so
+        return self._a.reshape(*self.d.shape[:2], *self._a.shape[self._a.ndim - self._features :])
+
     def inputs(self, dtype: torch.dtype | None) -> Tensor:
-        key = self._group, dtype, self.a.shape
+        a = self.a
+        key = dtype, a.shape
         if key not in self._inputs:
-            packed = self._layout.pack(self.a, self._per_token)
+            packed = self._layout.pack(a, self._per_token)
             self._inputs[key] = packed if dtype is None else packed.to(dtype)
         return self._inputs[key]
 

@@ -106,7 +106,7 @@ class Rows:
 
     def as_factors(self) -> Factors:
         """The same gradient as a linear layer's: one-hot output gradients. Takes (S, table) numbers."""
-        hot = torch.nn.functional.one_hot(self.ids, self.table).to(self.d.dtype)
+        hot = self.d.new_zeros(len(self.ids), self.table).scatter_(1, self.ids.long()[:, None], 1)
         return Factors(self.d, hot, self.packing)
 
     def direction(self, vector: Tensor) -> Tensor:
@@ -189,16 +189,14 @@ def join_calls(parts: Sequence[Stream]) -> Stream:
     """The gradient of a parameter that was used several times: the sum over its uses, cross terms included."""
     if len(parts) == 1:
         return parts[0]
-    vectors = [part for part in parts if isinstance(part, Vectors)]
-    if vectors:
-        return Vectors.interleave(vectors)
+    if isinstance(parts[0], Vectors):
+        return Vectors.interleave([part for part in parts if isinstance(part, Vectors)])
     rows = [part for part in parts if isinstance(part, Rows)]
     if len(rows) == len(parts):
         return Rows.interleave(rows)
     # with Factors among them: a tied weight, looked up by an embedding and multiplied by a linear layer
-    return Factors.interleave(
-        [part.as_factors() if isinstance(part, Rows) else part for part in parts if not isinstance(part, Vectors)]
-    )
+    factors = [part.as_factors() if isinstance(part, Rows) else part for part in parts]
+    return Factors.interleave([part for part in factors if isinstance(part, Factors)])
 
 
 def join_batches(parts: Sequence[dict[str, Stream]], sizes: Sequence[int]) -> dict[str, Stream]:

@@ -9,8 +9,10 @@ added up over the parameters.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +77,9 @@ class Influence:
         _refuse_wrapped(model)
         self.model = model
         self.micro_batch = micro_batch
-        self._passes = Passes(model, choose(model, parameters), _with_batch(output or _first_logit), fallback)
+        self._output = _Output(output or _first_logit)
+        self._fallback = fallback
+        self._passes = Passes(model, choose(model, parameters), self._output, fallback)
 
     def coverage(self) -> list[Coverage]:
         """One row a chosen parameter: its name, shape, the rule that serves it, and a reason where it is not served.
@@ -159,8 +163,21 @@ class Influence:
         return self._call(whole)
 
     def _call(self, compute: Callable[[], T]) -> T:
-        self._check_mode()
-        return self._passes.settled(compute)
+        with _lock_of(self.model):
+            self._check_mode()
+            self._renew()
+            return self._passes.settled(compute)
+
+    def _renew(self) -> None:
+        """Look at the model anew where modules or parameters were replaced since."""
+        if self._passes.current():
+            return
+        now = dict(self.model.named_parameters())
+        gone = [name for name in self._passes.chosen if name not in now]
+        if gone:
+            raise ValueError(f"model: {gone[0]} is gone since the engine was made; make a new one")
+        chosen = {name: now[name] for name in self._passes.chosen}
+        self._passes = Passes(self.model, chosen, self._output, self._fallback)
 
     def _vectors(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The directions by canonical name, (q, p) of each parameter."""
@@ -307,17 +324,30 @@ def _first_logit(returned: Any) -> Tensor:
     return returned.logits[:, 0]
 
 
-def _with_batch(output: Output) -> Callable[[Any, Mapping[str, Any]], Tensor]:
-    """Let an output map take (returned) or (returned, batch): two parameters without defaults ask for both."""
-    try:
-        signature = inspect.signature(output.forward if isinstance(output, nn.Module) else output)
-    except ValueError:  # some built-ins show none
-        signature = inspect.Signature()
-    accepts = signature.parameters.values()
-    needed = [p for p in accepts if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
-    if len(needed) >= 2:
-        return output
-    return lambda returned, batch: output(returned)
+class _Output:
+    """Lets an output map take (returned) or (returned, batch): two parameters without defaults ask for both."""
+
+    def __init__(self, output: Output) -> None:
+        try:
+            signature = inspect.signature(output.forward if isinstance(output, nn.Module) else output)
+        except ValueError:  # some built-ins show none
+            signature = inspect.Signature()
+        accepts = signature.parameters.values()
+        needed = [p for p in accepts if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
+        self.output, self.with_batch = output, len(needed) >= 2
+
+    def __call__(self, returned: Any, batch: Batch) -> Tensor:
+        return self.output(returned, batch) if self.with_batch else self.output(returned)
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    """One for all engines of a model: taps, and what requires grad, are the model's, whoever calls."""
+    with _making:
+        return _locks.setdefault(model, threading.RLock())
 
 
 def _is_random(module: nn.Module) -> bool:
@@ -326,7 +356,10 @@ def _is_random(module: nn.Module) -> bool:
         return True
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
-    return any(isinstance(value, float) and value > 0 and "drop" in name for name, value in vars(module).items())
+    return any(
+        isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)
+        for name, value in vars(module).items()
+    )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

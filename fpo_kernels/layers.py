@@ -7,6 +7,8 @@ per-example gradients. Parameters without a rule are named, with the reason.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -45,19 +47,27 @@ class Call(Protocol):
         """(S, q) the gradient without padding."""
 
 
+def _none(module: nn.Module) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one parameter of a kind of module is served.
 
     Attributes:
         name: as `coverage()` shows it.
+        attribute: what the module calls the parameter.
         stream: (module, call) → the parameter's per-example gradients.
+        reads_input: whether `stream` looks at the module's input.
         objection: why a module cannot be served; "" where it can.
     """
 
     name: str
+    attribute: str
     stream: Callable[[nn.Module, Call], Stream]
-    objection: Callable[[nn.Module], str] = lambda module: ""
+    reads_input: bool = True
+    objection: Callable[[nn.Module], str] = _none
 
 
 class Coverage(NamedTuple):
@@ -121,22 +131,26 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
     return _with_parameters(module, x, weight=1.0, bias=0.0) - _with_parameters(module, x, weight=0.0, bias=0.0)
 
 
-def scales_elementwise(module: nn.Module, x: Tensor) -> bool:
-    """Whether the module makes x̂ ∘ w + c (+ bias) of x, as the rules for norms suppose; to a few roundings."""
+def returns_what_it_should(module: nn.Module, a: Tensor, output: Tensor) -> bool:
+    """Whether the output is what the rules suppose the module makes of its input, to a few roundings.
+
+    It is not where a forward was replaced, takes more than its input, or does more than its class says.
+    """
     weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
-    if not isinstance(weight, Tensor) or x.shape[-1:] != weight.shape:
-        return False
-    try:
-        output = type(module).forward(module, x)
-    except TypeError:  # it wants more than its input
-        return False
-    if output.shape != x.shape:
-        return False
-    made = _with_parameters(module, x, weight=0.0, bias=0.0) + normalised(module, x) * weight
-    made = (made if bias is None else made + bias).double()
+    assert isinstance(weight, Tensor)
+    if is_linear(module):
+        made = nn.functional.linear(a, weight, bias)
+    elif is_conv1d(module):
+        made = nn.functional.linear(a, weight.T, bias)
+    else:
+        if a.shape[-1:] != weight.shape or output.shape != a.shape:
+            return False
+        made = _with_parameters(module, a, weight=0.0, bias=0.0) + normalised(module, a) * weight
+        made = made if bias is None else made + bias
     # many norms compute in fp32 even in a float64 model
     eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
-    return bool((made - output.double()).norm() <= 16 * eps * output.double().norm())
+    off = made.double() - output.double()
+    return made.shape == output.shape and not bool(off.norm() > 16 * eps * output.double().norm())
 
 
 def _with_parameters(module: nn.Module, x: Tensor, **constants: float) -> Tensor:
@@ -150,20 +164,45 @@ def _with_parameters(module: nn.Module, x: Tensor, **constants: float) -> Tensor
     return out
 
 
-def looked_up(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> tuple[Tensor, float]:
+def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A module's input, the first parameter of its forward, passed by place or by name.
+
+    Raises:
+        ValueError: it comes with other arguments, which the rules know nothing of (an embedding's are its own).
+    """
+    if args:
+        given, rest = args[0], [*args[1:], *kwargs.values()]
+    else:
+        name = _first_name(type(module).forward)
+        given, rest = kwargs[name], [value for key, value in kwargs.items() if key != name]
+    if not isinstance(module, nn.Embedding) and any(value is not None for value in rest):
+        raise ValueError(f"{type(module).__name__} is called with more than its input")
+    return given
+
+
+@functools.cache
+def _first_name(forward: Callable[..., Any]) -> str:
+    return list(inspect.signature(forward).parameters)[1]
+
+
+def looked_up(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, scale: float | None
+) -> tuple[Tensor, float]:
     """An embedding's ids and the factor s in output = s·weight[ids], also of classes that compute their own ids.
+
+    With the factor known from an earlier call, the output is not compared again.
 
     Raises:
         ValueError: the output is not that.
     """
-    if type(module).forward is nn.Embedding.forward:
-        return (args[0] if args else kwargs["input"]), 1.0
-    seen = _Lookups(module)
-    with torch.no_grad(), seen:
-        type(module).forward(module, *args, **kwargs)
+    if type(module).forward is nn.Embedding.forward and "forward" not in vars(module):
+        return input_of(module, args, kwargs), 1.0
+    with _Lookups(module) as seen:
+        module.forward(*args, **kwargs)
     if len(seen.ids) == 1:
-        scale = float(getattr(module, "embed_scale", 1.0))
-        for factor in dict.fromkeys((1.0, scale)):
+        if scale is not None:
+            return seen.ids[0], scale
+        for factor in dict.fromkeys((1.0, float(getattr(module, "embed_scale", 1.0)))):
             plain = seen.values[0]
             if plain.shape == output.shape and torch.equal(plain * torch.tensor(factor, dtype=plain.dtype), output):
                 return seen.ids[0], factor
@@ -203,16 +242,28 @@ def _embedding_objection(module: nn.Module) -> str:
 
 def rules_of(module: nn.Module) -> dict[str, Rule]:
     """Attribute → rule of the parameters that a module of this kind owns; {} for kinds without rules."""
-    name, kind = type(module).__name__, type(module)
-    if kind.forward is nn.Linear.forward:
-        return {"weight": Rule("linear weight", _outer), "bias": Rule("bias", _sum)}
-    if name == "Conv1D" and hasattr(module, "nf"):  # transformers': a linear layer whose weight is (p, q)
-        return {"weight": Rule("conv1d weight", _outer_transposed), "bias": Rule("bias", _sum)}
-    if isinstance(module, nn.Embedding):
-        return {"weight": Rule("embedding", _lookup, _embedding_objection)}
-    if is_norm(module):
-        return {"weight": Rule("norm weight", _scale), "bias": Rule("bias", _sum)}
-    return {}
+    bias = Rule("bias", "bias", _sum, reads_input=False)
+    if is_linear(module):
+        rules = [Rule("linear weight", "weight", _outer), bias]
+    elif is_conv1d(module):
+        rules = [Rule("conv1d weight", "weight", _outer_transposed), bias]
+    elif isinstance(module, nn.Embedding):
+        rules = [Rule("embedding", "weight", _lookup, objection=_embedding_objection)]
+    elif is_norm(module):
+        rules = [Rule("norm weight", "weight", _scale), bias]
+    else:
+        rules = []
+    return {rule.attribute: rule for rule in rules}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Linear, and classes that change nothing about its forward."""
+    return type(module).forward is nn.Linear.forward
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer whose weight is (p, q)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -9,17 +9,17 @@ or served by one plain backward an example.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .batches import Batch, rows_of, take
-from .capture import Delivery, Taps, UnservedError, frozen, tapped
+from .capture import Known, Taps, UnservedError, frozen, tapped
 from .gather import Consume, Gather, Layout, PaddingReadError
 from .gradients import Stream, Vectors
-from .layers import Coverage, Site, is_norm, scales_elementwise, survey
+from .layers import Coverage, Site, survey
 
 T = TypeVar("T")
 PER_EXAMPLE = "per_example"
@@ -41,13 +41,19 @@ class Passes:
         self._fallback = fallback
         self._sites, self._refused = survey(model, self.chosen)
         self._unused: set[str] = set()
+        self._known = Known()
+        self._looked: set[tuple[object, ...]] = set()  # kinds of batches that were looked at
         self._whole = False  # whether padded positions count, because the model reads them
-        # modules that a pass has looked at, and those of them seen to keep two or more examples apart
-        self._seen: set[nn.Module] = set()
-        self._separable: set[nn.Module] = set()
+        self._reached = False  # whether a pass had a tape
+        self._parts = list(_parts(model))
         hopeless = {n: why for n, why in self._refused.items() if not chosen[n].is_floating_point()}
         if hopeless or fallback == "error":
             self._refuse(hopeless or self._refused)
+
+    def current(self) -> bool:
+        """Whether the model still consists of the very modules and parameters it had."""
+        now = list(_parts(self.model))
+        return len(now) == len(self._parts) and all(a is b for a, b in zip(now, self._parts, strict=True))
 
     def coverage(self) -> list[Coverage]:
         """One row a chosen parameter, in the model's order."""
@@ -56,8 +62,8 @@ class Passes:
         rows = []
         for name, parameter in self.chosen.items():
             rule, reason = rules.get(name), self._refused.get(name, "")
-            if rule is None:
-                rule = PER_EXAMPLE
+            if name in self._refused:
+                rule = PER_EXAMPLE if self._fallback == PER_EXAMPLE else None
             elif name in self._unused:
                 reason = "not used by the model's forward so far: its gradient is zero"
             elif name in shared:
@@ -66,16 +72,16 @@ class Passes:
         return rows
 
     def settled(self, call: Callable[[], T]) -> T:
-        """What `call` returns once its passes hold no surprise; it is begun anew after each."""
+        """What `call` returns once its passes find nothing new; it is begun anew after each find."""
         while True:
             try:
                 return call()
             except PaddingReadError:
                 self._whole = True
             except UnservedError as unserved:
+                self._refused |= unserved.reasons
                 if self._fallback == "error":
                     self._refuse(unserved.reasons)
-                self._refused |= unserved.reasons
                 self._sites = [site for site in self._sites if site.name not in unserved.reasons]
 
     def run(self, batch: Batch, consume: Consume) -> Tensor:
@@ -88,70 +94,91 @@ class Passes:
         if not self._sites:
             outputs = self._plain(batch)
         else:
-            if not (self._separable if rows_of(batch) > 1 else self._seen):
+            kind = self._kind(batch)
+            if kind not in self._looked:
                 self._look(batch)
+                self._looked |= {kind, (1, *kind[1:])}
             outputs = self._tapped(batch, consume)
         for name, vectors in self._formed(batch).items():
             consume([Site(name, self.chosen[name], {})], [vectors])
         return outputs
 
+    def _kind(self, batch: Batch) -> tuple[object, ...]:
+        """What a model may take another path for: one example or several, entries, modes."""
+        entries = []
+        for key in sorted(batch):
+            value = batch[key]
+            told = value.ndim if isinstance(value, Tensor) else value if isinstance(value, (bool, str)) else None
+            entries.append((key, type(value), told))
+        device = next(iter(self.chosen.values())).device.type
+        return min(rows_of(batch), 2), tuple(entries), self.model.training, torch.is_autocast_enabled(device)
+
     def _tapped(self, batch: Batch, consume: Consume) -> Tensor:
         layout = Layout(batch, self._whole)
-        with tapped(self.model, self._sites, layout.shape) as taps:
+        with tapped(self.model, self._sites, layout.shape, self._known) as taps:
             outputs = self._forward(batch, taps)
-            self._probe(taps, outputs, layout.shape.examples)
+            self._probe(taps, batch, outputs, sizes=1)
+            self._unused -= {name for module, _ in taps.calls for name in taps.names[module]}
             gather = Gather(self._sites, layout, taps.calls, consume)
-            if outputs.requires_grad or not self._refused:
+            # of a model that had a tape before, an output without one has no gradient
+            if outputs.requires_grad or not (self._refused or self._reached):
                 taps.backward(outputs, gather.deliver)
+                self._reached = True
         gather.finish()
         layout.check()
         return outputs.detach()
 
     def _look(self, batch: Batch) -> None:
-        """A pass over three examples that only looks; over all where the output map takes no fewer."""
-        few = take(batch, slice(0, 3))
+        """A pass over two or three examples that only looks; over all where the output map takes no fewer."""
+        size = rows_of(batch)
+        few = take(batch, slice(0, 2 if size == 3 else 3))
         try:
-            self._look_at(few)
+            self._look_at(few, sizes=1 if size <= 2 else 2)
         except UnservedError:
             raise
         except Exception:
-            if rows_of(few) == rows_of(batch):
+            if size <= 2:
                 raise
-            self._look_at(batch)
+            self._look_at(batch, sizes=1)
 
-    def _look_at(self, batch: Batch) -> None:
+    def _look_at(self, batch: Batch, sizes: int) -> None:
         layout = Layout(batch, self._whole)
-        with tapped(self.model, self._sites, layout.shape) as taps:
+        with tapped(self.model, self._sites, layout.shape, self._known) as taps:
             with taps.uses:
                 outputs = self._forward(batch, taps)
             calls = Counter(module for module, _ in taps.calls)
             if outside := taps.uses.outside(calls, self._sites):
                 raise UnservedError(outside)
-            self._probe(taps, outputs, layout.shape.examples)
+            self._probe(taps, batch, outputs, sizes)
         silent = [s for s in self._sites if not any(calls[m] for m in s.rules) and s.name not in self._unused]
         if silent:
             self._check_unused(batch, silent)
 
-    def _probe(self, taps: Taps, outputs: Tensor, size: int) -> None:
-        """Of modules that no earlier pass has met: that examples do not meet there, and that norms only scale."""
+    def _probe(self, taps: Taps, batch: Batch, outputs: Tensor, sizes: int) -> None:
+        """That examples do not meet in modules which no earlier pass has seen to keep them apart.
+
+        Where a module's calls have the batch in front at two sizes of it, that is evidence enough; otherwise its
+        gradients have to show it.
+        """
         called = {module for module, _ in taps.calls}
-        known = self._separable if size > 1 else self._seen
-        if called <= known or not outputs.requires_grad:
+        self._known.checked |= called  # their taps would have raised
+        if len(outputs) == 1 or called <= self._known.separable or not outputs.requires_grad:
             return
+        leaks, proven = taps.leaks(outputs)
+        if leaks:
+            if self._mixed(batch, taps, outputs):
+                raise ValueError("output: the scalars of a batch's examples depend on one another")
+            reason = "the batch is not the first dimension of its module's call, or examples meet there"
+            raise UnservedError(_named(taps, leaks, reason))
+        self._known.separable |= proven | (taps.plain if sizes == 2 else set())
 
-        def look(delivery: Delivery) -> None:
-            module = delivery.module
-            if is_norm(module) and not scales_elementwise(module, delivery.a):
-                reason = f"{type(module).__name__} does more than scale its input by its weight"
-                raise UnservedError(_named(taps, {module}, reason))
-
-        if leaks := taps.leaks(outputs, look):
-            raise UnservedError(
-                _named(taps, leaks, "examples meet in its module's call: not the batch's first dimension")
-            )
-        self._seen |= called
-        if size > 1:
-            self._separable |= called
+    def _mixed(self, batch: Batch, taps: Taps, outputs: Tensor) -> bool:
+        """Whether examples alone have other outputs than together."""
+        taps.idle = True
+        with torch.no_grad():
+            alone = torch.cat([self._outputs(take(batch, slice(i, i + 1))) for i in range(len(outputs))]).double()
+        off = (alone - outputs.double()).norm()
+        return bool(off > torch.finfo(outputs.dtype).eps ** 0.5 * outputs.double().norm())
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
         try:
@@ -177,7 +204,7 @@ class Passes:
         """Whether the model takes this batch where no call is expanded."""
         taps.idle = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), taps.uses.paused():
                 self._outputs(batch)
         except Exception:
             return False
@@ -228,7 +255,7 @@ class Passes:
         named: dict[str, list[str]] = {}
         for name, reason in reasons.items():
             named.setdefault(reason, []).append(name)
-        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in named.items())
+        told = "; ".join(f"{_some(names)}: {reason}" for reason, names in named.items())
         raise ValueError(
             f"parameters whose gradients cannot be told apart by example were chosen ({told}); leave them out "
             'through `parameters`, or compute them by one backward an example with fallback="per_example"'
@@ -237,3 +264,14 @@ class Passes:
 
 def _named(taps: Taps, modules: set[nn.Module], reason: str) -> dict[str, str]:
     return {name: reason for module in modules for name in taps.names[module]}
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:12])
+    return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"
+
+
+def _parts(model: nn.Module) -> Iterator[object]:
+    for module in model.modules():
+        yield module
+        yield from module._parameters.values()

@@ -97,11 +97,12 @@ def plain(use, rows=4, tokens=5, chosen=("layer.*",), **parts):
 
 def rows_of_gradients(model, batch, names=None):
     """One backward an example of a model that returns its scalars: flattened gradients (B, weights), in float64."""
-    size = len(next(iter(batch.values())))
+    size = next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
     wanted = [p for name, p in model.named_parameters() if names is None or name in names]
     rows = []
     for i in range(size):
-        (scalar,) = model(**{key: value[i : i + 1] for key, value in batch.items()})
+        split = {k: isinstance(v, torch.Tensor) and v.ndim > 0 and len(v) == size for k, v in batch.items()}
+        (scalar,) = model(**{key: value[i : i + 1] if split[key] else value for key, value in batch.items()})
         got = torch.autograd.grad(scalar, wanted, allow_unused=True)
         rows.append(
             torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(got, wanted, strict=True)])
