@@ -44,7 +44,8 @@ def run_case(case: Case, options: Options) -> list[Row]:
 
     Status is "timed", "failed" (wrong answer or an exception; never timed) or "cannot run". Timed rows have
     samples (seconds a call, one a round), seconds and ratio (to the baseline, pair by pair within a round) as
-    {median, min, max}, peak_bytes beyond what was held before, and others_cpu_share, the part of all cores' time
+    {median, min, max}; in_rounds is false where the call that the gate judged is the only sample. They have
+    peak_bytes beyond what was held before, and others_cpu_share, the part of all cores' time
     that other processes took meanwhile. Those in the case's `isolated` have rss_bytes and its kin (`isolated`)
     and rss_ratio to the baseline's.
     """
