@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -85,14 +85,13 @@ class Taps:
         names: module → the chosen parameters it serves.
         idle: outputs are passed on untouched.
         expanded: modules whose call was broadcast over the batch and went on expanded to it.
-        plain: modules of which every call had the batch in its first dimension.
         uses: counts the uses of the sites' parameters while it is entered.
     """
 
     def __init__(self, sites: Sequence[Site], shape: Shape, device: torch.device, known: Known) -> None:
         self.calls: list[tuple[nn.Module, int]] = []
         self.expanded: set[nn.Module] = set()
-        self.plain: set[nn.Module] = set()
+        self._odd: set[nn.Module] = set()
         self.idle = False
         self.uses = Uses(sites)
         self.names: dict[nn.Module, list[str]] = {}
@@ -122,8 +121,11 @@ class Taps:
                 "reach it; reentrant gradient checkpointing does that (pass use_reentrant=False)"
             )
         try:
-            with self.uses.paused(), torch.no_grad():
-                a, scale = self._checked(module, args, kwargs, output)
+            if module in self._known.checked and not isinstance(module, nn.Embedding):
+                a, scale = self._unchanged(module, args, kwargs, output), 1.0
+            else:
+                with self.uses.paused(), torch.no_grad():
+                    a, scale = self._checked(module, args, kwargs, output)
         except ValueError as problem:
             raise UnservedError(dict.fromkeys(self.names[module], str(problem))) from None
         group = self._group(a)
@@ -132,7 +134,8 @@ class Taps:
             self.calls.append((module, group))
 
         def deliver(a: Tensor | None, d: Tensor) -> None:
-            with torch.no_grad(), torch.autocast(d.device.type, enabled=False):
+            kind = d.device.type
+            with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
                 self._deliver(Delivery(module, group, a, d if scale == 1 else d * scale))
 
         return _Tap.apply(output, self._anchor, a if module in self._reads else None, deliver)
@@ -141,27 +144,29 @@ class Taps:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> tuple[Tensor, float]:
         """The input (or ids) and the factor on the output, of a module that does what its rules suppose."""
+        scales = self._known.scales
+        a = self._unchanged(module, args, kwargs, output)
+        if isinstance(module, nn.Embedding):
+            a, scales[module] = looked_up(module, args, kwargs, output, scales.get(module))
+            return a, scales[module]
+        if module not in self._known.checked and not returns_what_it_should(module, a, output):
+            raise ValueError(f"{type(module).__name__} does not return what a layer of its kind makes of its input")
+        return a, 1.0
+
+    def _unchanged(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        """The input of a module that runs on its own parameters, on one input, for one output."""
         if not isinstance(output, Tensor):
             raise ValueError(f"{type(module).__name__} returns a {type(output).__name__}")
         if any(module._parameters.get(attribute) is not parameter for attribute, parameter in self._own[module]):
             raise ValueError(f"{type(module).__name__} runs on another tensor in its place")
-        scales = self._known.scales
-        if isinstance(module, nn.Embedding):
-            a, scales[module] = looked_up(module, args, kwargs, output, scales.get(module))
-            return a, scales[module]
-        a = input_of(module, args, kwargs)
-        if module not in self._known.checked and not returns_what_it_should(module, a, output):
-            raise ValueError(f"{type(module).__name__} does not return what a layer of its kind makes of its input")
-        return a, 1.0
+        return input_of(module, args, kwargs)
 
     def _by_example(self, module: nn.Module, a: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Input and output with the batch in front; a call broadcast over the batch is expanded to it."""
         size, tokens = self._shape
         if size == 1 or (output.ndim >= 2 and output.shape[0] == size):
-            if all(module is not other for other, _ in self.calls):
-                self.plain.add(module)
             return a, output
-        self.plain.discard(module)
+        self._odd.add(module)
         if output.ndim >= 3 and output.shape[0] == a.shape[0] == 1:
             self.expanded.add(module)
             # a copy, because a model may go on in place
@@ -172,6 +177,11 @@ class Taps:
             f"its module's input has shape {tuple(a.shape)}; wanted the batch of {size} examples in the first dimension"
         )
         raise UnservedError(dict.fromkeys(self.names[module], reason))
+
+    @property
+    def plain(self) -> set[nn.Module]:
+        """Modules of which every call had the batch in its first dimension."""
+        return {module for module, _ in self.calls} - self._odd
 
     def _group(self, given: Tensor) -> int:
         state = given._version, given.data_ptr()

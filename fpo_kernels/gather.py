@@ -106,7 +106,7 @@ class _Call:
 
     def inputs(self, dtype: torch.dtype | None) -> Tensor:
         a = self.a
-        key = dtype, a.shape
+        key = dtype, a.shape, self._per_token
         if key not in self._inputs:
             packed = self._layout.pack(a, self._per_token)
             self._inputs[key] = packed if dtype is None else packed.to(dtype)

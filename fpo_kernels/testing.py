@@ -126,8 +126,8 @@ def direction_budget(
     """(B,) the error allowed to ⟨G_i, V⟩ computed in `dtype`, whichever sum is taken first.
 
     Sums over features, then tokens; `formed` is for those who sum over tokens, then over all of G. The scale is
-    what partial sums of random signs reach at each level: over single terms d_q V_qp a_p, over d_q (V a)_q and
-    a_p (Vᵀ d)_p, and over tokens, whichever is largest.
+    four standard deviations of what partial sums of random signs reach at each level: over single terms
+    d_q V_qp a_p, over d_q (V a)_q and a_p (Vᵀ d)_p, and over tokens, whichever is largest.
     """
     a, d, V = (x.double() for x in (streams[0], streams[1], direction))
     left, right = a @ V.T, d @ V  # (S, q), (S, p)
@@ -136,6 +136,6 @@ def direction_budget(
         [terms, (left * d).square().sum(1), (right * a).square().sum(1), (left * d).sum(1).square()], 1
     )  # (S, levels)
     counts = streams[2].diff()
-    reach = torch.segment_reduce(levels, "sum", lengths=counts).amax(1).sqrt()
+    reach = torch.segment_reduce(levels, "sum", lengths=counts).amax(1).sqrt() * 4
     features = V.numel() if formed else sum(V.shape)
     return budget(reference_error, reach, features + counts, dtype)
