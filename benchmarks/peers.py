@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import Batch, rows
 
-CACHED_ROWS = 64
+CACHED = 1 << 20  # numbers
 
 
 def wide(x: Tensor) -> Tensor:
@@ -108,8 +108,10 @@ def autograd_loop(
     def product(own: tuple[Tensor, ...]) -> Tensor:
         parts = []
         for g, r in zip(own, reference, strict=True):
-            # A few rows at a time stay in the cache; whole matrices of an 8B model take five times as long.
-            for x, y in zip(g.split(CACHED_ROWS), r.split(CACHED_ROWS), strict=True):
+            # What stays in the cache at a time: whole matrices of an 8B model take several times as long, and
+            # many small pieces cost a start each.
+            count = max(1, CACHED // g[0].numel())
+            for x, y in zip(g.split(count), r.split(count), strict=True):
                 x, y = (wide(t) if accumulate is None else t.to(accumulate) for t in (x, y))
                 parts.append((x * (x - y)).sum())
         return torch.stack(parts).sum()
