@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .layers import Site, input_of, looked_up, returns_what_it_should
+from .remake import Node, maker_of, remade
 
 
 class UnservedError(Exception):
@@ -69,12 +70,14 @@ class Known:
         checked: modules that return what their rules suppose.
         separable: of those, the ones seen to keep two or more examples apart.
         scales: what an embedding multiplies its rows by.
+        remade: modules whose input was seen to come out the same when it is multiplied again (`remake`).
     """
 
     def __init__(self) -> None:
         self.checked: set[nn.Module] = set()
         self.separable: set[nn.Module] = set()
         self.scales: dict[nn.Module, float] = {}
+        self.remade: set[nn.Module] = set()
 
 
 class Taps:
@@ -109,6 +112,7 @@ class Taps:
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         # id → an input, its version, where it lies, and its group
         self._inputs: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
+        self._latest: tuple[int, Tensor] | None = None  # the input made last, and its group
         self._backward = False
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -128,17 +132,34 @@ class Taps:
                     a, scale = self._checked(module, args, kwargs, output)
         except ValueError as problem:
             raise UnservedError(dict.fromkeys(self.names[module], str(problem))) from None
-        group = self._group(a)
+        group, given = self._group(a), a
         a, output = self._by_example(module, a.detach(), output)
+        node = self._maker(module, given) if module in self._reads and a.shape == given.shape else None
         if not self._backward:  # under checkpointing the forward runs again during backward
             self.calls.append((module, group))
 
         def deliver(a: Tensor | None, d: Tensor) -> None:
             kind = d.device.type
+            a = a if node is None else self._remade(node, group)
             with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
                 self._deliver(Delivery(module, group, a, d if scale == 1 else d * scale))
 
-        return _Tap.apply(output, self._anchor, a if module in self._reads else None, deliver)
+        return _Tap.apply(output, self._anchor, a if module in self._reads and node is None else None, deliver)
+
+    def _maker(self, module: nn.Module, a: Tensor) -> Node | None:
+        """What makes the input again, once a pass has seen that it comes out the same."""
+        with self.uses.paused():
+            node = maker_of(a)
+            if node is not None and module not in self._known.remade:
+                if torch.equal(remade(node), a):
+                    self._known.remade.add(module)
+                return None
+        return node
+
+    def _remade(self, node: Node, group: int) -> Tensor:
+        if self._latest is None or self._latest[0] != group:  # siblings come one after another
+            self._latest = group, remade(node)
+        return self._latest[1]
 
     def _checked(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -15,7 +15,9 @@ def rows(case):
 
 
 def by_name(case):
-    return {row["competitor"]: row for row in rows(case)}
+    """The rows of a case's first setting."""
+    first = rows(case)[0]["setting"]["name"]
+    return {row["competitor"]: row for row in rows(case) if row["setting"]["name"] == first}
 
 
 def test_costs():

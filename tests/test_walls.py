@@ -51,7 +51,7 @@ ROOMS = {"reference", "triton", "triton_formed", "native", "blocked", "formed"}
 
 
 # Each of these may import those after it, none before it.
-ENGINE = ("influence", "totals", "passes", "gather", "capture", "layers", "gradients", "batches")
+ENGINE = ("influence", "totals", "passes", "gather", "capture", "remake", "layers", "gradients", "batches")
 
 
 @pytest.mark.parametrize("module", ENGINE)

@@ -1,0 +1,56 @@
+"""Inputs that need not be kept, because autograd keeps what they were made of.
+
+Most linear layers of a gated transformer read a product: a norm's weight times the normalised stream, an
+activation times a gate. With weights frozen autograd keeps the factors for its own backward and not the
+product; a tap that multiplies again, when the gradient arrives, keeps nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Node = Any  # torch.autograd.graph.Node, with its _saved_ attributes
+
+
+def maker_of(x: Tensor) -> Node | None:
+    """The node that made x as a product of kept factors; None where there is none.
+
+    None also while saved tensors are packed by hooks, as under checkpointing: there nothing is kept.
+    """
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if hooks is None or hooks(False) is not None:
+        return None
+    return x.grad_fn if _is_product(x.grad_fn) else None
+
+
+def remade(node: Node) -> Tensor:
+    """The product that `maker_of` found, bit for bit; while the tape is there."""
+    node = _beyond_taps(node)
+    with torch.no_grad():
+        left, right = (
+            remade(parent) if saved is None else saved
+            for saved, (parent, _) in zip(_factors(node), node.next_functions, strict=True)
+        )
+        return left * right
+
+
+def _is_product(node: Node | None) -> bool:
+    node = _beyond_taps(node)
+    if node is None or node.name() != "MulBackward0":
+        return False
+    pairs = zip(_factors(node), node.next_functions, strict=True)
+    return all(saved is not None or _is_product(parent) for saved, (parent, _) in pairs)
+
+
+def _beyond_taps(node: Node | None) -> Node | None:
+    """The node whose output a tap passed on."""
+    while node is not None and node.name() == "_TapBackward":
+        node = node.next_functions[0][0]
+    return node
+
+
+def _factors(node: Node) -> tuple[Tensor | None, Tensor | None]:
+    return node._saved_self, node._saved_other
