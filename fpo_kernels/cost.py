@@ -12,6 +12,7 @@ T < 2h/3. For all pairs of n examples they do while T < h/n + √((h/n)² + h).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +146,8 @@ def seconds(work: Work, p: int, qs: Sequence[int], rates: Rates, way: str) -> fl
     return fixed + forming / rates.flops + multiplying / rates.multiply
 
 
-def choose_way(work: Work, p: int, qs: Sequence[int], device_type: str, tokens: str, form: str) -> str:
+@functools.lru_cache(maxsize=4096)  # a model's layers are few kinds
+def choose_way(work: Work, p: int, qs: tuple[int, ...], device_type: str, tokens: str, form: str) -> str:
     """ "tokens" or "form", whichever the estimate says is sooner.
 
     Args:

@@ -50,12 +50,13 @@ class Layout:
 
     def packing(self, rows: int, per_token: int | None, device: torch.device) -> Packing:
         """Where the examples lie in what `pack` returns of (B, rows, …)."""
-        if self._tokens is None or per_token is None:
-            key, lengths = (rows, False, device), np.full(self.shape.examples, rows)
-        else:
-            key, lengths = (per_token, True, device), self._tokens * per_token
+        kept = self._tokens is not None and per_token is not None
+        key = (per_token if kept and per_token else rows), kept, device
         if key not in self._packings:
-            self._packings[key] = Packing.of(lengths.astype(np.int64), device)
+            whole = np.full(self.shape.examples, key[0], dtype=np.int64)
+            self._packings[key] = Packing.of(
+                whole if self._tokens is None or not kept else whole * self._tokens, device
+            )
         return self._packings[key]
 
     def look_at_padding(self, d: Tensor, per_token: int | None) -> None:

@@ -127,7 +127,7 @@ def choose(a: Tensor, qs: list[int], work: Work | None, impl: str, way: str) -> 
         if work is None:
             way = "tokens"
         else:
-            way = choose_way(work, a.shape[1], qs, a.device.type, rooms["tokens"], rooms["form"])
+            way = choose_way(work, a.shape[1], tuple(qs), a.device.type, rooms["tokens"], rooms["form"])
     elif way == "auto":
         way = next(iter(rooms))
     return rooms.get(way, impl), way

@@ -87,6 +87,6 @@ def test_the_choice_follows_the_lengths() -> None:
     """Short examples from tokens, long ones by forming; a LoRA factor forms early, whatever runs it."""
     for device, tokens, form in (("cpu", "native", "torch"), ("cpu", "torch", "torch"), ("cuda", "triton", "triton")):
         rooms = (device, tokens, form)
-        assert choose_way(steering(16, 8), 576, [576], *rooms) == "tokens"
-        assert choose_way(steering(2048, 8), 576, [576], *rooms) == "form"
-        assert choose_way(gram(512, 16), 4096, [16], *rooms) == "form"
+        assert choose_way(steering(16, 8), 576, (576,), *rooms) == "tokens"
+        assert choose_way(steering(2048, 8), 576, (576,), *rooms) == "form"
+        assert choose_way(gram(512, 16), 4096, (16,), *rooms) == "form"
