@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.cases import ways
+from benchmarks.cases import influence, ways
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,18 +22,7 @@ def by_name(case):
 
 def test_costs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = {
-        "`fk.Influence.steering`": "fk.Influence.steering",
-        "plain torch in backward hooks": "torch hooks",
-        "one autograd call a candidate (the paper's way)": "autograd call each",
-        "`torch.func` vmap(grad)": "torch.func vmap(grad)",
-    }
-    measured = by_name("influence")
-    for label, competitor in lines.items():
-        row = measured[competitor]
-        assert f"| {label} | {row['ratio']['median']:.2f} | {row['peak_bytes'] / 2**20:.0f} MiB |" in readme
-    base = measured["forward + backward"]["peak_bytes"] / 2**20
-    assert f"| forward + activation-only backward | 1 | {base:.0f} MiB |" in readme
+    assert "\n".join(influence.chart(rows("influence"))) in readme
     assert f"(ratio {by_name('head')['closed form']['ratio']['median']:.2f} in" in readme
 
 

@@ -137,6 +137,31 @@ def _expected(model: nn.Module, names: Sequence[str], batch: Batch) -> Mapping[s
     return right(model, names, batch)
 
 
+LABELS = {
+    BASELINE: "forward + activation-only backward",
+    OURS: "`fk.Influence.steering`",
+    HOOKS: "token products by plain torch hooks",
+    GHOST: "ghost norms, Opacus-style",
+    LOOP: "one autograd call a candidate (the paper's way)",
+    VMAP: "`torch.func` vmap(grad)",
+}
+
+
+def chart(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: the median ratio to the baseline in every setting, and the process's memory in the first."""
+    names = list(dict.fromkeys(row["setting"]["name"] for row in rows))
+    found = {(row["setting"]["name"], row["competitor"]): row for row in rows}
+    lines = [f"| | {' | '.join(names)} | memory of its own process |", "|---" * (len(names) + 2) + "|"]
+    for competitor, label in LABELS.items():
+        cells = []
+        for name in names:
+            row = found[name, competitor]
+            cells.append(f"{row['ratio']['median']:.2f}" if row["status"] == "timed" else "does not fit")
+        memory = found[names[0], competitor].get("rss_ratio")
+        lines.append(f"| {label} | {' | '.join(cells)} | {'–' if memory is None else f'{memory:.2f}'} |")
+    return lines
+
+
 CASE = Case(
     name="influence",
     description="steering products over all Linear weights of a reward model against one forward and backward",
@@ -150,4 +175,5 @@ CASE = Case(
         Headline(text="peak memory, steering / (forward + backward)", over=OURS, under=BASELINE, figure="memory"),
     ),
     isolated=lambda setting: setting.isolated,
+    summary=lambda rows: "\n".join(chart(rows)),
 )
