@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fpo_kernels.cost import Work
 from fpo_kernels.products import ops
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fpo_kernels.streams import check_stream
 
 Outputs = Tensor | Sequence[Tensor]
 
@@ -112,22 +111,8 @@ def _outputs(d: Outputs) -> tuple[Tensor, ...]:
 def _check_stream(whose: str, a: Tensor, ds: tuple[Tensor, ...], offsets: Tensor) -> None:
     if not ds:
         raise ValueError(f"{whose}d must hold at least one tensor, got none")
-    if a.dtype not in _DTYPES:
-        raise TypeError(f"{whose}a must be float32, float64, bfloat16 or float16, got {a.dtype}")
     for d in ds:
-        if a.ndim != 2 or d.ndim != 2 or a.shape[0] != d.shape[0]:
-            shapes = f"{tuple(a.shape)} and {tuple(d.shape)}"
-            raise ValueError(f"{whose}a and d must be (S, p) and (S, q) with the same S, got {shapes}")
-        if d.dtype != a.dtype:
-            raise TypeError(f"{whose}d must have the dtype of a, {a.dtype}, got {d.dtype}")
-        if d.device != a.device or offsets.device != a.device:
-            raise ValueError(
-                f"{whose}d and offsets must be on the device of a, {a.device}, got {d.device} and {offsets.device}"
-            )
-    if offsets.ndim != 1 or offsets.shape[0] < 1:
-        raise ValueError(f"{whose}offsets must be (B+1,), got {tuple(offsets.shape)}")
-    if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{whose}offsets must be int32 or int64, got {offsets.dtype}")
+        check_stream(a, d, offsets, whose)
 
 
 def _check_other(
