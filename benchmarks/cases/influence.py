@@ -44,7 +44,7 @@ class Setting:
     tokens: int
     dtype: str
     rounds: int | None = None
-    slow_rounds: int | None = 4
+    slow_rounds: int | None = 8
     isolated: tuple[str, ...] = FAST
 
 
