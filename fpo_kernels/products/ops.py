@@ -140,9 +140,8 @@ def _room(a: Tensor, impl: str, way: str) -> str | None:
         return impl if (impl, way) in _ROOMS else None
     if a.is_cuda and a.dtype != torch.float64 and importlib.util.find_spec("triton"):
         return "triton"
-    if way == "tokens":
-        if library.why_not("grad_products", a) is None:
-            return "native"
+    if way == "tokens" and library.why_not("grad_products", a) is None:
+        return "native"
     return "torch"
 
 

@@ -34,9 +34,9 @@ def grad_sketch(
     k = table_a.shape[1]
     W = hadamard(k, dtype, a.device)
     C_a = explicit(table_a, a.shape[1], dtype)
-    folded = sum(
-        d.to(dtype) @ explicit(table, d.shape[1], dtype).T for d, table in zip(ds, tables_d, strict=True)
-    )  # (S, k)
+    folded = a.new_zeros(len(a), k, dtype=dtype)
+    for d, table in zip(ds, tables_d, strict=True):
+        folded += d.to(dtype) @ explicit(table, d.shape[1], dtype).T
     spectra = (a.to(dtype) @ C_a.T @ W) * (folded @ W)
     examples = [rows.sum(0) for rows in spectra.split(offsets.diff().tolist())]
     return torch.stack(examples) * k**-0.5 if examples else spectra.new_zeros(0, k)

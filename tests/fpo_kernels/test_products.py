@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fpo_kernels.products import grad_products, native
+from fpo_kernels import library
+from fpo_kernels.products import grad_products
 from fpo_kernels.products.config import SCRATCH_BYTES
 from fpo_kernels.testing import check_products, random_streams
 from tests.fpo_kernels.rooms import BF16, F16, F32, F64, WAYS, all_pairs, most_held, ways

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpo_kernels.products import grad_products, native
+from fpo_kernels import library
+from fpo_kernels.products import grad_products
 from fpo_kernels.testing import check_products, random_streams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
