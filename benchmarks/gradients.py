@@ -72,7 +72,7 @@ def joined(texts: Sequence[Sequence[int]], device: torch.device) -> Batch:
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def capture(backbone: nn.Module, batch: Batch, prefixes: Sequence[str]) -> list[Layer]:
+def capture(backbone: Any, batch: Batch, prefixes: Sequence[str]) -> list[Layer]:
     """One forward and backward of all rewards, padding dropped: the Linear layers whose names begin so."""
     backbone.eval().requires_grad_(False)
     inputs: dict[str, Tensor] = {}

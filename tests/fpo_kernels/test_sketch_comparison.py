@@ -1,5 +1,6 @@
 """The projections that the tensor sketch is compared with: against explicit matrices, and unbiased over seeds."""
 
+import itertools
 import math
 
 import numpy as np
@@ -20,7 +21,7 @@ each = pytest.mark.parametrize("kind", KINDS)
 def formed(a, d, offsets):
     """vec(G_i) of every example, (B, q·p)."""
     cuts = offsets.tolist()
-    return torch.stack([(d[s:e].T @ a[s:e]).flatten() for s, e in zip(cuts, cuts[1:], strict=False)])
+    return torch.stack([(d[s:e].T @ a[s:e]).flatten() for s, e in itertools.pairwise(cuts)])
 
 
 def matrix(projection):
