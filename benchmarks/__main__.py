@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{results.table(rows)}\nratio: to {case.baseline}, round by round; written to {path}\n", flush=True)
         if result["headlines"]:
             print(f"{results.lines(result['headlines'])}\n", flush=True)
-        if case.summary:
-            print(f"{case.summary(rows)}\n")
+        if result["summary"]:
+            print("\n".join(result["summary"]) + "\n")
         busiest = max((row.get("others_cpu_share") or 0.0 for row in rows), default=0.0)
         if busiest > BUSY:
             print(f"warning: other processes took up to {busiest:.0%} of the CPU; run again when it is quiet\n")

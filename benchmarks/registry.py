@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ class Competitor:
         answers: which of the contest's expected tensors it returns.
         rounds: the most rounds it is timed in; None for every round, 0 to make do with the time of the call that
             the gate judges. For slow ones: a run has to end.
+        figures: what else is measured of it, once, after the timing: name → number, kept in its row.
     """
 
     run: Callable[[], Tensor]
     budget: float
     answers: str = "product"
     rounds: int | None = None
+    figures: Callable[[], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +56,14 @@ class Headline:
     Attributes:
         text: what is printed before it, with what is measured.
         over, under: the two competitors. figure: "seconds"; or "memory", the peak resident memory of their
-            own processes, or where there are none (on a GPU) the peak beyond the start of the call.
+            own processes, or where there are none (on a GPU) the peak beyond the start of the call; or the name
+            of one of their `figures`.
     """
 
     text: str
     over: str
     under: str
-    figure: Literal["seconds", "memory"] = "seconds"
+    figure: str = "seconds"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class Case:
         build: (setting, device) → its contest.
         headlines: the ratios printed below the table, for every setting.
         isolated: setting → the competitors whose memory is measured in processes of their own, on a CPU.
-        summary: rows → what they come to in a few lines, printed under the table.
+        summary: rows → what they come to in a few lines, printed under the table and kept.
     """
 
     name: str
@@ -91,9 +94,10 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """Every case by name."""
-    from benchmarks.cases import direction, head, influence, products, ways
+    from benchmarks.cases import direction, head, influence, products, sketch, ways
 
-    return {case.name: case for case in (products.CASE, ways.CASE, direction.CASE, influence.CASE, head.CASE)}
+    found = (products.CASE, ways.CASE, direction.CASE, influence.CASE, head.CASE, sketch.CASE)
+    return {case.name: case for case in found}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:

@@ -29,6 +29,7 @@ def describe(case: Case, options: Options, rows: list[Row]) -> dict[str, Any]:
         "settings": {"device": options.device.type, "quick": options.quick, "repeats": options.repeats},
         **environment(options.device),
         "headlines": headlines(case, rows),
+        "summary": case.summary(rows).splitlines() if case.summary else [],
         "rows": rows,
     }
 
@@ -37,7 +38,7 @@ def headlines(case: Case, rows: list[Row]) -> list[dict[str, Any]]:
     """The case's ratios for every setting, {setting, text, median, min, max}; those that have no figures are left out.
 
     Seconds are divided round by round as far as both were timed; one timed outside the rounds meets the other's
-    median. Memory is one figure each.
+    median. Memory and other figures are one number each.
     """
     found: list[dict[str, Any]] = []
     for setting in dict.fromkeys(row["setting"]["name"] for row in rows):
@@ -45,10 +46,14 @@ def headlines(case: Case, rows: list[Row]) -> list[dict[str, Any]]:
         for headline in case.headlines:
             if headline.over in timed and headline.under in timed:
                 over, under = timed[headline.over], timed[headline.under]
-                text, ratios = headline.text, seconds_ratio(over, under)
-                if headline.figure == "memory":
+                text = headline.text
+                if headline.figure == "seconds":
+                    ratios = seconds_ratio(over, under)
+                elif headline.figure == "memory":
                     how, ratios = _memory_ratio(over, under)
                     text = f"{text}, {how}"
+                else:
+                    ratios = [over["figures"][headline.figure] / under["figures"][headline.figure]]
                 if ratios:
                     found.append({"setting": setting, "text": text, **spread(ratios)})
     return found

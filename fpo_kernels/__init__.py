@@ -5,11 +5,14 @@ from .influence import Influence, Steering
 from .layers import Coverage
 from .packing import pack
 from .products import grad_products
-from .sketch import TensorSketch, grad_sketch
+from .sketch import SJLT, DenseProjection, LoGra, TensorSketch, grad_sketch
 
 __all__ = [
+    "SJLT",
     "Coverage",
+    "DenseProjection",
     "Influence",
+    "LoGra",
     "Steering",
     "TensorSketch",
     "grad_direction",

@@ -2,12 +2,16 @@
 
 from fpo_kernels.sketch.api import grad_sketch
 from fpo_kernels.sketch.buckets import row_buckets, spectrum, vector_buckets
+from fpo_kernels.sketch.comparison import SJLT, DenseProjection, LoGra
 from fpo_kernels.sketch.maps import BucketMap, kept_map
 from fpo_kernels.sketch.ops import unchecked_sketch
 from fpo_kernels.sketch.spec import TensorSketch, check_dim, check_seed
 
 __all__ = [
+    "SJLT",
     "BucketMap",
+    "DenseProjection",
+    "LoGra",
     "TensorSketch",
     "check_dim",
     "check_seed",

@@ -27,11 +27,11 @@ VERSION = 1  # of the maps: a change here makes other sketches of the same seed
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-def numbers(text: str, count: int) -> NDArray[np.uint64]:
-    """The first `count` 64-bit numbers of the key that `text` gives (see above)."""
+def numbers(text: str, count: int, start: int = 0) -> NDArray[np.uint64]:
+    """`count` 64-bit numbers of the key that `text` gives, number `start` the first (see above)."""
     key = np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
     with np.errstate(over="ignore"):  # modulo 2^64 is meant
-        z = key + np.arange(1, count + 1, dtype=np.uint64) * _STEP
+        z = key + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _STEP
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
