@@ -1,9 +1,20 @@
 """Per-example gradient inner products of whole models, without building the gradients."""
 
+from .curvature import Curvature, exact_steering, logistic_weights
 from .direction import grad_direction
 from .influence import Influence, Steering
 from .layers import Coverage
 from .packing import pack
 from .products import grad_products
 
-__all__ = ["Coverage", "Influence", "Steering", "grad_direction", "grad_products", "pack"]
+__all__ = [
+    "Coverage",
+    "Curvature",
+    "Influence",
+    "Steering",
+    "exact_steering",
+    "grad_direction",
+    "grad_products",
+    "logistic_weights",
+    "pack",
+]
