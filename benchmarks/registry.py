@@ -24,12 +24,14 @@ class Competitor:
         answers: which of the contest's expected tensors it returns.
         rounds: the most rounds it is timed in; None for every round, 0 to make do with the time of the call that
             the gate judges. For slow ones: a run has to end.
+        figures: what else is measured of it, once, after the timing: name → number, kept in its row.
     """
 
     run: Callable[[], Tensor]
     budget: float
     answers: str = "product"
     rounds: int | None = None
+    figures: Callable[[], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +93,10 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """Every case by name."""
-    from benchmarks.cases import direction, head, influence, products, ways
+    from benchmarks.cases import direction, exact, head, influence, products, ways
 
-    return {case.name: case for case in (products.CASE, ways.CASE, direction.CASE, influence.CASE, head.CASE)}
+    found = (products.CASE, ways.CASE, direction.CASE, influence.CASE, head.CASE, exact.CASE)
+    return {case.name: case for case in found}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:

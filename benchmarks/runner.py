@@ -46,8 +46,8 @@ def run_case(case: Case, options: Options) -> list[Row]:
     samples (seconds a call, one a round), seconds and ratio (to the baseline, pair by pair within a round) as
     {median, min, max}; in_rounds is false where the call that the gate judged is the only sample. They have
     peak_bytes beyond what was held before, and others_cpu_share, the part of all cores' time
-    that other processes took meanwhile. Those in the case's `isolated` have rss_bytes and its kin (`isolated`)
-    and rss_ratio to the baseline's.
+    that other processes took meanwhile, and the competitor's figures if it has any. Those in the case's `isolated`
+    have rss_bytes and its kin (`isolated`) and rss_ratio to the baseline's.
     """
     rows: list[Row] = []
     for setting in case.settings(options.quick, options.device):
@@ -92,6 +92,9 @@ def run_contest(contest: Contest, baseline: str, options: Options) -> dict[str, 
         rows[name] |= {"status": "timed", "peak_bytes": metered.peak}
     for name, timing in _take_turns(passed, baseline, options).items():
         rows[name] |= timing
+        figures = contest.competitors[name].figures
+        if figures:
+            rows[name]["figures"] = dict(figures())
     return rows
 
 
