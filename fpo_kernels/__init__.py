@@ -6,15 +6,18 @@ from .influence import Influence, Steering
 from .layers import Coverage
 from .packing import pack
 from .products import grad_products
+from .sketch import TensorSketch, grad_sketch
 
 __all__ = [
     "Coverage",
     "Curvature",
     "Influence",
     "Steering",
+    "TensorSketch",
     "exact_steering",
     "grad_direction",
     "grad_products",
+    "grad_sketch",
     "logistic_weights",
     "pack",
 ]

@@ -51,9 +51,10 @@ class Setting:
 
 
 def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
-    """The head by Newton's Hessian at two ε; LoRA of every Linear layer at one, unless quick."""
-    head = Setting(name="head", kind="head", ridge=1.0, epsilons=(1e-2, 1e-3))
-    return [head] if quick else [head, Setting(name="LoRA", kind="lora", ridge=5.0, epsilons=(1e-2,))]
+    """The head, whose Hessian is exact; and LoRA of every Linear layer unless quick."""
+    epsilons = (1e-2, 1e-3)
+    head = Setting(name="head", kind="head", ridge=1.0, epsilons=epsilons)
+    return [head] if quick else [head, Setting(name="LoRA", kind="lora", ridge=5.0, epsilons=epsilons)]
 
 
 def build(setting: Setting, device: torch.device) -> Contest:

@@ -1,0 +1,20 @@
+"""Short vectors that keep the inner products of per-example gradients."""
+
+from fpo_kernels.sketch.api import grad_sketch
+from fpo_kernels.sketch.buckets import row_buckets, spectrum, vector_buckets
+from fpo_kernels.sketch.maps import BucketMap, kept_map
+from fpo_kernels.sketch.ops import unchecked_sketch
+from fpo_kernels.sketch.spec import TensorSketch, check_dim, check_seed
+
+__all__ = [
+    "BucketMap",
+    "TensorSketch",
+    "check_dim",
+    "check_seed",
+    "grad_sketch",
+    "kept_map",
+    "row_buckets",
+    "spectrum",
+    "unchecked_sketch",
+    "vector_buckets",
+]
