@@ -236,10 +236,9 @@ class SketchStore:
                 index = index.astype(np.int64)
             if index.ndim != 1 or index.dtype.kind not in "iu":
                 raise TypeError(f"rows: wanted an integer, a slice or a list of integers, got {rows!r}")
-        kept = np.empty((0, self._row_bytes), np.uint8)
-        if len(self):
-            kept = np.memmap(self.folder / durable.ROWS, np.uint8, "r", shape=(len(self), self._row_bytes))
-        return torch.from_numpy(np.array(kept[index])).view(self.dtype)
+        words, shape = np.dtype(f"i{self.dtype.itemsize}"), (len(self), self.space.dim)  # numpy has no bfloat16
+        kept = np.memmap(self.folder / durable.ROWS, words, "r", shape=shape) if len(self) else np.empty(shape, words)
+        return torch.from_numpy(np.array(kept[index], order="C")).view(self.dtype)
 
     def top(self, queries: Tensor, count: int = 10, largest: bool = True) -> Top:
         """⟨query, row⟩ over all rows, the `count` largest (or smallest) of each query.
