@@ -130,6 +130,20 @@ def test_an_append_cut_at_any_file_and_byte_is_dropped_whole(tmp_path, appends):
             assert read_files(folder) == after
 
 
+def test_no_longer_tail_is_left_behind_a_shorter_append(tmp_path):
+    folder = tmp_path / "s"
+    with fk.SketchStore(folder, SPACE) as store:
+        store.append(*numbered(0))
+        for name in FILES[:2]:
+            with open(folder / name, "ab") as file:
+                file.write(b"unfinished" * 1000)
+    with fk.SketchStore(folder) as store:
+        store.append(*numbered(BATCH, 1))
+    assert_whole(store)
+    assert (folder / "rows.bin").stat().st_size == (BATCH + 1) * 4 * SPACE.dim
+    assert (folder / "ids.bin").stat().st_size < 1000
+
+
 def test_a_making_that_was_cut_is_taken_up(tmp_path):
     for leftovers in ([], ["lock"], ["lock", "header.json.tmp"], ["lock", "header.json.tmp", *FILES]):
         folder = tmp_path / f"s{len(leftovers)}"
@@ -293,8 +307,8 @@ if not os.fork():
     except RuntimeError as refused:
         print(refused, flush=True)
     print(os.getpid(), flush=True)
-    time.sleep(60)
-time.sleep(60)
+    time.sleep(20)
+time.sleep(20)
 """
 
 
