@@ -163,7 +163,7 @@ class Influence:
         return self._call(whole)
 
     def _call(self, compute: Callable[[], T]) -> T:
-        with _lock_of(self.model):
+        with lock_of(self.model):
             self._check_mode()
             self._renew()
             return self._passes.settled(compute)
@@ -344,7 +344,7 @@ _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def _lock_of(model: nn.Module) -> threading.RLock:
+def lock_of(model: nn.Module) -> threading.RLock:
     """One for all engines of a model: taps, and what requires grad, are the model's, whoever calls."""
     with _making:
         return _locks.setdefault(model, threading.RLock())
