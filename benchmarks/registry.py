@@ -91,9 +91,10 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """Every case by name."""
-    from benchmarks.cases import direction, head, influence, products, ways
+    from benchmarks.cases import direction, head, influence, products, tracin, ways
 
-    return {case.name: case for case in (products.CASE, ways.CASE, direction.CASE, influence.CASE, head.CASE)}
+    listed = (products.CASE, ways.CASE, direction.CASE, influence.CASE, head.CASE, tracin.CASE)
+    return {case.name: case for case in listed}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
