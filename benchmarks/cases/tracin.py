@@ -43,10 +43,10 @@ def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
     kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes(device)]
     return [
         Setting(
-            name=f"{layers} layers, 8+8 of 64 {kind}, {count} checkpoints".removesuffix("s" if count == 1 else ""),
+            name=f"{layers} layers, 4+4 of 64 {kind}, {count} checkpoints".removesuffix("s" if count == 1 else ""),
             layers=layers,
-            examples=8,
-            others=8,
+            examples=4,
+            others=4,
             tokens=64,
             dtype=kind,
             checkpoints=count,
