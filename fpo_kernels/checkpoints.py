@@ -185,15 +185,14 @@ def tracin(engine: Influence, store: Iterable[Checkpoint], batch: Batch, other: 
     with lock_of(model):
         stored = _stored(model, checkpoints)
         chosen = [model.get_parameter(row.parameter) for row in engine.coverage()]
-        total: Tensor | None = None
         with _Swapped(stored) as swapped, replaying(model, stored.values(), chosen):
-            for checkpoint in checkpoints:
-                swapped.load(checkpoint)
-                gram = engine.gram(batch, other)
-                part = checkpoint.learning_rate * gram.double()
-                total = part if total is None else total + part
-        assert total is not None
-        return total.to(gram.dtype)
+
+            def states() -> Iterator[float]:
+                for checkpoint in checkpoints:
+                    swapped.load(checkpoint)
+                    yield checkpoint.learning_rate
+
+            return engine.summed_gram(batch, other, states)
 
 
 class _Swapped:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -136,9 +136,25 @@ class Influence:
             ValueError: the model's output is not one scalar an example, or a chosen parameter turns out not
                 to be told apart by example under `fallback="error"`.
         """
-        if other is None:
-            return self._call(lambda: self._gram(batch))
-        return self._call(lambda: self._cross_gram(batch, other))
+        return self._call(lambda: self._gram(batch) if other is None else self._cross_gram(batch, other))
+
+    def summed_gram(self, batch: Batch, other: Batch | None, states: Callable[[], Iterator[float]]) -> Tensor:
+        """Σ_k w_k · gram over states of the model's weights, summed in float64; raises as `gram`.
+
+        Iterating `states()` brings the model to each state and yields its w_k; a call may begin anew. Modules and
+        modes are checked once, not in every state.
+        """
+
+        def compute() -> Tensor:
+            total: Tensor | None = None
+            for weight in states():
+                gram = self._gram(batch) if other is None else self._cross_gram(batch, other)
+                total = weight * gram.double() if total is None else total + weight * gram.double()
+            if total is None:
+                raise ValueError("states: wanted at least one, got none")
+            return total.to(gram.dtype)
+
+        return self._call(compute)
 
     def steering(self, candidates: Batch, references: Batch, reference_of: Tensor | None = None) -> Steering:
         """⟨g_z, g_z − g_ref⟩ of every candidate z against its reference (the paper's practical penalty).
