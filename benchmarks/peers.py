@@ -7,8 +7,9 @@ batches hold the candidates first and the one reference last, all of one length.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,18 @@ from torch import Tensor, nn
 from benchmarks.models import Batch, rows
 
 CACHED = 1 << 20  # numbers
+
+
+class Checkpoint(Protocol):
+    """What TracIn sums over: weights by name, and the rate they are weighed with."""
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def load(self) -> Mapping[str, Tensor]: ...
 
 
 def wide(x: Tensor) -> Tensor:
@@ -190,11 +203,30 @@ def hooked_token_products(model: nn.Module, batch: Batch) -> Tensor:
 
 def head_closed_form(model: nn.Module, batch: Batch) -> Tensor:
     """Steering products (N,) of a bias-free linear head on feature h: h_z·(h_z − h_ref), one forward, no backward."""
+    h = wide(last_hidden(model, batch))
+    return (h[:-1] * (h[:-1] - h[-1])).sum(1)
+
+
+def last_hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """(B, hidden): what the bias-free linear head reads at each sequence's last token."""
     with torch.no_grad():
         hidden = model.get_submodule("model")(**batch).last_hidden_state  # (B, T, hidden)
-        last = batch["attention_mask"].sum(1) - 1
-        h = wide(hidden[torch.arange(len(last), device=last.device), last])
-    return (h[:-1] * (h[:-1] - h[-1])).sum(1)
+    last = batch["attention_mask"].sum(1) - 1
+    return hidden[torch.arange(len(last), device=last.device), last]
+
+
+def head_tracin(model: nn.Module, checkpoints: Sequence[Checkpoint], batch: Batch, other: Batch) -> Tensor:
+    """Σ_k η_k ⟨g_i, g_j⟩ (B, M) over checkpoints of a linear head: load each, run both batches, multiply features."""
+    joined = {key: torch.cat([batch[key], other[key]]) for key in batch}
+    size = len(batch["input_ids"])
+    own = {name: p.detach().clone() for name, p in model.named_parameters() if name in checkpoints[0].names}
+    total = torch.zeros(())
+    for checkpoint in checkpoints:
+        model.load_state_dict(checkpoint.load(), strict=False)
+        h = wide(last_hidden(model, joined))
+        total = checkpoint.learning_rate * (h[:size] @ h[size:].T) + total.to(h)
+    model.load_state_dict(own, strict=False)
+    return total
 
 
 def ghost_norms(model: nn.Module, names: Sequence[str], batch: Batch) -> Tensor:
@@ -253,3 +285,27 @@ def trusted(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, T
     gradient = torch.cat([forward_and_backward(model, example) for example in examples])
     product = autograd_loop(model, names, batch, accumulate=torch.float64)
     return {"reward": reward, "input_gradient": gradient, "product": product}
+
+
+def exact_head_tracin(
+    model: nn.Module, checkpoints: Sequence[Checkpoint], batch: Batch, other: Batch
+) -> dict[str, Tensor]:
+    """In float64: reward of both batches (B + M,), and tracin (B, M), one autograd call an example and checkpoint.
+
+    The frozen backbone runs once; autograd goes through the head.
+    """
+    double = copy.deepcopy(model).double()
+    joined = {key: torch.cat([batch[key], other[key]]) for key in batch}
+    features = last_hidden(double, joined)
+    with torch.no_grad():
+        reward = rewards(double, joined)
+    weight = double.get_parameter("score.weight")
+    size = len(batch["input_ids"])
+    total = torch.zeros(size, len(features) - size, dtype=torch.float64, device=features.device)
+    for checkpoint in checkpoints:
+        double.load_state_dict(checkpoint.load(), strict=False)
+        with trainable([weight]):
+            scores = [double.get_submodule("score")(h).squeeze() for h in features]
+            g = torch.stack([torch.autograd.grad(score, weight)[0].flatten() for score in scores])
+        total += checkpoint.learning_rate * (g[:size] @ g[size:].T)
+    return {"reward": reward, "tracin": total}

@@ -259,12 +259,13 @@ def _separating(size: int) -> list[Tensor]:
 def frozen(model: nn.Module, learning: Iterable[nn.Parameter] = ()) -> Iterator[None]:
     """No parameter requires grad but the given ones; they, and buffers, as before afterwards, whatever happens."""
     wanted = {id(parameter) for parameter in learning}
+    modules = list(model.modules())  # walking the tree takes longer than what is done on the way
     with ExitStack() as stack:
-        for parameter in model.parameters():
+        for parameter in dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None):
             if parameter.requires_grad != (id(parameter) in wanted):
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(id(parameter) in wanted)
-        for module in model.modules():
+        for module in modules:
             if module.training:  # spectral norms and their likes keep count as they run
                 for buffer in module.buffers(recurse=False):
                     stack.callback(_put_back, buffer, buffer._version, buffer.clone())

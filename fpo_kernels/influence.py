@@ -9,7 +9,7 @@ added up over the parameters.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
@@ -136,9 +136,25 @@ class Influence:
             ValueError: the model's output is not one scalar an example, or a chosen parameter turns out not
                 to be told apart by example under `fallback="error"`.
         """
-        if other is None:
-            return self._call(lambda: self._gram(batch))
-        return self._call(lambda: self._cross_gram(batch, other))
+        return self._call(lambda: self._gram(batch) if other is None else self._cross_gram(batch, other))
+
+    def summed_gram(self, batch: Batch, other: Batch | None, states: Callable[[], Iterator[float]]) -> Tensor:
+        """Σ_k w_k · gram over states of the model's weights, summed in float64; raises as `gram`.
+
+        Iterating `states()` brings the model to each state and yields its w_k; a call may begin anew. Modules and
+        modes are checked once, not in every state.
+        """
+
+        def compute() -> Tensor:
+            total: Tensor | None = None
+            for weight in states():
+                gram = self._gram(batch) if other is None else self._cross_gram(batch, other)
+                total = weight * gram.double() if total is None else total + weight * gram.double()
+            if total is None:
+                raise ValueError("states: wanted at least one, got none")
+            return total.to(gram.dtype)
+
+        return self._call(compute)
 
     @overload
     def sketch(self, batch: Batch, dim: int = 4096, seed: int = 0, per_layer: Literal[False] = False) -> Tensor: ...
@@ -204,7 +220,11 @@ class Influence:
 
     def _call(self, compute: Callable[[], T]) -> T:
         with lock_of(self.model):
+<<<<<<< HEAD
             check_mode(self.model)
+=======
+            self._check_mode()
+>>>>>>> wt-ckpt
             self._renew()
             return self._passes.settled(compute)
 
@@ -368,3 +388,40 @@ class _Output:
 
     def __call__(self, returned: Any, batch: Batch) -> Tensor:
         return self.output(returned, batch) if self.with_batch else self.output(returned)
+<<<<<<< HEAD
+=======
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """One for all engines of a model: taps, and what requires grad, are the model's, whoever calls."""
+    with _making:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether a module in train mode drops activations or lets examples meet in batch statistics."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any(
+        isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)
+        for name, value in vars(module).items()
+    )
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for module in model.modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
+            raise TypeError(
+                f"model: {type(module).__name__} is compiled and taps cannot see inside it; "
+                "pass the module before torch.compile"
+            )
+        if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+            raise TypeError(f"model: {type(module).__name__} is FSDP-sharded; pass an unsharded model")
+>>>>>>> wt-ckpt

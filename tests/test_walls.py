@@ -51,7 +51,19 @@ ROOMS = {"reference", "triton", "triton_formed", "native", "blocked", "formed"}
 
 
 # Each of these may import those after it, none before it.
-ENGINE = ("influence", "totals", "passes", "gather", "capture", "remake", "layers", "gradients", "batches")
+ENGINE = (
+    "checkpoints",
+    "influence",
+    "totals",
+    "passes",
+    "gather",
+    "capture",
+    "remake",
+    "layers",
+    "gradients",
+    "batches",
+    "replay",
+)
 
 
 @pytest.mark.parametrize("module", ENGINE)
