@@ -23,7 +23,7 @@ def native() -> dict:
     except ImportError:
         return {}
     cxx = ["-O3", "-std=c++20", "-ffp-contract=fast", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    sources = ["csrc/bindings.cpp", "csrc/cpu/grad_products.cpp"]
+    sources = ["csrc/bindings.cpp", "csrc/cpu/grad_products.cpp", "csrc/cpu/grad_sketch.cpp"]
     make, flags = cpp_extension.CppExtension, {"cxx": cxx}
     if torch.version.cuda and cpp_extension.CUDA_HOME and shutil.which("nvcc"):
         make = cpp_extension.CUDAExtension
@@ -32,7 +32,7 @@ def native() -> dict:
     library = make(
         "fpo_kernels._native",
         sources,
-        depends=["csrc/cpu/grad_products_tile.h"],
+        depends=["csrc/cpu/stream.h", "csrc/cpu/grad_products_tile.h", "csrc/cpu/grad_sketch_tile.h"],
         extra_compile_args=flags,
         py_limited_api=True,  # no Python symbol is used: torch.ops.load_library opens it
     )

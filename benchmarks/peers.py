@@ -96,7 +96,9 @@ def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def autograd_loop(
     model: nn.Module, names: Sequence[str], batch: Batch, accumulate: torch.dtype | None = None
 ) -> Tensor:
-    """Steering products (N,), the paper's way: one forward and one autograd call an example.
+    """Steering products (N,), one forward and one autograd call an example, multiplied matrix by matrix.
+
+    `flattened_loop` does the same with less care.
 
     Products are summed in `accumulate`; by default in the gradients' own dtype, fp32 at least.
     """
@@ -115,6 +117,23 @@ def autograd_loop(
                 x, y = (wide(t) if accumulate is None else t.to(accumulate) for t in (x, y))
                 parts.append((x * (x - y)).sum())
         return torch.stack(parts).sum()
+
+    with trainable(parameters):
+        last = len(batch["input_ids"]) - 1
+        reference = gradient(last)
+        return torch.stack([product(gradient(n)) for n in range(last)])
+
+
+def flattened_loop(model: nn.Module, names: Sequence[str], batch: Batch) -> Tensor:
+    """Steering products (N,) as most scripts write them: each example's gradients joined to one vector."""
+    parameters = [model.get_parameter(name) for name in names]
+
+    def gradient(n: int) -> Tensor:
+        parts = torch.autograd.grad(rewards(model, rows(batch, slice(n, n + 1))).sum(), parameters)
+        return wide(torch.cat([part.flatten() for part in parts]))
+
+    def product(own: Tensor) -> Tensor:
+        return (own * (own - reference)).sum()  # pairwise; a dot of 10^8 fp32 numbers errs by 3e-4
 
     with trainable(parameters):
         last = len(batch["input_ids"]) - 1

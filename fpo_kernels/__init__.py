@@ -5,5 +5,15 @@ from .influence import Influence, Steering
 from .layers import Coverage
 from .packing import pack
 from .products import grad_products
+from .sketch import TensorSketch, grad_sketch
 
-__all__ = ["Coverage", "Influence", "Steering", "grad_direction", "grad_products", "pack"]
+__all__ = [
+    "Coverage",
+    "Influence",
+    "Steering",
+    "TensorSketch",
+    "grad_direction",
+    "grad_products",
+    "grad_sketch",
+    "pack",
+]

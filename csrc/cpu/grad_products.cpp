@@ -11,17 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include "stream.h"
+
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <class T>
-struct Stream {
-  const T* data;
-  int64_t stride, width;
-  explicit Stream(const Tensor& x) : data(x.const_data_ptr<T>()), stride(x.stride(0)), width(x.size(1)) {}
-};
 
 // One layer, or several that read the same a: a·a is computed once, d·d added over the layers.
 template <class T>
@@ -31,10 +26,6 @@ struct Streams {
   Streams(const Tensor& a, const std::vector<Tensor>& ds) : a(a) {
     for (const Tensor& x : ds) d.emplace_back(x);
   }
-};
-
-struct Span {
-  int64_t begin, end;
 };
 
 template <class T>

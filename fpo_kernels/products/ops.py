@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fpo_kernels import library
 from fpo_kernels.cost import Work, choose_way
 
 Other = tuple[Tensor, tuple[Tensor, ...], Tensor]
@@ -139,11 +140,8 @@ def _room(a: Tensor, impl: str, way: str) -> str | None:
         return impl if (impl, way) in _ROOMS else None
     if a.is_cuda and a.dtype != torch.float64 and importlib.util.find_spec("triton"):
         return "triton"
-    if way == "tokens":
-        from fpo_kernels.products import native
-
-        if native.why_not(a) is None:
-            return "native"
+    if way == "tokens" and library.why_not("grad_products", a) is None:
+        return "native"
     return "torch"
 
 

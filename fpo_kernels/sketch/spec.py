@@ -22,7 +22,7 @@ class TensorSketch:
     Attributes:
         p, q: features of the layer's input and output, at least 1.
         dim: k, a power of two from 64 to 16384; smaller or larger than p and q.
-        seed: any integer; another seed, other maps.
+        seed: any 64-bit integer; another seed, other maps.
         name: the layer's (in a model: the parameter's canonical name). C_d depends on it.
         family: what C_a depends on; None: `name`. Layers that read one input and share a family share C_a, so that
             the input is mapped and transformed once; their sketches added up remain that of their gradients one
@@ -45,12 +45,18 @@ class TensorSketch:
         check_dim(self.dim)
         if self.p < 1 or self.q < 1:
             raise ValueError(f"TensorSketch: p and q must be at least 1, got {self.p} and {self.q}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit 64 bits, got {self.seed}")
+
+    @property
+    def a_family(self) -> str:
+        """What C_a is keyed by."""
+        return self.name if self.family is None else self.family
 
     def maps(self, device: torch.device) -> tuple[BucketMap, BucketMap]:
         """C_a and C_d on a device."""
-        family = self.name if self.family is None else self.family
         return (
-            kept_map(self.p, self.dim, self.seed, family, "a", device),
+            kept_map(self.p, self.dim, self.seed, self.a_family, "a", device),
             kept_map(self.q, self.dim, self.seed, self.name, "d", device),
         )
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpo_kernels.products import native
+from fpo_kernels import library
 
-NO_NATIVE = native.why_not(torch.empty(0))
+NO_NATIVE = library.why_not("grad_products", torch.empty(0))
 WAYS = [
     ("reference", "form"),
     ("torch", "tokens"),
