@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class Tile(NamedTuple):
     """What a program holds: `tokens` spectra of rows · columns buckets, W = W_blocks ⊗ W_rows ⊗ W_columns."""
@@ -34,6 +36,7 @@ _SIDES = {
 }
 ELEMENTS = 4096
 WARPS = 8
+WARPS_AMD = 4  # of 64 threads; 8 spilled from 4096 buckets on
 STAGES = 1  # the loops read by the tables' entries, which nothing can fetch ahead
 # Tokens of an example that one program adds up. A partial sum of `dim` floats is written for each chunk, 1/64 of
 # what the transforms would be; shorter chunks would occupy a GPU with fewer tokens in the batch.
@@ -46,7 +49,8 @@ MOST_STRIDE = 2**24
 SUM_BUCKETS = 256
 
 
-def tile(dim: int) -> Tile:
-    """The tile for a sketch of `dim` buckets."""
+def tile(dim: int, amd: bool = torch.version.hip is not None) -> Tile:
+    """The tile for a sketch of `dim` buckets on this torch's kind of GPU."""
     blocks, rows, columns = _SIDES[dim]
-    return Tile(blocks, rows, columns, min(CHUNK, ELEMENTS // (rows * columns)), WARPS, STAGES)
+    tokens = min(CHUNK, ELEMENTS // (rows * columns))
+    return Tile(blocks, rows, columns, tokens, WARPS_AMD if amd else WARPS, STAGES)

@@ -47,11 +47,15 @@ def fold(
     # 64 bits to the tile, 32 within it
     x_tile = x_ptr + x_first * x_stride
     there = token < rows
-    for piece in range(TABLE_ROWS * C):
+    # 0, which the compiler cannot know: it would lay loops of one round side by side, and their entries and addresses
+    # do not fit into the registers together
+    piece = tl.minimum(rows, 0).to(tl.int32)
+    while piece < TABLE_ROWS * C:
         entry = tl.load(table_ptr + (piece * (M * N) + bucket))
         x = tl.load(x_tile + (token * x_stride + (entry >> 1)), there & (entry >= 0), other=0.0).to(tl.float32)
         minus = (entry ^ parity(block & (piece % C))) & 1
         total += tl.where(minus == 1, -x, x)
+        piece += 1
     return total
 
 

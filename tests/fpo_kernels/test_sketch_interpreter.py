@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpo_kernels.sketch.spec import TensorSketch
+from fpo_kernels.sketch import TensorSketch, grad_sketch
 from fpo_kernels.testing import random_streams
-from tests.fpo_kernels.sketches import CPU, check_room, siblings, tables, walsh
+from tests.fpo_kernels.sketches import check_room, siblings, walsh
 
 pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,11 +45,8 @@ def _dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sketched(streams: tuple, sketches: tuple[TensorSketch, ...]) -> Tensor:
-    from fpo_kernels.sketch.triton import grad_sketch
-
     a, d, offsets = streams
-    table_a, tables_d = tables(sketches, CPU)
-    return grad_sketch(a, table_a, (d,) if isinstance(d, Tensor) else d, tables_d, offsets)
+    return grad_sketch(a, (d,) if isinstance(d, Tensor) else d, offsets, sketches, impl="triton")
 
 
 def check(streams: tuple, sketches: tuple[TensorSketch, ...]) -> Tensor:
