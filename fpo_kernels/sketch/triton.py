@@ -35,27 +35,39 @@ def signs(N: tl.constexpr):
 
 
 @triton.jit
+def gathered(
+    x_tile, table_ptr, piece, there, token, bucket, x_stride, block,
+    C: tl.constexpr, MN: tl.constexpr,
+):  # fmt: skip
+    """What one row of the table, cut into C blocks of MN buckets, gathers into each bucket; block β times W_c[o, β]."""
+    entry = tl.load(table_ptr + (piece * MN + bucket))
+    x = tl.load(x_tile + (token * x_stride + (entry >> 1)), there & (entry >= 0), other=0.0).to(tl.float32)
+    minus = (entry ^ parity(block & (piece % C))) & 1
+    return tl.where(minus == 1, -x, x)
+
+
+@triton.jit
 def fold(
-    total, x_ptr, table_ptr, x_first, rows, x_stride, block, TABLE_ROWS,
+    total, x_ptr, table_ptr, x_first, rows, x_stride, block, TABLE_ROWS: tl.constexpr,
     C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """total (T·M, N) fp32 plus the buckets of T tokens, of which `rows` are there; those of block β times W_c[o, β]."""
+    """total (T·M, N) fp32 plus the buckets of T tokens, of which `rows` are there."""
     line = tl.arange(0, T * M)
-    column = tl.arange(0, N)
     token = (line // M)[:, None]
-    bucket = (line % M)[:, None] * N + column[None, :]
+    bucket = (line % M)[:, None] * N + tl.arange(0, N)[None, :]
     # 64 bits to the tile, 32 within it
     x_tile = x_ptr + x_first * x_stride
     there = token < rows
-    # 0, which the compiler cannot know: it would lay loops of one round side by side, and their entries and addresses
-    # do not fit into the registers together
-    piece = tl.minimum(rows, 0).to(tl.int32)
-    while piece < TABLE_ROWS * C:
-        entry = tl.load(table_ptr + (piece * (M * N) + bucket))
-        x = tl.load(x_tile + (token * x_stride + (entry >> 1)), there & (entry >= 0), other=0.0).to(tl.float32)
-        minus = (entry ^ parity(block & (piece % C))) & 1
-        total += tl.where(minus == 1, -x, x)
-        piece += 1
+    if TABLE_ROWS * C == 1:
+        # from 0, which the compiler cannot know: it would lay the single rounds of several streams side by side,
+        # whose entries and addresses do not fit into the registers together
+        piece = tl.minimum(rows, 0).to(tl.int32)
+        while piece < 1:
+            total += gathered(x_tile, table_ptr, piece, there, token, bucket, x_stride, block, C, M * N)
+            piece += 1
+    else:
+        for piece in range(TABLE_ROWS * C):
+            total += gathered(x_tile, table_ptr, piece, there, token, bucket, x_stride, block, C, M * N)
     return total
 
 

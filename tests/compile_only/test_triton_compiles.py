@@ -49,8 +49,9 @@ def jobs(target: str) -> Iterator[Job]:
             yield from tokens(dtype, aligned, target)
             yield from formed(dtype, aligned)
             yield from direction(dtype, aligned)
-            yield from sketch(dtype, aligned, target)
-    yield from list(sketch("fp16", True, target))[-2:]
+            if aligned:  # entries are gathered one by one, rows aligned or not
+                yield from sketch(dtype, target)
+    yield from list(sketch("fp16", target))[-2:]
     yield from list(tokens("fp16", True, target))[:1]
 
 
@@ -110,7 +111,7 @@ def direction(dtype: str, aligned: bool) -> Iterator[Job]:
         yield Job(name, grad_direction_kernel, arguments, tile.warps, tile.stages, aligned)
 
 
-def sketch(dtype: str, aligned: bool, target: str) -> Iterator[Job]:
+def sketch(dtype: str, target: str) -> Iterator[Job]:
     """Every tile; streams narrower than the sketch, whose buckets 16-bit products take as they are, and wider."""
     from fpo_kernels.sketch import config_triton as config
     from fpo_kernels.sketch.triton import add_chunks_kernel, grad_sketch_kernel
@@ -125,11 +126,11 @@ def sketch(dtype: str, aligned: bool, target: str) -> Iterator[Job]:
         arguments |= {"C": Constant(tile.blocks), "M": Constant(tile.rows), "N": Constant(tile.columns)}
         arguments |= {"T": Constant(tile.tokens), "CHUNK": Constant(config.CHUNK), "INTERPRETED": Constant(False)}
         name = f"sketch {dtype} {k}"
-        yield Job(name, grad_sketch_kernel, arguments, tile.warps, tile.stages, aligned)
+        yield Job(name, grad_sketch_kernel, arguments, tile.warps, tile.stages, True)
     arguments = {"sums_ptr": "*fp32", "offsets_ptr": "*i64", "out_ptr": "*fp32", "scale": "fp32"}
     arguments |= {"K": Constant(1024), "CHUNK": Constant(config.CHUNK), "BUCKETS": Constant(config.SUM_BUCKETS)}
     if dtype == "fp32":
-        yield Job("adding fp32", add_chunks_kernel, arguments, 4, 3, aligned)
+        yield Job("adding fp32", add_chunks_kernel, arguments, 4, 3, True)
 
 
 def compile_one(job: Job, target: str) -> dict[str, Any]:
