@@ -58,11 +58,11 @@ def fold(
     # 64 bits to the tile, 32 within it
     x_tile = x_ptr + x_first * x_stride
     there = token < rows
-    if TABLE_ROWS * C == 1:
-        # from 0, which the compiler cannot know: it would lay the single rounds of several streams side by side,
+    if TABLE_ROWS == 1:
+        # from 0, which the compiler cannot know: it would lay the few rounds of several streams side by side,
         # whose entries and addresses do not fit into the registers together
         piece = tl.minimum(rows, 0).to(tl.int32)
-        while piece < 1:
+        while piece < C:
             total += gathered(x_tile, table_ptr, piece, there, token, bucket, x_stride, block, C, M * N)
             piece += 1
     else:

@@ -118,7 +118,7 @@ def sketch(dtype: str, target: str) -> Iterator[Job]:
 
     for k in (64, 128, 256, 512, 1024, 2048, 4096, 16384):
         tile = config.tile(k, amd=target == "gfx942")
-        wide, siblings = k in (64, 1024, 16384), config.MOST_SIBLINGS if k in (1024, 4096) else 1
+        wide, siblings = k in (64, 1024), config.MOST_SIBLINGS if k >= 1024 else 1
         arguments: dict[str, Any] = {"a_ptr": f"*{dtype}", "table_a_ptr": "*i32", "sums_ptr": "*fp32"}
         arguments |= {"ds": (f"*{dtype}",) * siblings, "tables_d": ("*i32",) * siblings}
         arguments |= {"offsets_ptr": "*i64", "d_strides": ("i32",) * siblings}
