@@ -27,7 +27,7 @@ def native() -> dict:
     make, flags = cpp_extension.CppExtension, {"cxx": cxx}
     if torch.version.cuda and cpp_extension.CUDA_HOME and shutil.which("nvcc"):
         make = cpp_extension.CUDAExtension
-        sources.append("csrc/cuda/grad_products.cu")
+        sources += ["csrc/cuda/grad_products.cu", "csrc/cuda/grad_sketch.cu"]
         flags["nvcc"] = ["-O3", "-std=c++20", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     library = make(
         "fpo_kernels._native",

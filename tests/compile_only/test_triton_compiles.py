@@ -49,6 +49,9 @@ def jobs(target: str) -> Iterator[Job]:
             yield from tokens(dtype, aligned, target)
             yield from formed(dtype, aligned)
             yield from direction(dtype, aligned)
+            if aligned:  # entries are gathered one by one, rows aligned or not
+                yield from sketch(dtype, target)
+    yield from list(sketch("fp16", target))[-2:]
     yield from list(tokens("fp16", True, target))[:1]
 
 
@@ -106,6 +109,28 @@ def direction(dtype: str, aligned: bool) -> Iterator[Job]:
         arguments |= dict.fromkeys(("x_step", "y_step", "v_step" if aligned else "v_stride"), 1)
         name = f"direction {dtype} {tile.rows}x{tile.columns}{' split' if split else ''}"
         yield Job(name, grad_direction_kernel, arguments, tile.warps, tile.stages, aligned)
+
+
+def sketch(dtype: str, target: str) -> Iterator[Job]:
+    """Every tile; streams narrower than the sketch, whose buckets 16-bit products take as they are, and wider."""
+    from fpo_kernels.sketch import config_triton as config
+    from fpo_kernels.sketch.triton import add_chunks_kernel, grad_sketch_kernel
+
+    for k in (64, 128, 256, 512, 1024, 2048, 4096, 16384):
+        tile = config.tile(k, amd=target == "gfx942")
+        wide, siblings = k in (64, 1024), config.MOST_SIBLINGS if k >= 1024 else 1
+        arguments: dict[str, Any] = {"a_ptr": f"*{dtype}", "table_a_ptr": "*i32", "sums_ptr": "*fp32"}
+        arguments |= {"ds": (f"*{dtype}",) * siblings, "tables_d": ("*i32",) * siblings}
+        arguments |= {"offsets_ptr": "*i64", "d_strides": ("i32",) * siblings}
+        arguments |= {"A_ROWS": Constant(3 if wide else 1), "D_ROWS": Constant((2 if wide else 1,) * siblings)}
+        arguments |= {"C": Constant(tile.blocks), "M": Constant(tile.rows), "N": Constant(tile.columns)}
+        arguments |= {"T": Constant(tile.tokens), "CHUNK": Constant(config.CHUNK), "INTERPRETED": Constant(False)}
+        name = f"sketch {dtype} {k}"
+        yield Job(name, grad_sketch_kernel, arguments, tile.warps, tile.stages, True)
+    arguments = {"sums_ptr": "*fp32", "offsets_ptr": "*i64", "out_ptr": "*fp32", "scale": "fp32"}
+    arguments |= {"K": Constant(1024), "CHUNK": Constant(config.CHUNK), "BUCKETS": Constant(config.SUM_BUCKETS)}
+    if dtype == "fp32":
+        yield Job("adding fp32", add_chunks_kernel, arguments, 4, 3, True)
 
 
 def compile_one(job: Job, target: str) -> dict[str, Any]:
@@ -176,7 +201,7 @@ def compiled() -> dict[str, dict[str, dict[str, Any]]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_instructions_registers_and_memory(compiled: dict, target: str) -> None:
     kernels = compiled[target]
-    assert {name.split()[0] for name in kernels} == {"tokens", "formed", "direction"}
+    assert {name.split()[0] for name in kernels} == {"tokens", "formed", "direction", "sketch", "adding"}
     for name, kernel in kernels.items():
         if "fp32" not in name:
             assert kernel["matrix"], name

@@ -1,0 +1,138 @@
+"""grad_sketch on a GPU against the float64 definition on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fpo_kernels import library
+from fpo_kernels.sketch import grad_sketch
+from fpo_kernels.testing import random_streams
+from tests.fpo_kernels.sketches import check_room, definition, siblings
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+IMPLS = ["triton", "native", "torch"]
+CASES = [*((impl, dtype) for impl in IMPLS for dtype in (F32, BF16, F16)), ("native", F64), ("torch", F64)]
+LENGTHS = [3, 0, 1, 150, 64, 65, 200]
+DIMS = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+room = pytest.mark.parametrize("impl", IMPLS)
+case = pytest.mark.parametrize(("impl", "dtype"), CASES)
+
+
+@pytest.fixture(autouse=True)
+def _can_run(request: pytest.FixtureRequest) -> None:
+    impl = getattr(request.node, "callspec", None) and request.node.callspec.params.get("impl")
+    if impl == "triton":
+        pytest.importorskip("triton")
+    if impl == "native" and (why := library.why_not("grad_sketch", torch.empty(0, device="cuda"))):
+        pytest.skip(why)
+
+
+def check(impl: str, streams: tuple, dim: int) -> Tensor:
+    a, d, offsets = streams
+    ds = (d,) if isinstance(d, Tensor) else d
+    sketches = siblings(a.shape[1], [x.shape[1] for x in ds], dim)
+    got = grad_sketch(a, ds, offsets, sketches, impl=impl)
+    assert got.device == a.device
+    if a.dtype == F64:
+        exact, allowed = definition(a, ds, offsets, sketches)
+        assert ((got.cpu() - exact).abs() <= allowed * torch.finfo(F64).eps / torch.finfo(F32).eps).all()
+    else:
+        check_room(got, (a, ds, offsets), sketches)
+    return got
+
+
+@case
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(("p", "q"), [(1, 3), (33, 70), (577, 192), (4097, 1535)])
+def test_matches_the_definition(impl: str, dtype: torch.dtype, dim: int, p: int, q: int) -> None:
+    check(impl, random_streams(LENGTHS, p, q, dtype, "cuda"), dim)
+
+
+@case
+def test_rows_that_no_shared_memory_holds(impl: str, dtype: torch.dtype) -> None:
+    check(impl, random_streams([2, 70, 1], 20000, 9001, dtype, "cuda"), 4096)
+
+
+@case
+@pytest.mark.parametrize("dim", [64, 1024, 4096, 8192])
+def test_layers_that_share_their_inputs(impl: str, dtype: torch.dtype, dim: int) -> None:
+    """Nine are more than either a Triton or a native launch takes."""
+    for widths in ([96, 32], [96, 32, 5000], [96, 32, 33, 7, 96, 1, 2, 3, 200]):
+        a, _, offsets = random_streams(LENGTHS, 96, 1, dtype, "cuda")
+        ds = [random_streams(LENGTHS, 1, q, dtype, "cuda", seed=n)[1] for n, q in enumerate(widths)]
+        ds[0] = ds[0].T.contiguous().T
+        ds[1] = torch.cat([ds[1], torch.full_like(ds[1], torch.nan)], 1)[:, :32]
+        check(impl, (a, tuple(ds), offsets.int()), dim)
+
+
+@case
+def test_many_and_long_examples(impl: str, dtype: torch.dtype) -> None:
+    check(impl, random_streams([7, 1, 30, 0, 64] * 60, 130, 48, dtype, "cuda"), 512)
+    check(impl, random_streams([4096, 1, 2500], 40, 24, dtype, "cuda"), 1024)
+
+
+@case
+@pytest.mark.parametrize("dim", [256, 4096])
+def test_same_bits_every_time(impl: str, dtype: torch.dtype, dim: int) -> None:
+    streams, sketches = random_streams([700, 64, 64, 1, 33], 96, 130, dtype, "cuda"), siblings(96, [130], dim)
+    first = grad_sketch(*streams, sketches[0], impl=impl)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # every new allocation is NaN then
+    try:
+        for _ in range(20):
+            assert torch.equal(grad_sketch(*streams, sketches[0], impl=impl), first)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("impl", ["triton", "native"])
+@pytest.mark.parametrize("dim", [64, 512, 2048, 8192])
+def test_company_leaves_no_trace(impl: str, dim: int) -> None:
+    """Not a bit: neither what others hold, nor how many they are, nor where an example lies."""
+    a, d, offsets = random_streams([1, 70, 9, 140, 5], 96, 300, device="cuda")
+    sketch = siblings(96, [300], dim)[0]
+    together = grad_sketch(a, d, offsets, sketch, impl=impl)
+    alone = grad_sketch(a[80:220], d[80:220], torch.tensor([0, 140], device="cuda"), sketch, impl=impl)
+    assert torch.equal(alone[0], together[3])
+    a[71:80] = torch.nan
+    beside_nan = grad_sketch(a, d, offsets, sketch, impl=impl)
+    assert beside_nan[2].isnan().all()
+    assert torch.equal(beside_nan[[0, 1, 3, 4]], together[[0, 1, 3, 4]])
+
+
+@room
+def test_operator_contract(impl: str) -> None:
+    a, d, offsets = random_streams([4, 0, 19], 6, 5, device="cuda")
+    arguments = (a, [d, d], offsets, 64, 0, "one input", ["first", "second"], impl)
+    torch.library.opcheck(torch.ops.fpo.grad_sketch.default, arguments)
+
+
+@pytest.mark.parametrize("impl", ["triton", "native"])
+def test_waits_for_nothing(impl: str) -> None:
+    """In a CUDA graph any synchronisation is an error; the checks that read values are left out there."""
+    streams, sketch = random_streams(LENGTHS, 96, 40, device="cuda"), siblings(96, [40], 1024)[0]
+    expected = grad_sketch(*streams, sketch, impl=impl)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = grad_sketch(*streams, sketch, impl=impl)
+    graph.replay()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("impl", ["triton", "native"])
+def test_rows_past_two_to_the_31(impl: str) -> None:
+    """Row · stride overflows 32 bits: the last example lies beyond element 2³¹ of a bf16 stream."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    rows, width = 2**20 + 70, 2048
+    a = torch.zeros(rows, width, dtype=BF16, device="cuda")
+    a[-70:] = torch.randn(70, width, device="cuda").to(BF16)
+    d = torch.randn(rows, 3, device="cuda").to(BF16)
+    offsets, cut = torch.tensor([0, rows - 70, rows], device="cuda"), torch.tensor([0, 70], device="cuda")
+    sketch = siblings(width, [3], 1024)[0]
+    alone = grad_sketch(a[-70:], d[-70:], cut, sketch, impl=impl)
+    assert torch.equal(grad_sketch(a, d, offsets, sketch, impl=impl)[1:], alone)
