@@ -220,11 +220,7 @@ class Influence:
 
     def _call(self, compute: Callable[[], T]) -> T:
         with lock_of(self.model):
-<<<<<<< HEAD
             check_mode(self.model)
-=======
-            self._check_mode()
->>>>>>> wt-ckpt
             self._renew()
             return self._passes.settled(compute)
 
@@ -388,40 +384,3 @@ class _Output:
 
     def __call__(self, returned: Any, batch: Batch) -> Tensor:
         return self.output(returned, batch) if self.with_batch else self.output(returned)
-<<<<<<< HEAD
-=======
-
-
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def lock_of(model: nn.Module) -> threading.RLock:
-    """One for all engines of a model: taps, and what requires grad, are the model's, whoever calls."""
-    with _making:
-        return _locks.setdefault(model, threading.RLock())
-
-
-def _is_random(module: nn.Module) -> bool:
-    """Whether a module in train mode drops activations or lets examples meet in batch statistics."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return True
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    return any(
-        isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)
-        for name, value in vars(module).items()
-    )
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    for module in model.modules():
-        kinds = {cls.__name__ for cls in type(module).__mro__}
-        if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
-            raise TypeError(
-                f"model: {type(module).__name__} is compiled and taps cannot see inside it; "
-                "pass the module before torch.compile"
-            )
-        if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
-            raise TypeError(f"model: {type(module).__name__} is FSDP-sharded; pass an unsharded model")
->>>>>>> wt-ckpt
