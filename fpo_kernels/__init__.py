@@ -1,14 +1,15 @@
 """Per-example gradient inner products of whole models, without building the gradients."""
 
 from .checkpoints import CheckpointStore, tracin
-from .curvature import Curvature, exact_steering
+from .curvature import Curvature, exact_steering, logistic_weights
 from .direction import grad_direction
+from .fingerprint import fingerprint
 from .influence import Influence, Steering
 from .layers import Coverage
 from .packing import pack
 from .products import grad_products
 from .sketch import SJLT, DenseProjection, LoGra, TensorSketch, grad_sketch
-from .store import SketchSpace, SketchStore, fingerprint
+from .store import SketchSpace, SketchStore
 
 __all__ = [
     "SJLT",
@@ -27,6 +28,7 @@ __all__ = [
     "grad_direction",
     "grad_products",
     "grad_sketch",
+    "logistic_weights",
     "pack",
     "tracin",
 ]
