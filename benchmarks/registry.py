@@ -94,10 +94,10 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """Every case by name."""
-    from benchmarks.cases import direction, head, influence, products, sketch, ways
+    from benchmarks.cases import direction, exact, head, influence, products, sketch, store, tracin, ways
 
-    found = (products.CASE, ways.CASE, direction.CASE, influence.CASE, head.CASE, sketch.CASE)
-    return {case.name: case for case in found}
+    every = (products, ways, direction, influence, head, sketch, store, tracin, exact)
+    return {module.CASE.name: module.CASE for module in every}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:

@@ -1,22 +1,32 @@
 """Per-example gradient inner products of whole models, without building the gradients."""
 
+from .checkpoints import CheckpointStore, tracin
+from .curvature import Curvature, exact_steering
 from .direction import grad_direction
 from .influence import Influence, Steering
 from .layers import Coverage
 from .packing import pack
 from .products import grad_products
 from .sketch import SJLT, DenseProjection, LoGra, TensorSketch, grad_sketch
+from .store import SketchSpace, SketchStore, fingerprint
 
 __all__ = [
     "SJLT",
+    "CheckpointStore",
     "Coverage",
+    "Curvature",
     "DenseProjection",
     "Influence",
     "LoGra",
+    "SketchSpace",
+    "SketchStore",
     "Steering",
     "TensorSketch",
+    "exact_steering",
+    "fingerprint",
     "grad_direction",
     "grad_products",
     "grad_sketch",
     "pack",
+    "tracin",
 ]

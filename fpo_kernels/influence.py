@@ -9,10 +9,8 @@ added up over the parameters.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +18,9 @@ from torch import Tensor, nn
 from .batches import Batch, chunks, join, rows_of, take
 from .gradients import Pairs, Stream, Vectors, join_batches
 from .layers import Coverage, Parameters, Site, choose
+from .models import check_mode, lock_of, refuse_wrapped
 from .passes import PER_EXAMPLE, Passes
+from .sketched import Maps, Sketched
 from .totals import Held, Total, holding, symmetric, wide
 
 Output = Callable[..., Tensor]
@@ -74,7 +74,7 @@ class Influence:
             raise ValueError(f"fallback={fallback!r}: wanted 'error' or {PER_EXAMPLE!r}")
         if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
             raise ValueError(f"micro_batch={micro_batch!r}: wanted a positive number of sequences, or None")
-        _refuse_wrapped(model)
+        refuse_wrapped(model)
         self.model = model
         self.micro_batch = micro_batch
         self._output = _Output(output or _first_logit)
@@ -140,6 +140,46 @@ class Influence:
             return self._call(lambda: self._gram(batch))
         return self._call(lambda: self._cross_gram(batch, other))
 
+    @overload
+    def sketch(self, batch: Batch, dim: int = 4096, seed: int = 0, per_layer: Literal[False] = False) -> Tensor: ...
+    @overload
+    def sketch(
+        self, batch: Batch, dim: int = 4096, seed: int = 0, *, per_layer: Literal[True]
+    ) -> dict[str, Tensor]: ...
+
+    def sketch(
+        self, batch: Batch, dim: int = 4096, seed: int = 0, per_layer: bool = False
+    ) -> Tensor | dict[str, Tensor]:
+        """S_i with E⟨S_i, S_j⟩ = ⟨g_i, g_j⟩ over the maps that seeds draw: (B, dim), fp32 or float64.
+
+        Covers what `gram` covers, added up over the parameters. Gradients of other batches, other runs and other
+        machines meet through it, if the seed, the dim and the parameters' names are the same.
+
+        Args:
+            batch: B sequences.
+            dim: k, a power of two from 64 to 16384. The products' error is about ‖g_i‖‖g_j‖/√k.
+            seed: of the maps, 64 bits; `fpo_kernels/sketch/maps.py` says how they are drawn.
+            per_layer: parameter name → (B, dim) in place of the sum; all names, zeros where no gradient came.
+
+        Raises: as `gram`; ValueError for another `dim` or seed.
+
+        Source: tensor sketch, see `grad_sketch`.
+        """
+        maps = Maps(dim, seed)  # raises before the model runs
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._passes.chosen.items()}
+
+        def one(rows: slice) -> dict[str, Tensor]:
+            sketched = Sketched(maps, shapes, per_layer)
+            outputs = self._passes.run(take(batch, rows), sketched.consume)
+            return sketched.result(outputs)
+
+        def whole() -> dict[str, Tensor]:
+            pieces = [one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]
+            return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+        sums = self._call(whole)
+        return sums if per_layer else sums[""]
+
     def steering(self, candidates: Batch, references: Batch, reference_of: Tensor | None = None) -> Steering:
         """⟨g_z, g_z − g_ref⟩ of every candidate z against its reference (the paper's practical penalty).
 
@@ -163,8 +203,8 @@ class Influence:
         return self._call(whole)
 
     def _call(self, compute: Callable[[], T]) -> T:
-        with _lock_of(self.model):
-            self._check_mode()
+        with lock_of(self.model):
+            check_mode(self.model)
             self._renew()
             return self._passes.settled(compute)
 
@@ -294,16 +334,6 @@ class Influence:
     def _pad_id(self) -> int | None:
         return getattr(getattr(self.model, "config", None), "pad_token_id", None)
 
-    def _check_mode(self) -> None:
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("Influence needs a backward pass and cannot run under torch.inference_mode; use no_grad")
-        for name, module in self.model.named_modules():
-            if module.training and _is_random(module):
-                raise RuntimeError(
-                    f"{name} ({type(module).__name__}) drops activations at random or mixes examples in train "
-                    "mode: call model.eval() first"
-                )
-
 
 def _partners(n: int, m: int, reference_of: Tensor | None) -> Tensor:
     if reference_of is None:
@@ -338,37 +368,3 @@ class _Output:
 
     def __call__(self, returned: Any, batch: Batch) -> Tensor:
         return self.output(returned, batch) if self.with_batch else self.output(returned)
-
-
-_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def _lock_of(model: nn.Module) -> threading.RLock:
-    """One for all engines of a model: taps, and what requires grad, are the model's, whoever calls."""
-    with _making:
-        return _locks.setdefault(model, threading.RLock())
-
-
-def _is_random(module: nn.Module) -> bool:
-    """Whether a module in train mode drops activations or lets examples meet in batch statistics."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return True
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    return any(
-        isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)
-        for name, value in vars(module).items()
-    )
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    for module in model.modules():
-        kinds = {cls.__name__ for cls in type(module).__mro__}
-        if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
-            raise TypeError(
-                f"model: {type(module).__name__} is compiled and taps cannot see inside it; "
-                "pass the module before torch.compile"
-            )
-        if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
-            raise TypeError(f"model: {type(module).__name__} is FSDP-sharded; pass an unsharded model")

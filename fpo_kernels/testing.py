@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fpo_kernels.direction import grad_direction
 from fpo_kernels.products import grad_products
+from fpo_kernels.sketch import TensorSketch
 
 Outputs = Tensor | tuple[Tensor, ...]
 Streams = tuple[Tensor, Outputs, Tensor]
@@ -139,3 +140,21 @@ def direction_budget(
     reach = torch.segment_reduce(levels, "sum", lengths=counts).amax(1).sqrt() * 4
     features = V.numel() if formed else sum(V.shape)
     return budget(reference_error, reach, features + counts, dtype)
+
+
+def sketch_budget(
+    streams: tuple[Tensor, Tensor, Tensor], sketch: TensorSketch, dtype: torch.dtype, more: int = 0
+) -> Tensor:
+    """(B,) the error in norm allowed to S_i computed in `dtype`.
+
+    Maps and transforms keep norms but for rounding: what errs is sums of p/k and q/k features, 2·log₂ k butterflies
+    and T_i tokens, of partial sums no longer than Σ_t ‖C_a a_t‖‖C_d d_t‖, here bounded by √loads ‖a_t‖‖d_t‖.
+    `more` are further terms that a sum has.
+    """
+    a, d, offsets = (x.cpu() for x in streams)
+    loads = -(-sketch.p // sketch.dim) * -(-sketch.q // sketch.dim)
+    size = (a.double().square().sum(1) * d.double().square().sum(1) * loads).sqrt()
+    counts = offsets.diff()
+    scale = torch.segment_reduce(size, "sum", lengths=counts, initial=0) if len(size) else counts.double() * 0
+    steps = loads + 2 * sketch.dim.bit_length() + counts + more
+    return budget(torch.zeros_like(scale), scale, steps, dtype)

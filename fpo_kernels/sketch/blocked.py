@@ -31,8 +31,14 @@ def transform(x: Tensor) -> Tensor:
 
 def fold(x: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """C x of every row of (S, n) → (S, k), in `dtype`."""
+    if not x.is_cuda:
+        row, bucket = (table >= 0).nonzero().unbind(1)
+        entry = table[row, bucket]
+        signed = x.index_select(1, entry >> 1).to(dtype).mul_(1 - 2 * (entry & 1))
+        return torch.zeros(len(x), table.shape[1], dtype=dtype, device=x.device).index_add_(1, bucket, signed)
+    # there index_add's order of additions is anyone's guess
     entry = table.flatten()
-    gathered = x.index_select(1, entry.clamp(min=0).long() >> 1).to(dtype)  # (S, rows·k)
+    gathered = x.index_select(1, entry.clamp(min=0) >> 1).to(dtype)  # (S, rows·k)
     sign = torch.where(entry < 0, 0, 1 - 2 * (entry & 1)).to(dtype)
     return (gathered * sign).view(-1, *table.shape).sum(1)
 

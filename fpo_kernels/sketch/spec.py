@@ -45,8 +45,7 @@ class TensorSketch:
         check_dim(self.dim)
         if self.p < 1 or self.q < 1:
             raise ValueError(f"TensorSketch: p and q must be at least 1, got {self.p} and {self.q}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must fit 64 bits, got {self.seed}")
+        check_seed(self.seed)
 
     @property
     def a_family(self) -> str:
@@ -65,3 +64,9 @@ def check_dim(dim: int) -> None:
     """Raises ValueError where `dim` is no power of two from 64 to 16384."""
     if not (isinstance(dim, int) and LEAST <= dim <= MOST and dim & (dim - 1) == 0):
         raise ValueError(f"dim must be a power of two from {LEAST} to {MOST}, got {dim!r}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError where `seed` is no signed 64-bit integer."""
+    if not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        raise ValueError(f"seed must be an integer of 64 bits, got {seed!r}")

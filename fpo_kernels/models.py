@@ -1,0 +1,55 @@
+"""What an engine asks of a model before it runs it."""
+
+from __future__ import annotations
+
+import threading
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """One for all engines of a model: taps, and what requires grad, are the model's, whoever calls."""
+    with _making:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def check_mode(model: nn.Module) -> None:
+    """Raises RuntimeError under inference mode, and where the model's mode lets chance or other examples in."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("Influence needs a backward pass and cannot run under torch.inference_mode; use no_grad")
+    for name, module in model.named_modules():
+        if module.training and _is_random(module):
+            raise RuntimeError(
+                f"{name} ({type(module).__name__}) drops activations at random or mixes examples in train "
+                "mode: call model.eval() first"
+            )
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether a module in train mode drops activations or lets examples meet in batch statistics."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any(
+        isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)
+        for name, value in vars(module).items()
+    )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises TypeError for a compiled or FSDP-sharded model."""
+    for module in model.modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
+            raise TypeError(
+                f"model: {type(module).__name__} is compiled and taps cannot see inside it; "
+                "pass the module before torch.compile"
+            )
+        if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+            raise TypeError(f"model: {type(module).__name__} is FSDP-sharded; pass an unsharded model")
