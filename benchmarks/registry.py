@@ -94,9 +94,21 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """Every case by name."""
-    from benchmarks.cases import direction, exact, head, influence, products, sketch, store, tracin, ways
+    from benchmarks.cases import (
+        direction,
+        engine_sketch,
+        exact,
+        grad_sketch,
+        head,
+        influence,
+        products,
+        sketch,
+        store,
+        tracin,
+        ways,
+    )
 
-    every = (products, ways, direction, influence, head, sketch, store, tracin, exact)
+    every = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
     return {module.CASE.name: module.CASE for module in every}
 
 

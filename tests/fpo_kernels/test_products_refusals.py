@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpo_kernels.products import grad_products, native
+from fpo_kernels import library
+from fpo_kernels.products import grad_products
 from fpo_kernels.testing import random_streams
 
 F64 = torch.float64
@@ -80,7 +81,7 @@ def test_an_implementation_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPa
         grad_products(*GOOD, impl="reference", way="tokens")
     with pytest.raises(RuntimeError, match=r"triton.*cannot run"):
         grad_products(*GOOD, impl="triton", way="tokens")
-    monkeypatch.setattr(native, "_load", lambda: "the native library is not built; build it with …")
+    monkeypatch.setattr(library, "_load", lambda: "the native library is not built; build it with …")
     with pytest.raises(RuntimeError, match=r"native.*cannot run.*not built"):
         grad_products(*GOOD, impl="native")
     for way in ("auto", "tokens", "form"):  # auto does without it
