@@ -128,8 +128,9 @@ class Influence:
     def gram(self, batch: Batch, other: Batch | None = None) -> Tensor:
         """⟨g_i, g_j⟩ over one batch, (B, B), or between two, (B, M); fp32 or float64 (accumulated so).
 
-        With `micro_batch`, blocks of rows are held and met by every later block: the streams of two
-        blocks are in memory at a time, for n(n+1)/2 passes over n blocks (n·m between two batches).
+        Two batches of the same shapes share a tape where they fit. With `micro_batch`, blocks of rows are held
+        and met by every later block: the streams of two blocks are in memory at a time, for n(n+1)/2 passes
+        over n blocks (n·m between two batches).
 
         Raises:
             RuntimeError: called under `torch.inference_mode`, or the model drops activations at random.
@@ -266,6 +267,13 @@ class Influence:
         return symmetric(blocks)
 
     def _cross_gram(self, batch: Batch, other: Batch) -> Tensor:
+        b, m = rows_of(batch), rows_of(other)
+        fits = self.micro_batch is None or b + m <= self.micro_batch
+        both = join(batch, other, self._pad_id()) if fits else None
+        if both is not None:
+            total = Total()
+            crossed = Pairs(torch.cartesian_prod(torch.arange(b), b + torch.arange(m)))
+            return total.result(self._passes.run(both, total.over(crossed)), b * m).view(b, m)
         rights = chunks(rows_of(other), self.micro_batch)
         grid = []
         for rows in chunks(rows_of(batch), self.micro_batch):

@@ -75,7 +75,12 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.met:
-            self.met = any(_address(x) in self._storages for x in _tensors((args, kwargs)))
+            for x in (*args, *kwargs.values()):
+                if isinstance(x, Tensor):
+                    if _address(x) in self._storages:
+                        self.met = True
+                elif isinstance(x, (list, tuple)) and any(_address(y) in self._storages for y in _tensors(x)):
+                    self.met = True
         return function(*args, **kwargs)
 
 

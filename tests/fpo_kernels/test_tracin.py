@@ -12,38 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 import fpo_kernels as fk
 from tests.fpo_kernels.tiny import batch_of, error, tiny_llama
+from tests.fpo_kernels.truth import Passes, explicit, first_logit
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 RATES = [0.3, 0.0, 0.02, 0.1, 1.7]
-
-
-def first_logit(returned):
-    return returned.logits[:, 0]
-
-
-def explicit(model, checkpoints, batch, other, names, output=first_logit):
-    """Σ_k η_k ⟨g_i, g_j⟩ from one backward an example and checkpoint, in float64."""
-    total = 0.0
-    for checkpoint in checkpoints:
-        twin = copy.deepcopy(model).double()
-        own = dict(twin.named_parameters())
-        with torch.no_grad():
-            for name, tensor in checkpoint.load().items():
-                own[name].copy_(tensor)
-        wanted = [own[name].requires_grad_() for name in names]
-
-        def rows(examples, twin=twin, wanted=wanted):
-            size = len(next(iter(examples.values())))
-            made = []
-            for i in range(size):
-                one = {k: v[i : i + 1].double() if v.is_floating_point() else v[i : i + 1] for k, v in examples.items()}
-                got = torch.autograd.grad(output(twin(**one)).sum(), wanted, allow_unused=True)
-                pairs = zip(got, wanted, strict=True)
-                made.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
-            return torch.stack(made)
-
-        total = total + checkpoint.learning_rate * rows(batch) @ rows(other).T
-    return total
 
 
 def trained(model, folder, parameters, rates=RATES):
@@ -65,17 +37,6 @@ def trained(model, folder, parameters, rates=RATES):
 
 def names_of(model, part=""):
     return [name for name, _ in model.named_parameters() if part in name]
-
-
-class Passes:
-    """Counts how often a module really runs."""
-
-    def __init__(self, module):
-        self.count = 0
-        module.register_forward_hook(self)
-
-    def __call__(self, *_):
-        self.count += 1
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -166,6 +127,16 @@ def test_under_a_head_the_backbone_runs_once(tmp_path, head, output):
         out = fk.tracin(engine, checkpoints, batch, other)
         assert backbone.count == 2
         assert error(out, explicit(model, checkpoints, batch, other, names, OUTPUTS[output])) < 1e-9
+    if output != "branch":
+        alike = batch_of([3, 9, 2, 8], 11)
+        expected = engine.gram(batch, alike)  # of a clamped reward it may be zero
+        backbone.count = 0
+        together = fk.tracin(engine, store, batch, alike)
+        assert backbone.count == 1  # batches of the same shapes run as one
+        engine.micro_batch = 6
+        assert error(fk.tracin(engine, store, batch, alike), together) < 1e-9
+        assert torch.allclose(engine.gram(batch, alike), expected, rtol=1e-9)
+        engine.micro_batch = None
     backbone.count = 0
     fk.tracin(engine, store, batch)
     assert backbone.count == 1
@@ -199,102 +170,6 @@ def test_tied_weights(tmp_path):
     out = fk.tracin(fk.Influence(model, ["score.weight", "mix.*"]), store, batch, other)
     names = ["embed.weight", "mix.weight", "mix.bias"]
     assert error(out, explicit(model, store, batch, other, names)) < 1e-10
-
-
-class Backbone(nn.Module):
-    """Something to make awkward: `body` below a head of one layer. Idle weights make room to keep its outputs."""
-
-    def __init__(self, body, idle=1000):
-        super().__init__()
-        self.body, self.score, self.idle = body, nn.Linear(4, 1), nn.Linear(idle, 1)
-
-    def forward(self, x, **others):
-        return SimpleNamespace(logits=self.score(self.body(x, **others)))
-
-
-class Leaning(nn.Module):
-    """Reads the head's weight through a view that no module tree shows."""
-
-    def __init__(self):
-        super().__init__()
-        self.own, self.seen = nn.Linear(4, 4), []
-
-    def forward(self, x):
-        return self.own(x) * self.seen[0][0]
-
-
-class Opaque(nn.Module):
-    """Takes an object whose state counts."""
-
-    def __init__(self):
-        super().__init__()
-        self.own = nn.Linear(4, 4)
-
-    def forward(self, x, state):
-        state.calls += 1
-        return self.own(x) * state.factor
-
-
-def heads(model, folder, count=3):
-    store = fk.CheckpointStore(folder)
-    model.requires_grad_(False)
-    model.score.requires_grad_(True)
-    for step in range(count):
-        for parameter in model.score.parameters():
-            nn.init.normal_(parameter)
-        store.save(model, step=step, learning_rate=0.5 + step)
-    return store
-
-
-def test_what_may_have_moved_is_not_replayed(tmp_path):
-    torch.manual_seed(13)
-    batch, other = ({"x": torch.randn(n, 4, dtype=torch.float64)} for n in (3, 2))
-    names = ["score.weight", "score.bias"]
-
-    model = Backbone(Leaning()).double()
-    model.body.seen = [model.score.weight.detach()]  # no parameter: its values move with the head's
-    store = heads(model, tmp_path / "leaning")
-    runs = Passes(model.body.own)
-    out = fk.tracin(fk.Influence(model, "head"), store, batch, other)
-    own = model.score.weight.detach().clone()
-    expected = 0.0
-    for checkpoint in store:
-        model.score.weight.data.copy_(checkpoint.load()["score.weight"])
-        expected += checkpoint.learning_rate * fk.Influence(model, "head").gram(batch, other)
-    model.score.weight.data.copy_(own)
-    assert error(out, expected) < 1e-12
-    assert runs.count > 2 * len(store)
-
-    model = Backbone(nn.Linear(4, 4)).double()  # and what it returns is written into
-    model.body.register_forward_hook(lambda module, args, made: made.mul_(2))
-    store = heads(model, tmp_path / "spoilt")
-    out = fk.tracin(fk.Influence(model, "head"), store, batch, other)
-    assert error(out, explicit(model, store, batch, other, names)) < 1e-12
-
-    model, state = Backbone(Opaque()).double(), SimpleNamespace(calls=0, factor=3.0)
-    store = heads(model, tmp_path / "opaque")
-    engine = fk.Influence(model, "head")
-    engine.norms(batch | {"state": state})
-    runs, state.calls = Passes(model.body.own), 0
-    out = fk.tracin(engine, store, batch | {"state": state}, other | {"state": state})
-    assert state.calls == 2 * len(store)
-    assert runs.count == 2 * len(store)  # a forward hook also fires for what is replayed below
-    model.body.forward = lambda x: model.body.own(x) * state.factor
-    assert error(out, explicit(model, store, batch, other, names)) < 1e-12
-
-
-def test_outputs_larger_than_the_model_are_not_kept(tmp_path):
-    torch.manual_seed(14)
-    model = Backbone(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), idle=1).double()
-    store = heads(model, tmp_path)
-    engine, inner = fk.Influence(model, "head"), Passes(model.body[1])
-    for rows, runs in ((2, 1), (200, len(store))):
-        batch = {"x": torch.randn(rows, 4, dtype=torch.float64)}
-        engine.gram(batch)
-        inner.count = 0
-        out = fk.tracin(engine, store, batch)
-        assert inner.count == runs
-        assert error(out, explicit(model, store, batch, batch, ["score.weight", "score.bias"])) < 1e-12
 
 
 def test_checkpoints_of_different_parameters(tmp_path):
