@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.cases import influence, ways
+from benchmarks.cases import influence, sketch, ways
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,3 +51,32 @@ def test_the_products_page():
         cells = [f"{1e3 * measured['form G, multiply']['seconds']['median']:.2f} ms"]
         cells += [f"{measured[impl]['ratio']['median']:.2f}" for impl in ("torch", "native")]
         assert f"| {setting} | {' | '.join(cells)} |" in page
+
+
+def headline(case, text):
+    found = json.loads((RESULTS / "cpu-2threads" / f"{case}.json").read_text())["headlines"]
+    return [one["median"] for one in found if one["text"].startswith(text)]
+
+
+def test_the_sketch_page():
+    page = (ROOT / "fpo_kernels" / "sketch" / "README.md").read_text(encoding="utf-8")
+    for figure in ("error", "sum_error", "seconds"):
+        assert "\n".join(sketch.chart(rows("sketch"), figure)) in page
+    assert f"falls as k^{sketch.slope(rows('sketch')):.2f}" in page
+    for gain in headline("grad_sketch", "plain torch / native"):
+        assert f"| {gain:.1f} |" in page
+
+
+def test_sketches_stores_and_checkpoints():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for dim in (1024, 4096):
+        (cost,) = headline("engine_sketch", f"sketch, k = {dim}")
+        assert f"{cost:.2f} " in readme.split("## Sketches")[1]
+    for cost in headline("tracin", "TracIn over all checkpoints / one forward"):
+        assert f"{cost:.2f}" in readme.split("## Sketches")[1]
+    for row in rows("store"):
+        assert f"{1e3 * row['seconds']['median']:,.0f} ms" in readme or row["setting"]["does"] == "append"
+    for row in rows("exact"):
+        rank = row["figures"]["rank correlation, ε = 0.001"]
+        if row["setting"]["name"] == "LoRA" and row["competitor"] in ("formed gradients", "sketch, k = 4096"):
+            assert f"{rank:.2f} from " in readme

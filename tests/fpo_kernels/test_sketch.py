@@ -221,6 +221,15 @@ def test_import_loads_neither_triton_nor_the_compiler() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_without_the_library_auto_does_and_native_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, d, offsets = random_streams([4, 7], 30, 20)
+    sketch = fk.TensorSketch(30, 20, 64)
+    monkeypatch.setattr(library, "_load", lambda: "the native library is not built; build it with …")
+    with pytest.raises(RuntimeError, match=r"grad_sketch: impl=\"native\" cannot run: .*not built"):
+        fk.grad_sketch(a, d, offsets, sketch, impl="native")
+    assert torch.equal(fk.grad_sketch(a, d, offsets, sketch), fk.grad_sketch(a, d, offsets, sketch, impl="torch"))
+
+
 GOOD = dict(zip(("a", "d", "offsets"), random_streams([3, 4], 6, 5), strict=True))
 GOOD |= {"sketch": fk.TensorSketch(6, 5, 64), "impl": "auto"}
 ELSEWHERE = torch.zeros(7, 5, device="meta")
