@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fpo_kernels.sketch import ops
+from fpo_kernels.sketch.comparison import Projection
 from fpo_kernels.sketch.spec import TensorSketch
-from fpo_kernels.streams import check_stream, offset_flaws, refuse
-
-
-class Projection(Protocol):
-    """A linear map of (q, p) gradients to `dim` numbers that keeps inner products on average."""
-
-    @property
-    def p(self) -> int: ...
-    @property
-    def q(self) -> int: ...
-    @property
-    def dim(self) -> int: ...
-
-    def project(self, a: Tensor, d: Tensor, offsets: Tensor) -> Tensor:
-        """(B, dim)"""
+from fpo_kernels.streams import check_stream
 
 
 def grad_sketch(
@@ -78,27 +64,25 @@ def grad_sketch(
     for x, own in zip(ds, given, strict=True):
         check_stream(a, x, offsets)
         _check_size(own, a.shape[1], x.shape[1])
-    if len(given) == 1 and not isinstance(given[0], TensorSketch):
-        if impl != "auto":
-            raise ValueError(f"impl must be auto for {type(given[0]).__name__}, which has one, got {impl!r}")
-        refuse("grad_sketch", offset_flaws(offsets, len(a)), offsets=offsets)
-        with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-            return given[0].project(a, ds[0], offsets)
     first = given[0]
+    if isinstance(first, Projection) and len(given) == 1:
+        if impl != "auto":
+            raise ValueError(f"impl must be auto for {type(first).__name__}, which has one, got {impl!r}")
+        return first.project(a, ds[0], offsets)
+    names = []
     for own in given:
         if not isinstance(own, TensorSketch) or not isinstance(first, TensorSketch):
             raise TypeError(f"sketch: only TensorSketch joins layers, got {type(own).__name__}")
         if (own.dim, own.seed, own.a_family) != (first.dim, first.seed, first.a_family):
             raise ValueError(f"sketch: layers taken together must share dim, seed and family, got {first} and {own}")
+        names.append(own.name)
     assert isinstance(first, TensorSketch)
-    names = [own.name for own in given if isinstance(own, TensorSketch)]
     streams = (a.detach(), [x.detach() for x in ds], offsets)
     return torch.ops.fpo.grad_sketch.default(*streams, first.dim, first.seed, first.a_family, names, impl)
 
 
 def _check_size(sketch: object, p: int, q: int) -> None:
-    if not isinstance(sketch, TensorSketch) and not hasattr(sketch, "project"):
+    if not isinstance(sketch, (TensorSketch, Projection)):
         raise TypeError(f"sketch must be a TensorSketch, LoGra, SJLT or DenseProjection, got {type(sketch).__name__}")
-    size = getattr(sketch, "p", None), getattr(sketch, "q", None)
-    if size != (p, q):
-        raise ValueError(f"sketch must have the (p, q) of a and d, {(p, q)}, got {size}")
+    if (sketch.p, sketch.q) != (p, q):
+        raise ValueError(f"sketch must have the (p, q) of a and d, {(p, q)}, got {(sketch.p, sketch.q)}")
