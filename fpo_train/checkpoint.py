@@ -1,7 +1,9 @@
 """Checkpoints on iteration boundaries: written whole or not at all, the last few kept.
 
-The randomness of an iteration follows from the seed and its number (`loop.seed_stream`), so a checkpoint
-holds no random state: adapter, head, both optimizers and the penalty's running scale are all there is.
+The randomness of an iteration follows from the seed and its number (`sampling`, `loop.seed_stream`), and so do its
+prompts: a checkpoint holds neither random state nor place in the data. The policy's adapter, the reward model with its
+earlier states, both optimizers and schedules, the labelled pairs, γ's running scale and the oracle's counts are all
+there is.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ def state_of(parts: Parts) -> dict[str, Any]:
     """Everything that an iteration changes."""
     return {
         "adapter": {name: p.detach() for name, p in parts.policy.trainable.items()},
-        "policy_optimizer": parts.update.optimizer.state_dict(),
-        "head": parts.reward_model.head.state_dict(),
-        "head_optimizer": parts.reward_model.optimizer.state_dict(),
+        "update": parts.update.state_dict(),
+        "reward_model": parts.reward_model.state_dict(),
+        "replay": parts.replay.state_dict(),
         "penalty": parts.penalty.state(),
+        "oracle": parts.oracle.state_dict(),
     }
 
 
@@ -36,10 +39,11 @@ def restore(parts: Parts, state: dict[str, Any]) -> None:
     with torch.no_grad():
         for name, parameter in parts.policy.trainable.items():
             parameter.copy_(state["adapter"][name])
-    parts.update.optimizer.load_state_dict(state["policy_optimizer"])
-    parts.reward_model.head.load_state_dict(state["head"])
-    parts.reward_model.optimizer.load_state_dict(state["head_optimizer"])
+    parts.update.load_state_dict(state["update"])
+    parts.reward_model.load_state_dict(state["reward_model"])
+    parts.replay.load_state_dict(state["replay"])
     parts.penalty.restore(state["penalty"])
+    parts.oracle.load_state_dict(state["oracle"])
 
 
 def save(folder: Path, iteration: int, parts: Parts, keep: int) -> None:

@@ -1,22 +1,24 @@
-"""The command line: `fpo-train run | simulate | fetch | doctor`.
+"""The command line: `fpo-train run | plan | simulate | fetch | doctor`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped early and resumable.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from .config import RunConfig
 from .errors import RunError
+from .profiles import PROFILES
 
 CONFIGS = Path(__file__).parent / "configs"
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
@@ -32,8 +34,8 @@ class Parser(ArgumentParser):
         raise SystemExit(USAGE)
 
 
-def build() -> Parser:
-    """The parser with its subcommands."""
+def build(profile: str = "sound") -> Parser:
+    """The parser with its subcommands; `profile` sets the defaults of a run."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog="fpo-train", description="Foresighted Policy Optimization")
     commands = parser.add_subcommands(required=True)
@@ -44,8 +46,13 @@ def build() -> Parser:
         commands.add_subcommand(name, sub, help=description)
         return sub
 
-    run = command("run", "Train a policy by iterative RLHF with a steering penalty")
-    run.add_class_arguments(RunConfig, None, fail_untyped=True)
+    for name, description in (
+        ("run", "Train a policy by iterative RLHF with a steering penalty"),
+        ("plan", "Show what a run will hold in memory, phase by phase, and whether the budget holds it"),
+    ):
+        sub = command(name, description)
+        sub.add_class_arguments(RunConfig, None, fail_untyped=True)
+        sub.set_defaults(PROFILES[profile])
 
     simulate = command("simulate", "Run a controlled environment of the paper")
     simulate.add_argument("environment", choices=("linear",), help="which environment")
@@ -54,7 +61,7 @@ def build() -> Parser:
     simulate.add_argument("--out", type=str, default="runs/simulate", help="new or empty folder for the results")
 
     fetch = command("fetch", "Download and verify a model into the cache")
-    fetch.add_argument("model", choices=("smollm2",), help="which model")
+    fetch.add_argument("model", choices=("smollm2", "minilm"), help="which model")
 
     command("doctor", "Print versions, devices and what optional parts are absent")
     return parser
@@ -65,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():  # a log is no place for bars; tqdm reads this when it is first imported
         os.environ.setdefault("TQDM_DISABLE", "1")
     arguments = _shipped_configs(sys.argv[1:] if argv is None else argv)
-    parser = build()
     try:
+        parser = build(_profile(arguments))
         options = parser.parse_args(arguments)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else FAILED
@@ -92,24 +99,59 @@ def _shipped_configs(arguments: list[str]) -> list[str]:
     return resolved
 
 
+def _profile(arguments: list[str]) -> str:
+    """The profile that the command line names, else the last configuration file that does, else `sound`.
+
+    It has to be known before the options are read, since it is their defaults.
+    """
+    named = "sound"
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name = following if word == "--config" else word.removeprefix("--config=") if "--config=" in word else ""
+        if name and Path(name).is_file():
+            with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):  # the parser will say what is wrong with it
+                told = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+                named = told.get("profile", named) if isinstance(told, dict) else named
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word == "--profile" or word.startswith("--profile="):
+            named = following if word == "--profile" else word.removeprefix("--profile=")
+    return named if named in PROFILES else "sound"  # the parser refuses any other
+
+
 def _run(options: Any) -> int:
+    from .rehearsal import rehearse
     from .run import run
+    from .stopping import Stopped
 
     try:
         config = _config(options.as_dict())
     except ValueError as error:
         print(f"fpo-train run: error: {error}", file=sys.stderr)
         return USAGE
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill stops like Ctrl-C
     try:
-        print(f"report: {run(config)}")
-    except KeyboardInterrupt:
+        if config.dry_run:
+            rehearse(config)
+        else:
+            print(f"report: {run(config)}")
+    except (KeyboardInterrupt, Stopped) as leaving:
         begun = (Path(config.out).expanduser() / "config.yaml").is_file()
-        print(f"fpo-train run: stopped{'; go on with --resume true' if begun else ' before it began'}", file=sys.stderr)
-        return STOPPED if begun else FAILED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        if begun:
+            done = f" after iteration {leaving.iteration}" if isinstance(leaving, Stopped) else ""
+            print(f"fpo-train run: stopped{done}; go on with --resume true", file=sys.stderr)
+            return STOPPED
+        print("fpo-train run: stopped before it began", file=sys.stderr)
+        return FAILED
     return DONE
+
+
+def _plan(options: Any) -> int:
+    from .plan import plan_command
+
+    try:
+        config = _config(options.as_dict())
+    except ValueError as error:
+        print(f"fpo-train plan: error: {error}", file=sys.stderr)
+        return USAGE
+    return plan_command(config)
 
 
 def _config(options: dict[str, Any]) -> RunConfig:
@@ -156,7 +198,7 @@ def _doctor(options: Any) -> int:
         print(f"  {name:<16}{version or 'absent'}")
     for impl, state in _kernels().items():
         print(f"  kernels/{impl:<8}{state}")
-    for name in ("trl", "bitsandbytes", "vllm"):
+    for name in ("trl", "bitsandbytes", "vllm", "datasets"):
         print(f"  {name:<16}{'present' if importlib.util.find_spec(name) else 'absent (optional)'}")
     for name in KNOWN:
         print(f"  {name:<16}{cached(name) or 'not fetched yet'}")
@@ -181,7 +223,7 @@ def _kernels() -> dict[str, str]:
     return found
 
 
-COMMANDS = {"run": _run, "simulate": _simulate, "fetch": _fetch, "doctor": _doctor}
+COMMANDS = {"run": _run, "plan": _plan, "simulate": _simulate, "fetch": _fetch, "doctor": _doctor}
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
-PenaltyKind = Literal["none", "practical", "relaxed"]
+from .units import parse_bytes
+
+PenaltyKind = Literal["none", "practical", "relaxed", "tracin", "exact", "residual"]
 PENALTY_KINDS: tuple[PenaltyKind, ...] = get_args(PenaltyKind)
+Optimizer = Literal["adamw", "paged_adamw_8bit"]
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 def _positive(section: str, **values: float) -> None:
@@ -28,13 +32,17 @@ class PolicyConfig:
     model: str = "smollm2"
     """`smollm2`, a local folder, a GGUF file, or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the frozen base weights; the adapter is always float32."""
+    """Number format of the frozen base weights (of the computation, where they are quantised)."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Frozen base weights in 4 bits (NF4, double quantisation) or 8, by bitsandbytes."""
+    gradient_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass in place of keeping them."""
     lora_rank: int = 16
-    """Rank r of the adapter's factors."""
+    """Rank r of the adapter's factors, which are always float32."""
     lora_alpha: int = 32
     """The adapter's output is scaled by lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
-    """Dropout on the adapter's input while the policy learns (never while it generates)."""
+    """Dropout on the adapter's input while the policy learns."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of the linear layers that carry the adapter."""
 
@@ -46,31 +54,111 @@ class PolicyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig:
-    """The reward model: a linear head on the policy's frozen base, r = w·h."""
+    """The reward model and how it is retrained, by AdamW on BCE(σ(r(z) − r(ref)), p*)."""
 
+    kind: Literal["head", "lora", "classifier"] = "head"
+    """`head`: a linear score on the policy's frozen base; `lora`: a LoRA adapter of its own and a score on that same
+    base; `classifier`: a sequence-classification model of its own."""
+    model: str = "minilm"
+    """The classifier: `minilm`, a local folder, or a hub id."""
+    train: Literal["head", "lora", "all"] = "head"
+    """Which weights of the classifier are trained."""
+    input: Literal["chat", "pair", "reply"] = "chat"
+    """What it reads: the chat-rendered prompt and reply, both as a pair of texts, or the reply alone (the paper)."""
+    max_tokens: int = 0
+    """Its inputs are cut at this many tokens; 0: at its context."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The classifier's weights; float16 loses small updates (the paper). Scores are float32 always."""
+    dropout_when_scoring: bool = False
+    """Leave dropout on while the candidates of penalty `none` are scored (the paper)."""
+    nan_scores: Literal["fail", "drop"] = "fail"
+    """A score that is not a number stops the run, or drops its candidate in silence (the paper)."""
+    lora_rank: int = 16
+    """Rank of the reward model's adapter, where it has one."""
+    lora_alpha: int = 32
+    """Its output is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Linear layers that carry it."""
     fit_pairs: int = 48
-    """Pairs of base-model replies, labelled by the oracle, on which the head is fitted before the first iteration."""
+    """Pairs of base-model replies, labelled by the oracle, on which the score head is fitted before the first
+    iteration; 0: taken as it is."""
     fit_ridge: float = 0.1
     """Ridge of that fit, relative to the mean diagonal of ΣΔhΔhᵀ."""
     learning_rate: float = 1e-4
-    """AdamW step for the head, one step an iteration."""
+    """AdamW step."""
     weight_decay: float = 0.01
-    """AdamW weight decay of the head."""
+    """AdamW weight decay."""
+    optimizer: Optimizer = "adamw"
+    """`paged_adamw_8bit` is bitsandbytes'."""
+    schedule: Schedule = "constant"
+    """How the learning rate falls over the run."""
+    warmup: int = 0
+    """Trainings over which it rises from 0."""
+    every: int = 1
+    """Iterations between trainings."""
+    steps: int = 1
+    """Optimizer steps a training."""
+    buffer: int = 512
+    """Labelled pairs kept, newest first; `exact` and `residual` read them."""
+    replay_pairs: int = 0
+    """Kept pairs that join the new ones in each step, drawn at random."""
 
     def __post_init__(self) -> None:
-        _positive("reward_model", fit_pairs=self.fit_pairs, fit_ridge=self.fit_ridge)
+        _positive("reward_model", lora_rank=self.lora_rank, lora_alpha=self.lora_alpha, fit_ridge=self.fit_ridge)
+        _positive("reward_model", every=self.every, steps=self.steps, buffer=self.buffer)
         _not_negative("reward_model", learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        _not_negative("reward_model", fit_pairs=self.fit_pairs, replay_pairs=self.replay_pairs)
+        _not_negative("reward_model", warmup=self.warmup, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OracleConfig:
-    """The oracle: the base model's mean log-likelihood of a reply's tokens given the prompt, in nats a token."""
+    """Who says which reply is better: the soft label p* of a reply against its reference."""
 
+    kind: Literal["base", "gold", "function", "judge", "file"] = "base"
+    """`base`: the base model's mean log-likelihood of the reply; `gold`: a frozen reward model; `function`: your
+    Python; `judge`: an OpenAI-compatible endpoint; `file`: human preferences."""
     temperature: float = 1.0
     """Divides the utility difference in p* = σ((U(z) − U(ref)) / temperature); 1 as in the paper."""
+    offset: float = 0.0
+    """`base`: U = offset + mean log-likelihood in nats a token (the paper: 5)."""
+    utility_range: tuple[float, float] | None = None
+    """`base`: U is cut to this range (the paper: −15 to 5)."""
+    mean_over: Literal["reply", "padded"] = "reply"
+    """`base`: the mean is over the reply's own tokens, or over padding too (the paper)."""
+    quantization: Literal["none", "int8"] = "none"
+    """`base`: int8 loads a second copy of the base in 8 bits (the paper); none shares the policy's."""
+    model: str = ""
+    """`gold`: its folder or hub id; `judge`: the name of the model to ask."""
+    function: str = ""
+    """`function`: `module:function`, called with prompts and replies; returns a utility for each reply."""
+    file: str = ""
+    """`file`: JSONL with prompt, chosen, rejected and optionally preference in [0, 1]."""
+    url: str = ""
+    """`judge`: the endpoint, up to and with /v1."""
+    key_variable: str = "OPENAI_API_KEY"
+    """`judge`: environment variable that holds the key."""
+    cache: str = ""
+    """`judge`: file that keeps its answers; empty: `judge.jsonl` in the run's folder."""
+    requests_per_minute: float = 600.0
+    """`judge`: the most it is asked."""
+    concurrency: int = 8
+    """`judge`: requests under way at once."""
+    retries: int = 4
+    """`judge`: tries after the first, each after twice the wait of the one before."""
+    timeout: float = 60.0
+    """`judge`: seconds an answer may take."""
 
     def __post_init__(self) -> None:
-        _positive("oracle", temperature=self.temperature)
+        _positive("oracle", temperature=self.temperature, requests_per_minute=self.requests_per_minute)
+        _positive("oracle", concurrency=self.concurrency, timeout=self.timeout)
+        _not_negative("oracle", retries=self.retries)
+        if self.utility_range is not None and not self.utility_range[0] < self.utility_range[1]:
+            raise ValueError(f"oracle.utility_range: wanted low < high, got {list(self.utility_range)}")
+        needed = {"gold": ("model",), "judge": ("model", "url"), "function": ("function",), "file": ("file",)}
+        for name in needed.get(self.kind, ()):
+            if not getattr(self, name):
+                raise ValueError(f"oracle.{name}: oracle.kind {self.kind} needs it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +166,31 @@ class DataConfig:
     """The prompts."""
 
     prompts: str = "questions"
-    """`questions` (the 192 short questions that ship with the package) or a JSONL file with a `prompt` a line."""
+    """`questions` (the 192 short questions that ship with the package), a JSONL file with a `prompt` a line, or the
+    hub id of a dataset with a `prompt` column."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    limit: int = 0
+    """Take the first so many prompts; 0: all."""
+    max_tokens: int = 0
+    """Longest prompt, chat template included; 0: what the model's context leaves."""
+    truncate: Literal["refuse", "header", "right"] = "refuse"
+    """What becomes of a longer one: refused, shortened with the assistant's header kept, or cut off (the paper)."""
+    double_bos: bool = False
+    """Tokenise the rendered prompt with a second BOS (the paper)."""
+
+    def __post_init__(self) -> None:
+        _not_negative("data", limit=self.limit, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """What an iteration samples."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who generates; vLLM where it is installed."""
     prompts: int = 4
-    """Prompts an iteration, all sampled at once."""
+    """Prompts an iteration (of all processes together), all sampled at once."""
     candidates: int = 8
     """Replies of the policy a prompt; one reference reply of the base model comes on top."""
     max_new_tokens: int = 32
@@ -99,21 +203,19 @@ class RolloutConfig:
     """Smallest set of tokens with at least this probability is sampled from."""
     top_k: int = 50
     """At most this many tokens are sampled from."""
+    skip_blank: bool = True
+    """Leave replies without any text out of the choice."""
+    lora_dropout: bool = False
+    """Leave the adapter's dropout on while generating (the paper)."""
+    attention_mask: bool = True
+    """False: the policy is given no attention mask, so it reads padding too (the paper)."""
 
     def __post_init__(self) -> None:
-        _positive(
-            "rollout",
-            prompts=self.prompts,
-            candidates=self.candidates,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-        )
+        _positive("rollout", prompts=self.prompts, candidates=self.candidates, max_new_tokens=self.max_new_tokens)
+        _positive("rollout", temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(
-                f"rollout.min_new_tokens: wanted 0 to max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}"
-            )
+            most = f"max_new_tokens={self.max_new_tokens}"
+            raise ValueError(f"rollout.min_new_tokens: wanted 0 to {most}, got {self.min_new_tokens}")
         if self.top_p > 1:
             raise ValueError(f"rollout.top_p: wanted a probability in (0, 1], got {self.top_p}")
 
@@ -123,30 +225,97 @@ class PenaltyConfig:
     """The steering penalty; the policy maximises r(z) − γ · penalty(z)."""
 
     kind: PenaltyKind = "practical"
-    """`none` (plain RLHF), `practical` ⟨∇r, u⟩, or `relaxed` c·⟨∇r, u⟩, which asks the oracle about every candidate."""
+    """`none` (plain RLHF), `practical` ⟨∇r, u⟩, `relaxed` c·⟨∇r, u⟩, `tracin` c·⟨ḡ, u⟩, `exact` c·⟨ḡ, H⁻¹u⟩, or
+    `residual` ĉ·⟨∇r, u⟩, with ĉ foretold from the labels already bought. `relaxed`, `tracin` and `exact` ask the
+    oracle about every candidate."""
     gamma: float = 1.0
     """γ, the weight of the penalty."""
     gamma_units: Literal["raw", "reward_std"] = "reward_std"
     """`raw` as in the paper; `reward_std`: γ = 1 gives the penalty the reward's running spread over all candidates."""
+    parameters: str = "head"
+    """Weights that ∇ is over: `head`, `lora`, `all`, `trainable`, or comma-separated names and globs."""
+    checkpoints: int = 1
+    """Sum the penalty over this many last states of the reward model, each times the learning rate it was trained at;
+    1: the reward model as it is, times 1."""
+    sketch_dim: int = 4096
+    """`exact`, `residual`: numbers a gradient sketch (a score head's gradient is taken whole)."""
+    pairs: int = 64
+    """`exact`, `residual`: newest labelled pairs read."""
+    damping: float = 0.1
+    """`exact`: λ of H, relative to its mean diagonal."""
+    lengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    """`residual`: length scales to choose from, in units of the median distance of the pairs' features."""
+    noises: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    """`residual`: label noise variances to choose from, relative to the signal's."""
 
     def __post_init__(self) -> None:
-        _not_negative("penalty", gamma=self.gamma)
+        _not_negative("penalty", gamma=self.gamma, damping=self.damping)
+        _positive("penalty", checkpoints=self.checkpoints, pairs=self.pairs)
+        if not 64 <= self.sketch_dim <= 16384 or self.sketch_dim & (self.sketch_dim - 1):
+            raise ValueError(f"penalty.sketch_dim: wanted a power of two from 64 to 16384, got {self.sketch_dim}")
+        for name, values in (("lengths", self.lengths), ("noises", self.noises)):
+            if not values or min(values) <= 0:
+                raise ValueError(f"penalty.{name}: wanted numbers above 0, got {list(values)}")
+
+    @property
+    def labels_all(self) -> bool:
+        """Whether every candidate needs the oracle's label."""
+        return self.kind in ("relaxed", "tracin", "exact")
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
-    """What the policy learns: cross-entropy on the best candidate's reply tokens."""
+    """What the policy learns from judged candidates, one optimizer step an iteration."""
 
+    kind: Literal["best_of_n", "rloo"] = "best_of_n"
+    """Cross-entropy on the best candidate (the paper), or REINFORCE with the other candidates' mean as baseline."""
     learning_rate: float = 1e-4
-    """AdamW step for the adapter, one step an iteration."""
+    """AdamW step for the adapter."""
     weight_decay: float = 0.01
     """AdamW weight decay of the adapter."""
+    optimizer: Optimizer = "adamw"
+    """`paged_adamw_8bit` is bitsandbytes'."""
+    schedule: Schedule = "constant"
+    """How the learning rate falls over the run."""
+    warmup: int = 0
+    """Iterations over which it rises from 0."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm."""
+    """The gradient is scaled down to this norm; 0: never."""
+    kl_weight: float = 0.0
+    """β of KL(policy ‖ base): nats a reply taken off the reward (rloo), nats a token added to the loss (best_of_n)."""
+    loss_on: Literal["reply", "prompt_and_reply", "padded"] = "reply"
+    """Tokens of the loss: the reply's, the prompt's too, or padding as well (the paper)."""
+    mean: Literal["token", "prompt"] = "token"
+    """The loss is a mean over all tokens, or of each prompt's own mean (the paper)."""
+    logits_at_once: int = 1024
+    """Tokens whose logits over the vocabulary exist at a time."""
 
     def __post_init__(self) -> None:
         _not_negative("update", learning_rate=self.learning_rate, weight_decay=self.weight_decay)
-        _positive("update", max_grad_norm=self.max_grad_norm)
+        _not_negative("update", warmup=self.warmup, kl_weight=self.kl_weight, max_grad_norm=self.max_grad_norm)
+        _positive("update", logits_at_once=self.logits_at_once)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """How much memory the run may hold; `fpo-train plan` shows where it goes."""
+
+    budget: str = ""
+    """Bytes for models, activations and caches, as 24GiB or 16GB; empty: what the device has (CUDA), no bound (CPU)."""
+    generate_rows: int = 0
+    """Sequences generated at a time; 0: by the plan."""
+    score_rows: int = 0
+    """Sequences scored at a time; 0: by the plan."""
+    update_rows: int = 0
+    """Sequences on one tape while the policy learns; 0: by the plan."""
+    retrain_rows: int = 0
+    """Sequences on one tape while the reward model learns; 0: by the plan."""
+
+    def __post_init__(self) -> None:
+        _not_negative("memory", generate_rows=self.generate_rows, score_rows=self.score_rows)
+        _not_negative("memory", update_rows=self.update_rows, retrain_rows=self.retrain_rows)
+        if self.budget:
+            parse_bytes(self.budget, "memory.budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +326,21 @@ class LoggingConfig:
     """Iterations between checkpoints; the last iteration is always one."""
     checkpoint_keep: int = 2
     """How many checkpoints stay on disk."""
+    save: Literal["all", "policy"] = "all"
+    """`policy`: the reward model is not saved at the end (the paper)."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where the metrics go beside the run's own files, through accelerate."""
+    project: str = "fpo"
+    """The tracker's project."""
+    window: int = 10
+    """Iterations over which the reward must rise while the oracle's utility falls for a warning of collapse."""
     controlled: bool = False
     """Show the paper's linear environment (a second of work) in the report, beside the language model."""
 
     def __post_init__(self) -> None:
         _positive("logging", checkpoint_every=self.checkpoint_every, checkpoint_keep=self.checkpoint_keep)
+        if self.window < 4:
+            raise ValueError(f"logging.window: wanted 4 iterations or more, got {self.window}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +355,10 @@ class RunConfig:
     """Seed of everything random."""
     resume: bool = False
     """Go on from the last checkpoint in `out`."""
+    profile: Literal["sound", "paper"] = "sound"
+    """Defaults of every option marked (the paper): as it should be, or as published."""
+    dry_run: bool = False
+    """Rehearse in a temporary folder, with stand-ins for models that are not at hand; `out` is left alone."""
     compare: str = ""
     """Comma-separated penalties, in place of penalty.kind: run one by one from one start, a sub-folder each."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -192,6 +375,8 @@ class RunConfig:
     """The steering penalty."""
     update: UpdateConfig = field(default_factory=UpdateConfig)
     """What the policy learns."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """How much memory the run may hold."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What a run leaves behind."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .config import DataConfig
 from .errors import RunError
 
 SHIPPED = Path(__file__).parent / "prompts"
@@ -33,6 +34,11 @@ class Prompts:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.ids) for prompt in self._prompts)
+
     def batch(self, iteration: int, size: int, stream: int = 0) -> list[Prompt]:
         """`size` prompts for an iteration: epochs without repetition, each in an order of its own."""
         chosen = []
@@ -44,16 +50,30 @@ class Prompts:
         return chosen
 
 
-def read_prompts(name: str) -> list[tuple[str, str]]:
-    """(id, prompt) of each line of a JSONL file, or of a set shipped with the package.
+def read_prompts(name: str, split: str = "train", limit: int = 0) -> list[tuple[str, str]]:
+    """(id, prompt) of each line of a JSONL file, of a set shipped with the package, or of a dataset on the hub.
+
+    Args:
+        name: the file, set or dataset. split: of a dataset. limit: the first so many; 0: all.
 
     Raises:
-        RunError: no such file, no prompt in it, a line without a text under "prompt", or an id used twice.
+        RunError: no such file, no prompt in it, a line without a text under "prompt", or an id used twice; a dataset
+            that cannot be loaded.
     """
     shipped = SHIPPED / f"{name}.jsonl"
     path = shipped if shipped.is_file() and not Path(name).exists() else Path(name).expanduser()
-    if not path.is_file():
+    if path.is_file():
+        found = _read_file(path)
+    elif name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).suffix:
+        found = _read_dataset(name, split)
+    else:
         raise RunError(f"data.prompts: no file {name} and no shipped set of that name")
+    if not found:
+        raise RunError(f"data.prompts: {name} holds no prompts")
+    return list(found.items())[: limit or None]
+
+
+def _read_file(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -66,44 +86,84 @@ def read_prompts(name: str) -> list[tuple[str, str]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise RunError(f"data.prompts: {path} line {number} is not JSON ({error.msg})") from error
-        text = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise RunError(f'data.prompts: {path} line {number} has no text under "prompt"')
-        ident = str(row.get("id", number))
-        if ident in found:
-            raise RunError(f"data.prompts: {path} line {number} repeats the id {ident}")
-        found[ident] = text
-    if not found:
-        raise RunError(f"data.prompts: {path} holds no prompts")
-    return list(found.items())
+        _keep(found, row if isinstance(row, dict) else {}, number, f"{path} line {number}")
+    return found
 
 
-def render_prompts(texts: list[tuple[str, str]], seed: int, tokenizer: Any, room: int) -> Prompts:
+def _read_dataset(name: str, split: str) -> dict[str, str]:
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise RunError(f"data.prompts: {name} is no file; to load it from the hub, install datasets") from error
+    try:
+        rows = load_dataset(name, split=split)
+    except (OSError, ValueError) as error:  # datasets' own errors are of these kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"data.prompts: {name}, split {split}, cannot be loaded: {first}") from error
+    found: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        _keep(found, {"id": row.get("prompt_id", number), **row}, number, f"{name} row {number}")
+    return found
+
+
+def _keep(found: dict[str, str], row: dict[str, Any], number: int, where: str) -> None:
+    text = row.get("prompt")
+    if not isinstance(text, str) or not text.strip():
+        raise RunError(f'data.prompts: {where} has no text under "prompt"')
+    ident = str(row.get("id", number))
+    if ident in found:
+        raise RunError(f"data.prompts: {where} repeats the id {ident}")
+    found[ident] = text
+
+
+def render_prompts(
+    texts: list[tuple[str, str]], seed: int, tokenizer: Any, room: int, config: DataConfig | None = None
+) -> Prompts:
     """Render and check the prompts; `room` is the context less the longest reply, in tokens.
 
     Raises:
-        RunError: a prompt that does not fit.
+        RunError: a prompt that does not fit, under `data.truncate` "refuse".
     """
+    config = config or DataConfig()
     if room < 1:
         raise RunError(f"rollout.max_new_tokens: the longest reply alone overruns the model's context by {1 - room}")
+    longest = min(room, config.max_tokens or room)
     prompts = []
     for ident, text in texts:
-        ids = render(tokenizer, text)
-        if len(ids) > room:
-            raise RunError(
-                f"data.prompts: prompt {ident} takes {len(ids)} tokens, but the model's context leaves {room} "
-                "beside the longest reply"
-            )
+        ids = render(tokenizer, text, config.double_bos)
+        if len(ids) > longest:
+            ids = _shorten(tokenizer, ident, text, ids, longest, config)
         prompts.append(Prompt(name=ident, text=text, ids=tuple(ids)))
     return Prompts(prompts, seed)
 
 
-def render(tokenizer: Any, text: str) -> list[int]:
+def _shorten(tokenizer: Any, ident: str, text: str, ids: list[int], longest: int, config: DataConfig) -> list[int]:
+    if config.truncate == "right":
+        return ids[:longest]
+    if config.truncate == "header":
+        words = tokenizer(text, add_special_tokens=False)["input_ids"]
+        keep = len(words)
+        while keep > 0 and len(ids) > longest:  # a shortened text may split into other tokens than its beginning did
+            keep -= min(keep, len(ids) - longest)
+            ids = render(tokenizer, tokenizer.decode(words[:keep]), config.double_bos)
+        if len(ids) <= longest:
+            return ids
+    bound = "data.max_tokens leaves" if config.max_tokens == longest else "the model's context leaves"
+    raise RunError(
+        f"data.prompts: prompt {ident} takes {len(ids)} tokens, but {bound} {longest} beside the longest reply"
+    )
+
+
+def render(tokenizer: Any, text: str, double_bos: bool = False) -> list[int]:
     """Token ids of a user's message up to where the reply begins.
 
-    The chat template writes the special tokens itself, so it also tokenises: no second BOS is added.
+    The chat template writes the special tokens itself, so it also tokenises: no second BOS is added, unless
+    `double_bos` asks for the published script's way: the rendered text through the tokenizer once more.
     """
     if tokenizer.chat_template is None:
         return tokenizer(text)["input_ids"]
     messages = [{"role": "user", "content": text}]
+    if double_bos:
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer(rendered)["input_ids"]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]

@@ -59,7 +59,9 @@ def _check_settings(out: Path, config: RunConfig) -> None:
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         raise RunError(f"resume: {out / CONFIG} is no run's configuration") from error
     now = _flat(plain(config))
-    free = ("out", "resume", "iterations", "logging.")
+    free: tuple[str, ...] = ("out", "resume", "logging.", "memory.")
+    if config.update.schedule == config.reward_model.schedule == "constant":  # the others fall over a known number
+        free += ("iterations",)
     for key in (k for k in now if before.get(k) != now[k] and not k.startswith(free)):
         raise RunError(f"resume: {key} was {before.get(key)!r} when {out} began and is {now[key]!r} now")
 

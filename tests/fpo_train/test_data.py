@@ -1,10 +1,12 @@
 """Prompts: the shipped set, the order, the rendering, the refusals."""
 
 import json
+import sys
 from collections import Counter
 
 import pytest
 
+from fpo_train.config import DataConfig
 from fpo_train.data import read_prompts, render, render_prompts
 from fpo_train.errors import RunError
 
@@ -65,3 +67,66 @@ def test_a_prompt_longer_than_the_context(policy, tmp_path):
     path.write_text(json.dumps({"id": "long", "prompt": "word " * 300}))
     with pytest.raises(RunError, match=r"prompt long takes \d+ tokens, but the model's context leaves 200"):
         render_prompts(read_prompts(str(path)), 0, policy.tokenizer, room=200)
+
+
+def test_the_first_so_many():
+    assert read_prompts("questions", limit=3) == read_prompts("questions")[:3]
+
+
+def test_long_prompts_are_shortened_with_the_header_kept_or_cut_off_as_published(policy, tmp_path):
+    path = tmp_path / "long.jsonl"
+    text = " ".join(f"word{n} é" for n in range(200))
+    path.write_text(json.dumps({"prompt": text}) + "\n" + json.dumps({"prompt": "short"}))
+    ids = {}
+    for how in ("header", "right"):
+        config = DataConfig(max_tokens=50, truncate=how)
+        prompts = render_prompts(read_prompts(str(path)), 0, policy.tokenizer, 200, config)
+        ids[how] = {p.name: p.ids for p in prompts.batch(0, 2)}
+        assert ids[how]["2"] == tuple(render(policy.tokenizer, "short"))
+        assert 40 < len(ids[how]["1"]) <= 50
+    whole = policy.tokenizer.decode(render(policy.tokenizer, text))
+    header = policy.tokenizer.decode(ids["header"]["1"])
+    beginning, end = header.split("<|im_end|>")
+    assert whole.startswith(beginning.rstrip("\ufffd"))
+    assert end == "\n<|im_start|>assistant\n"
+    assert whole.startswith(policy.tokenizer.decode(ids["right"]["1"]).rstrip("\ufffd"))
+    with pytest.raises(RunError, match=r"prompt 1 takes \d+ tokens, but data.max_tokens leaves 50"):
+        render_prompts(read_prompts(str(path)), 0, policy.tokenizer, 200, DataConfig(max_tokens=50))
+    with pytest.raises(RunError, match="leaves 5 beside"):
+        render_prompts(read_prompts(str(path)), 0, policy.tokenizer, 200, DataConfig(max_tokens=5, truncate="header"))
+
+
+def test_the_published_script_s_second_bos(policy, monkeypatch):
+    class WithBos:
+        """A tokenizer that puts a BOS in front, as Llama's does."""
+
+        chat_template = policy.tokenizer.chat_template
+        apply_chat_template = policy.tokenizer.apply_chat_template
+
+        def __call__(self, text):
+            return {"input_ids": [policy.tokenizer.bos_token_id, *policy.tokenizer(text)["input_ids"]]}
+
+    once, twice = (render(WithBos(), "What is a cat?", double) for double in (False, True))
+    assert twice == [policy.tokenizer.bos_token_id, *once]
+
+
+def test_prompts_of_a_hub_dataset(monkeypatch):
+    module = type(sys)("datasets")
+    rows = [{"prompt_id": "a", "prompt": "One?"}, {"prompt_id": "b", "prompt": "Two?"}, {"prompt": "Three?"}]
+
+    def load_dataset(name, split):
+        if split != "train_prefs":
+            raise ValueError(f"Unknown split {split}")
+        return rows
+
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert read_prompts("someone/some_set", "train_prefs", limit=2) == [("a", "One?"), ("b", "Two?")]
+    with pytest.raises(RunError, match="split test, cannot be loaded: Unknown split"):
+        read_prompts("someone/some_set", "test")
+    rows[1]["prompt_id"] = "a"
+    with pytest.raises(RunError, match="row 2 repeats the id a"):
+        read_prompts("someone/some_set", "train_prefs")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RunError, match="install datasets"):
+        read_prompts("someone/some_set", "train_prefs")

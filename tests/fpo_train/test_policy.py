@@ -1,21 +1,25 @@
-"""Policy, oracle and rollout on a tiny Llama, against plain one-sequence forwards."""
+"""Policy and rollout on a tiny Llama, against plain one-sequence forwards."""
+
+import dataclasses
 
 import pytest
 import torch
 
-from fpo_train.config import OracleConfig, PolicyConfig, RolloutConfig
+from fpo_train.config import PolicyConfig, RolloutConfig
 from fpo_train.errors import RunError
-from fpo_train.oracle import BaseOracle, Labels
 from fpo_train.policy import load_policy
-from fpo_train.rollout import sample
+from fpo_train.rollout import Readings, Rollout, sampler
 
 SETTINGS = RolloutConfig(prompts=3, candidates=4, max_new_tokens=8, min_new_tokens=2, temperature=1.0)
 
 
+def sample(policy, prompts, settings=SETTINGS, seed=2, place=1, first=0, rows_at_once=0):
+    return sampler(policy, settings, seed)(prompts, place, first, rows_at_once)
+
+
 @pytest.fixture
 def rollout(policy, prompts):
-    torch.manual_seed(2)
-    return sample(policy, prompts.batch(0, SETTINGS.prompts), SETTINGS)
+    return sample(policy, prompts.batch(0, SETTINGS.prompts))
 
 
 def alone(policy, prompt, reply, adapter):
@@ -34,6 +38,7 @@ def owners(rollout):
 
 def test_rows_hold_prompt_reply_and_closing_token(policy, rollout):
     rows = rollout.sequences
+    assert len({len(prompt.ids) for prompt in rollout.prompts}) > 1
     for n, (prompt, reply) in enumerate(zip(owners(rollout), rollout.replies, strict=True)):
         whole = rows.ids[n][rows.mask[n]].tolist()
         closing = [] if reply[-1] == policy.eos else [policy.eos]
@@ -42,28 +47,67 @@ def test_rows_hold_prompt_reply_and_closing_token(policy, rollout):
         assert whole[-1] == policy.eos
         assert policy.eos not in reply[:-1]
         assert SETTINGS.min_new_tokens <= len(reply) <= SETTINGS.max_new_tokens
+        assert rollout.texts[n] == policy.decode(reply)
 
 
-def test_the_base_reads_with_the_adapter_off(policy, rollout):
-    encoded = policy.encode(rollout.sequences)
-    for n, (prompt, reply) in enumerate(zip(owners(rollout), rollout.replies, strict=True)):
-        closed = reply if reply[-1] == policy.eos else [*reply, policy.eos]
-        truth = alone(policy, prompt, closed, adapter=False).hidden_states[-1][0, -1]
-        assert torch.allclose(encoded.closing[n], truth, rtol=1e-4, atol=1e-5)
-        moved = alone(policy, prompt, closed, adapter=True).hidden_states[-1][0, -1]
-        assert not torch.allclose(encoded.closing[n], moved, rtol=1e-2)
-
-
-def test_utility_is_the_mean_log_likelihood_of_the_reply_alone(policy, rollout):
-    encoded = policy.encode(rollout.sequences)
-    rows = torch.tensor([7, 0, 14, 3])
-    utility = BaseOracle(policy, OracleConfig()).utility(encoded, rows, rows_at_once=3)
-    for value, n in zip(utility, rows.tolist(), strict=True):
+@pytest.mark.parametrize("way", ["at once", "three at a time", "some rows", "from scratch", "without a prefix"])
+def test_the_base_reads_with_the_adapter_off(policy, rollout, way):
+    """However it is read, each row's states are those of an unpadded forward of that row alone."""
+    every = torch.arange(15)
+    if way == "from scratch":
+        encoded = policy.encode(rollout.sequences, rows_at_once=4)
+    elif way == "without a prefix":
+        encoded = Readings(policy, dataclasses.replace(rollout, prefix=None)).of()
+    elif way == "some rows":
+        every = torch.tensor([7, 0, 14, 3])
+        readings = Readings(policy, rollout, rows_at_once=3)
+        encoded = readings.of(every)
+        again = Readings(policy, rollout)
+        again.of()
+        for a, b in zip(vars(encoded).values(), vars(again.of(every)).values(), strict=True):
+            assert a is b or not isinstance(a, torch.Tensor) or torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    else:
+        encoded = Readings(policy, rollout, rows_at_once=3 if way == "three at a time" else 0).of()
+    for place, n in enumerate(every.tolist()):
         prompt, reply = owners(rollout)[n], rollout.replies[n]
-        log_p = alone(policy, prompt, reply, adapter=False).logits[0].log_softmax(-1)
-        start = len(prompt.ids)
-        truth = torch.stack([log_p[start - 1 + t, token] for t, token in enumerate(reply)]).mean()
-        assert torch.isclose(value, truth, rtol=1e-4)
+        closed = reply if reply[-1] == policy.eos else [*reply, policy.eos]
+        truth = alone(policy, prompt, closed, adapter=False).hidden_states[-1][0]
+        assert torch.allclose(encoded.closing[place], truth[-1], rtol=1e-4, atol=1e-5)
+        start = len(prompt.ids) - 1
+        own = slice(encoded.offsets[place], encoded.offsets[place + 1])
+        assert torch.allclose(encoded.predicting[own], truth[start : start + len(reply)], rtol=1e-4, atol=1e-5)
+        assert encoded.tokens[own].tolist() == reply
+        moved = alone(policy, prompt, closed, adapter=True).hidden_states[-1][0, -1]
+        assert not torch.allclose(encoded.closing[place], moved, rtol=1e-2)
+
+
+def test_a_prompt_is_read_once_for_all_its_candidates(policy, prompts, monkeypatch):
+    body, read = policy.lm.base_model, []
+    inner = body.forward
+
+    def forward(*args, **kwargs):
+        read.append(tuple(kwargs["input_ids"].shape))
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(body, "forward", forward)
+    rollout = sample(policy, prompts.batch(0, 3))
+    Readings(policy, rollout).of()
+    width = max(len(prompt.ids) for prompt in rollout.prompts)
+    assert [shape for shape in read if shape[1] == width] == [(3, width)] * 2  # by the policy, by the base
+    assert all(tokens == 1 for rows, tokens in read[1:-1] if (rows, tokens) != (3, width))
+    assert max(tokens for rows, tokens in read if rows > 3) <= SETTINGS.max_new_tokens + 1
+
+
+def test_models_that_cannot_share_a_prompt_read_it_again(policy, prompts, rollout, monkeypatch):
+    from fpo_train import prefix
+
+    expected = Readings(policy, rollout).of()
+    monkeypatch.setattr(prefix, "_layers", lambda cache, width: None)
+    again = sample(policy, prompts.batch(0, 3))
+    assert again.replies == rollout.replies
+    assert again.prefix.layers is None
+    encoded = Readings(policy, again).of()
+    assert torch.allclose(encoded.predicting, expected.predicting, rtol=1e-4, atol=1e-5)
 
 
 def test_references_come_from_the_base_and_candidates_from_the_policy(policy, prompts):
@@ -84,40 +128,96 @@ def test_references_come_from_the_base_and_candidates_from_the_policy(policy, pr
         assert first == second == greedy_reply(prompt, adapter=True)
         assert reference == greedy_reply(prompt, adapter=False)
         assert reference != first
+    base = sampler(policy, greedy, 0).base_replies(rollout.prompts, 2, 0, 0)
+    assert base == [rollout.replies[row] for row in (2, 2, 5, 5)]
 
 
-def test_same_stream_same_replies(policy, prompts, rollout):
-    torch.manual_seed(2)
-    assert sample(policy, prompts.batch(0, SETTINGS.prompts), SETTINGS).replies == rollout.replies
-    torch.manual_seed(3)
-    assert sample(policy, prompts.batch(0, SETTINGS.prompts), SETTINGS).replies != rollout.replies
+def test_a_reply_depends_on_its_own_place_alone(policy, prompts, rollout):
+    batch = prompts.batch(0, 3)
+    for rows_at_once in (1, 2, 7):
+        assert sample(policy, batch, rows_at_once=rows_at_once).replies == rollout.replies
+    assert sample(policy, batch[1:], first=1).replies == rollout.replies[5:]  # as a second process would
+    assert sample(policy, batch, place=2).replies != rollout.replies
+    assert sample(policy, batch, seed=3).replies != rollout.replies
+    assert len({tuple(reply) for reply in rollout.replies}) == 15
 
 
-def test_labels_are_bought_once_and_counted(policy, rollout):
-    encoded = policy.encode(rollout.sequences)
-    oracle, seen = BaseOracle(policy, OracleConfig(temperature=0.5)), []
-    whole = oracle.utility(encoded, torch.arange(15)).view(3, 5)
-    inner = oracle.utility
-    oracle.utility = lambda encoded, rows: (seen.extend(rows.tolist()), inner(encoded, rows))[1]
-    labels = Labels(oracle, encoded, prompts=3, candidates=4)
-    one = torch.zeros(3, 4, dtype=torch.bool)
-    one[[0, 1, 2], [1, 3, 0]] = True
-    for _ in range(2):
-        p = labels.preferences(one)
-        truth = torch.sigmoid((whole[:, :4] - whole[:, 4:]) / 0.5)
-        assert torch.allclose(p[one], truth[one], atol=1e-6)
-        assert p[~one].isnan().all()
-    assert labels.calls == 3
-    assert sorted(seen) == [1, 4, 8, 9, 10, 14]
-    everything = torch.ones_like(one)
-    assert torch.allclose(labels.preferences(everything), truth, atol=1e-6)
-    assert labels.calls == 12
-    assert sorted(seen) == list(range(15))  # nothing twice
+def test_dropout_while_generating_is_an_option(tiny, prompts):
+    policy = load_policy(PolicyConfig(model=str(tiny), lora_dropout=0.5), 0, torch.device("cpu"))
+    for parameter in policy.trainable.values():
+        parameter.data.normal_(std=0.1)
+    batch, on = prompts.batch(0, 2), dataclasses.replace(SETTINGS, lora_dropout=True)
+    assert sample(policy, batch).replies == sample(policy, batch).replies
+    assert sample(policy, batch, on).replies != sample(policy, batch).replies
+    assert not any(module.training for module in policy.model.modules())
+
+
+def test_blank_replies_are_not_usable(policy, prompts):
+    space = policy.tokenizer("  ", add_special_tokens=False)["input_ids"]
+    word = policy.tokenizer("yes", add_special_tokens=False)["input_ids"]
+    replies = [space, word, [policy.eos], word]
+    for skip, expected in ((True, [[False, True, False]]), (False, [[True, True, True]])):
+        rollout = Rollout.of(policy, prompts.batch(0, 1), replies, candidates=3, skip_blank=skip)
+        assert rollout.usable.tolist() == expected
+
+
+def test_rows_of_candidates_and_references(policy, prompts):
+    rollout = Rollout.of(policy, prompts.batch(0, 2), [[5], [6], [7], [8], [9], [10]], candidates=2)
+    candidates, references = rollout.pairs()
+    assert candidates.tolist() == [0, 1, 3, 4]
+    assert references.tolist() == [2, 2, 5, 5]
+    best = torch.tensor([1, 0])
+    assert rollout.chosen(best).tolist() == [1, 3]
+    assert rollout.references(best).tolist() == [2, 5]
+
+
+def test_adapters_take_turns_and_leave_everything_as_it_was(policy, prompts):
+    policy.model.add_adapter("reward", policy.model.peft_config["default"])
+    for name, parameter in policy.model.named_parameters():
+        if ".reward." in name:
+            parameter.data.normal_(std=0.3)
+    sequences = policy.sequences(prompts.batch(0, 1), [[5, 6, 7]])
+    flags = {name: p.requires_grad for name, p in policy.model.named_parameters()}
+    own = policy.hidden(sequences)
+    with policy.base():
+        base = policy.hidden(sequences)
+        with policy.adapter("reward"):
+            reward = policy.hidden(sequences)
+            assert flags == {name: p.requires_grad for name, p in policy.model.named_parameters()}
+            with policy.adapter("default"):
+                assert torch.equal(policy.hidden(sequences), own)
+            assert torch.equal(policy.hidden(sequences), reward)
+        assert torch.equal(policy.hidden(sequences), base)
+    with pytest.raises(ZeroDivisionError), policy.adapter("reward"):
+        raise ZeroDivisionError
+    assert torch.equal(policy.hidden(sequences), own)
+    assert len({float(states.detach().sum()) for states in (own, base, reward)}) == 3
+    assert flags == {name: p.requires_grad for name, p in policy.model.named_parameters()}
+    assert not any(".reward." in name for name in policy.trainable)
 
 
 def test_only_the_adapter_is_trainable(policy):
-    assert all(p.dtype == torch.float32 for p in policy.trainable.values())
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in policy.trainable.values())
     assert {n.split(".")[-3] for n in policy.trainable} == {"lora_A", "lora_B"}
+
+
+def test_the_adapter_is_float32_over_a_base_in_half_precision(tiny):
+    policy = load_policy(PolicyConfig(model=str(tiny), dtype="bfloat16"), 0, torch.device("cpu"))
+    assert {p.dtype for p in policy.trainable.values()} == {torch.float32}
+    assert policy.lm.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(tiny, prompts):
+    gradients = []
+    for checkpointing in (False, True):
+        config = PolicyConfig(model=str(tiny), gradient_checkpointing=checkpointing)
+        policy = load_policy(config, 0, torch.device("cpu"))
+        policy.model.train()
+        policy.hidden(policy.sequences(prompts.batch(0, 2), [[5, 6, 7], [8, 9]])).square().sum().backward()
+        gradients.append([p.grad for p in policy.trainable.values()])
+        assert policy.lm.is_gradient_checkpointing is checkpointing
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.allclose(plain, checkpointed, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_that_do_not_exist(tiny):
@@ -128,8 +228,8 @@ def test_layers_that_do_not_exist(tiny):
 def test_models_that_bend_their_logits_are_refused(tiny, monkeypatch):
     from fpo_train import policy as module
 
-    def bent(name, dtype):
-        model, tokenizer = load(name, dtype)
+    def bent(name, dtype, quantization):
+        model, tokenizer = load(name, dtype, quantization)
         head = model.lm_head.forward
         model.forward = lambda input_ids: type("Out", (), {"logits": head(model.model(input_ids)[0]).tanh()})
         return model, tokenizer

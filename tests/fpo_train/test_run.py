@@ -12,29 +12,12 @@ import pytest
 import yaml
 
 from fpo_train.cli import main
+from tests.fpo_train.runs import arguments, contents, rows
 
 KEYS = {
     "iteration", "reward", "penalty", "effective_reward", "oracle_utility", "proxy_gap", "overconfidence",
     "penalty_to_reward_std", "kl", "reply_tokens", "seconds", "peak_memory_bytes", "chosen_reward", "oracle_calls",
 }  # fmt: skip
-
-
-def arguments(tiny, out, *more):
-    small = {
-        "policy.model": tiny, "policy.lora_rank": 4, "rollout.prompts": 2, "rollout.candidates": 3,
-        "rollout.max_new_tokens": 6, "reward_model.fit_pairs": 6, "iterations": 3, "logging.checkpoint_every": 1,
-        "update.learning_rate": 1e-2, "out": out,
-    }  # fmt: skip
-    return ["run", *[word for key, value in small.items() for word in (f"--{key}", str(value))], *map(str, more)]
-
-
-def rows(folder, drop=("seconds", "peak_memory_bytes")):
-    text = (folder / "metrics.jsonl").read_text()
-    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in text.splitlines()]
-
-
-def contents(folder, pattern="*"):
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob(pattern)) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +32,7 @@ def test_a_run_s_folder(compared):
         names = {path.name for path in (compared / kind).iterdir()}
         assert names == {
             "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "policy", "reward_model",
-            "checkpoints", "figures", "report.html",
+            "checkpoints", "figures", "report.html", "memory.jsonl",
         }  # fmt: skip
         assert (compared / kind / "policy" / "adapter_model.safetensors").is_file()
         assert sorted(p.name for p in (compared / kind / "checkpoints").iterdir()) == ["2", "3"]
@@ -68,7 +51,7 @@ def test_a_run_s_folder(compared):
 def test_penalties_share_their_start_and_part_ways(compared):
     none, practical, relaxed = (rows(compared / kind) for kind in ("none", "practical", "relaxed"))
     assert none[0]["reward"] == practical[0]["reward"] == relaxed[0]["reward"]
-    assert none[0]["kl"] == 0.0
+    assert none[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert none[-1]["kl"] > 0
     assert len({tuple(row["effective_reward"] for row in r) for r in (none, practical, relaxed)}) == 3
     assert [row["oracle_calls"] for row in none] == [row["oracle_calls"] for row in practical] == [2, 2, 2]
@@ -77,7 +60,7 @@ def test_penalties_share_their_start_and_part_ways(compared):
 
 def test_the_report_is_one_file_with_everything_in_it(compared):
     page = (compared / "report.html").read_text()
-    assert len(re.findall(r"src='data:image/png;base64,", page)) == 6
+    assert len(re.findall(r"src='data:image/png;base64,", page)) == 8
     assert not re.search(r"(src|href)=['\"](?!data:)", page)
     for text in ("none / practical / relaxed", "9.8060", "nats/token", "policy:"):
         assert text in page
@@ -285,15 +268,39 @@ def test_damaged_files_are_one_sentence(tiny, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
-def test_a_polite_stop_says_how_to_go_on(tiny, tmp_path, signal_name):
+def test_a_polite_stop_finishes_the_iteration_and_saves_it(tiny, tmp_path, signal_name):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "fpo_train.cli", *arguments(tiny, out, "--iterations", 10_000)]
+    more = ["--iterations", 10_000, "--logging.checkpoint_every", 5000]
+    command = [sys.executable, "-m", "fpo_train.cli", *arguments(tiny, out, *more)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (out / "checkpoints" / "2").exists():
+    while process.poll() is None and not (out / "metrics.jsonl").exists():
         time.sleep(0.05)
+    time.sleep(0.3)
     process.send_signal(getattr(signal, signal_name))
     assert process.wait(60) == 3
-    assert process.stderr.read().strip().endswith("stopped; go on with --resume true")
+    last = rows(out)[-1]["iteration"]
+    expected = f"fpo-train run: stopped after iteration {last}; go on with --resume true"
+    assert process.stderr.read().strip().splitlines()[-1] == expected
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [str(last)]
+    stopped = rows(out)
+    assert main(arguments(tiny, out, *more[2:], "--iterations", last + 1, "--resume", "true")) == 0
+    assert rows(out)[:-1] == stopped
+
+
+def test_a_rehearsal_of_the_published_run(tmp_path, capsys):
+    """SmolLM2 and MiniLM stand in; an iteration is one step of each optimizer."""
+    out = tmp_path / "out"
+    more = ["--rollout.prompts", "2", "--rollout.candidates", "2", "--rollout.max_new_tokens", "6"]
+    words = ["run", "--config", "paper.yaml", "--dry_run", "true", "--out", str(out), *more]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    config = yaml.safe_load(told.split("stands in:")[0])
+    assert config["policy"]["model"] == "meta-llama/Llama-3.2-1B-Instruct"
+    assert config["data"]["limit"] == 500
+    assert "stands in: policy.model 'smollm2' for 'meta-llama/Llama-3.2-1B-Instruct'" in told
+    assert "stands in: reward_model.model 'minilm' for 'OpenAssistant/reward-model-deberta-v3-base'" in told
+    assert "rehearsed: 3 iterations, 3 policy steps, 3 reward model steps, one resume" in told
+    assert not out.exists()
 
 
 def test_help_documents_every_setting(capsys):

@@ -1,0 +1,83 @@
+"""What every oracle is: p* for a reply against its reference, and counts of what became of the questions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fpo_train.rollout import Readings, Rollout
+
+if TYPE_CHECKING:
+    from fpo_train.engine import Engine
+
+
+class Oracle(ABC):
+    """Says which reply is better. A label that could not be had is NaN, never 0.5."""
+
+    has_utilities = False
+    """Whether there is a number U for a reply alone; then the oracle is a `UtilityOracle`."""
+    may_be_silent = False
+    """Whether an iteration without a single label is as it should be (people who have not labelled yet)."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    @abstractmethod
+    def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
+        """p* in [0, 1] of rows (n,) against the rows `references` (n,), fp32 (n,); NaN: could not be had."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts so far."""
+        return {"counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        self.counts = Counter(state["counts"])
+
+    def totals(self, engine: Engine) -> dict[str, int]:
+        """The counts of all processes together; every process must call it."""
+        return dict(sum((Counter(one) for one in engine.gather_objects([dict(self.counts)])), Counter()))
+
+    def report(self) -> str:
+        """This process's counts in one line."""
+        return ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items())) or "nothing asked"
+
+
+class UtilityOracle(Oracle):
+    """p* = σ((U(z) − U(ref)) / temperature)."""
+
+    has_utilities = True
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    @abstractmethod
+    def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
+        """U of rows (n,), fp32 (n,); NaN: could not be had."""
+
+    def soften(self, difference: Tensor) -> Tensor:
+        """p* = σ(difference / temperature)."""
+        return torch.sigmoid(difference / self.temperature)
+
+    def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
+        """p* by the two utilities; a row named more than once is read once."""
+        needed, place = torch.cat([rows, references]).unique(return_inverse=True)
+        utility = self.utility(rollout, readings, needed)[place]
+        return self.soften(utility[: len(rows)] - utility[len(rows) :])
+
+    def _count(self, utility: Tensor, silent: str) -> Tensor:
+        missing = int(utility.isnan().sum())
+        self.counts["scored"] += len(utility) - missing
+        if missing:
+            self.counts[silent] += missing
+        return utility
+
+
+def owner(rollout: Rollout, row: int) -> int:
+    """Number of the prompt that a row belongs to."""
+    return row // (rollout.candidates + 1)

@@ -1,0 +1,93 @@
+"""Your own Python as the oracle."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpo_train.config import OracleConfig
+from fpo_train.errors import RunError
+from fpo_train.rollout import Readings, Rollout
+
+from .base import UtilityOracle, owner
+
+
+class FunctionOracle(UtilityOracle):
+    """U by `module:function`, called as function(prompts=[text, …], completions=[text, …]).
+
+    It returns one number a completion, in a list, tuple, array or tensor: the completion's utility, finite, or NaN
+    or None where it cannot say.
+    """
+
+    def __init__(self, config: OracleConfig) -> None:
+        """Raises: RunError: there is no such module or function."""
+        super().__init__(config.temperature)
+        self._name = config.function
+        self._function = import_function(config.function)
+
+    def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
+        """U of rows (n,), fp32 (n,).
+
+        Raises:
+            RunError: the function raises, or returns something else than one finite number, NaN or None a reply.
+        """
+        numbers = rows.tolist()
+        prompts = [rollout.prompts[owner(rollout, row)].text for row in numbers]
+        completions = [rollout.texts[row] for row in numbers]
+        try:
+            returned = self._function(prompts=prompts, completions=completions)
+        except Exception as error:
+            raise RunError(f"oracle.function: {self._name} raised {_first_line(error)}") from error
+        values = self._values(returned, len(numbers))
+        return self._count(torch.tensor(values, dtype=torch.float32, device=rows.device), silent="no_answer")
+
+    def _values(self, returned: Any, wanted: int) -> list[float]:
+        name = f"oracle.function: {self._name}"
+        listed = returned.tolist() if hasattr(returned, "tolist") else returned  # tensors and arrays
+        if not isinstance(listed, list | tuple):
+            raise RunError(f"{name} returned a {type(returned).__name__}; wanted a list of {wanted} numbers")
+        if len(listed) != wanted:
+            raise RunError(f"{name} returned {len(listed)} numbers for {wanted} completions")
+        values = []
+        for place, one in enumerate(listed):
+            try:
+                value = math.nan if one is None else float(one.item() if hasattr(one, "item") else one)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise RunError(f"{name} returned {one!r:.80} for completion {place}; wanted a number") from error
+            if isinstance(one, str) or math.isinf(value):
+                raise RunError(f"{name} returned {one!r:.80} for completion {place}; wanted a finite number")
+            values.append(value)
+        return values
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """The function that `module:function` names; modules in the working directory are found first, as by `python`.
+
+    Raises:
+        RunError: another form of name, a module that cannot be imported, or nothing callable of that name in it.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise RunError(f"oracle.function: wanted module:function, got {name!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:  # and it stays there: the function may import its neighbours when it is called
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise RunError(f"oracle.function: {name} cannot be imported: {_first_line(error)}") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise RunError(f"oracle.function: module {module_name} has no function {attribute!r}")
+    return function
+
+
+def _first_line(error: Exception) -> str:
+    return (f"{type(error).__name__}: {error}".strip().splitlines())[0]

@@ -1,0 +1,120 @@
+"""A frozen reward model as the oracle."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fpo_train.config import RunConfig
+from fpo_train.errors import RunError
+from fpo_train.policy import Policy
+from fpo_train.rollout import Readings, Rollout
+from fpo_train.sources import load_sequence_classifier
+
+from .base import UtilityOracle, owner
+
+
+class HeadOracle(UtilityOracle):
+    """U(z) = w·h(z) with the head that a run saved, on the frozen base this run has already loaded.
+
+    h is the base's last hidden state at the reply's closing token, as the head was trained on.
+    """
+
+    def __init__(self, policy: Policy, config: RunConfig) -> None:
+        """Raises: RunError: the head is damaged, or sits on another base than the policy's."""
+        super().__init__(config.oracle.temperature)
+        folder = Path(config.oracle.model).expanduser()
+        base = _description(folder)["base"]
+        if base != config.policy.model:
+            raise RunError(f"oracle.model: {folder} sits on {base}, but policy.model is {config.policy.model}")
+        width = policy.lm.config.hidden_size
+        try:
+            weight = load_file(folder / "head.safetensors")["score.weight"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise RunError(f"oracle.model: {folder} has no score.weight in its head.safetensors") from error
+        if weight.shape != (1, width):
+            raise RunError(f"oracle.model: {folder} has a head of shape {tuple(weight.shape)}; wanted {(1, width)}")
+        self._weight = weight[0].float().to(policy.device)
+
+    @torch.no_grad()
+    def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
+        """U of rows (n,), fp32 (n,)."""
+        return self._count(readings.of(rows).closing @ self._weight, silent="not_a_number")
+
+
+class ClassifierOracle(UtilityOracle):
+    """U(z) = the one logit of a frozen sequence classifier, dropout off, in fp32.
+
+    It reads the prompt as a user's turn and the reply as the assistant's, rendered by its tokenizer's chat template,
+    or both as a pair of texts where there is no template. A pair too long for it has no utility (NaN).
+    """
+
+    def __init__(self, policy: Policy, config: RunConfig) -> None:
+        """Raises: RunError: the model cannot be loaded, or has not exactly one output."""
+        super().__init__(config.oracle.temperature)
+        self._model, self._tokenizer = load_sequence_classifier(config.oracle.model, torch.float32)
+        self._model.to(policy.device).eval().requires_grad_(False)
+        text_config = self._model.config.get_text_config()
+        longest = getattr(text_config, "max_position_embeddings", None) or math.inf
+        self._context = min(longest, self._tokenizer.model_max_length)
+        self._pad = text_config.pad_token_id  # decoders find a row's last token by it, whatever the tokenizer pads with
+
+    @torch.no_grad()
+    def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
+        """U of rows (n,), fp32 (n,), at most the readings' `rows_at_once` in a forward."""
+        inputs = [self._tokens(rollout.prompts[owner(rollout, row)].text, rollout.texts[row]) for row in rows.tolist()]
+        fits = [n for n, one in enumerate(inputs) if len(one["input_ids"]) <= self._context]
+        fits.sort(key=lambda n: len(inputs[n]["input_ids"]))  # rows of like length share a forward
+        at_once = 1 if self._pad is None else readings.rows_at_once or max(len(fits), 1)
+        utility = torch.full((len(inputs),), math.nan, device=rows.device)
+        for start in range(0, len(fits), at_once):
+            some = fits[start : start + at_once]
+            logits = self._model(**self._batch([inputs[n] for n in some], rows.device)).logits
+            utility[torch.tensor(some, device=rows.device)] = logits[:, 0].float()
+        return self._count(utility, silent="too_long")
+
+    def _batch(self, inputs: list[Any], device: torch.device) -> dict[str, Tensor]:
+        """The inputs padded on the right: token types and the mask with 0, tokens with the model's own pad id."""
+        batch = {}
+        for name in inputs[0]:
+            fill = self._pad or 0 if name == "input_ids" else 0
+            rows = [torch.tensor(one[name]) for one in inputs]
+            batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill).to(device)
+        return batch
+
+    def _tokens(self, prompt: str, reply: str) -> Any:
+        if self._tokenizer.chat_template is None:
+            return self._tokenizer(prompt, reply)
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+        return self._tokenizer.apply_chat_template(turns, return_dict=True)
+
+
+def load_gold(policy: Policy, config: RunConfig) -> UtilityOracle:
+    """The head or the classifier in `oracle.model`.
+
+    Raises:
+        RunError: it cannot be loaded.
+    """
+    folder = Path(config.oracle.model).expanduser()
+    if not (folder / "head.safetensors").is_file():
+        return ClassifierOracle(policy, config)
+    if any(folder.rglob("adapter_model.safetensors")):
+        raise RunError(
+            f"oracle.model: {folder} is a head on an adapter; wanted a head on the frozen base or a whole classifier"
+        )
+    return HeadOracle(policy, config)
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return {"base": str(found["base"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f'oracle.model: {folder} has no config.json that names its "base"') from error

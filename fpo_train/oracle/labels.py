@@ -1,0 +1,100 @@
+"""One iteration's labels: bought when first asked for, counted, and never bought twice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fpo_train.errors import RunError
+from fpo_train.rollout import Readings, Rollout
+
+from .base import Oracle, UtilityOracle
+
+if TYPE_CHECKING:
+    from fpo_train.engine import Engine
+
+NAN = float("nan")
+
+
+class Labels:
+    """p* of the candidates against their prompts' references, and the utilities where the oracle has them.
+
+    A label that could not be had stays NaN for the whole iteration: it is not asked for again.
+    """
+
+    def __init__(self, oracle: Oracle, rollout: Rollout, readings: Readings) -> None:
+        self._oracle = oracle
+        self._rollout = rollout
+        self._readings = readings
+        shape = len(rollout.prompts), rollout.candidates
+        device = rollout.sequences.ids.device
+        self._asked = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._preference = torch.full(shape, NAN, device=device)
+        self._read = torch.zeros(shape[0], shape[1] + 1, dtype=torch.bool, device=device)  # the reference last
+        self._utility = torch.full(self._read.shape, NAN, device=device)
+
+    @property
+    def calls(self) -> int:
+        """(candidate, reference) pairs the oracle was asked about, on this process."""
+        return int(self._asked.sum())
+
+    @property
+    def failures(self) -> int:
+        """Of those, pairs without an answer."""
+        return int((self._asked & self._preference.isnan()).sum())
+
+    def preferences(self, wanted: Tensor) -> Tensor:
+        """p* of the candidates with wanted (B, N) True, fp32 (B, N); NaN where not wanted or not to be had."""
+        self._buy(wanted)
+        return self._preference.masked_fill(~wanted, NAN)
+
+    def utilities(self, wanted: Tensor) -> tuple[Tensor, Tensor] | None:
+        """U of the wanted candidates (B, N) and of their references (B, 1), fp32, or None where there is no such
+        thing; NaN where not wanted or not to be had."""
+        if not self._oracle.has_utilities:
+            return None
+        self._buy(wanted)
+        known = self._utility.masked_fill(~_with_reference(wanted), NAN)
+        return known[:, :-1], known[:, -1:]
+
+    def check(self, engine: Engine) -> None:
+        """See that the labels asked for are not all missing; every process must call it, once an iteration.
+
+        Raises:
+            RunError: labels were asked for and not one of them could be had, on any process, from an oracle that
+                should have answered.
+        """
+        asked, failed = engine.total(torch.tensor([self.calls, self.failures], device=self._asked.device)).tolist()
+        if asked and failed == asked and not self._oracle.may_be_silent:
+            raise RunError(
+                f"oracle: not one of the iteration's {asked} labels could be had; this process has counted "
+                f"{self._oracle.report()}"
+            )
+
+    def _buy(self, wanted: Tensor) -> None:
+        if wanted.shape != self._asked.shape or wanted.dtype != torch.bool:
+            raise ValueError(
+                f"wanted: a bool tensor of shape {tuple(self._asked.shape)}, got {wanted.dtype} {tuple(wanted.shape)}"
+            )
+        new = wanted & ~self._asked
+        if not new.any():
+            return
+        if isinstance(self._oracle, UtilityOracle):
+            needed = _with_reference(new) & ~self._read
+            rows = needed.flatten().nonzero()[:, 0]
+            self._utility.view(-1)[rows] = self._oracle.utility(self._rollout, self._readings, rows)
+            self._read |= needed
+            answer = self._oracle.soften(self._utility[:, :-1] - self._utility[:, -1:])[new]
+        else:
+            prompt, candidate = new.nonzero(as_tuple=True)
+            first = prompt * (self._rollout.candidates + 1)
+            references = first + self._rollout.candidates
+            answer = self._oracle.preference(self._rollout, self._readings, first + candidate, references)
+        self._preference[new] = answer.to(self._preference)
+        self._asked |= new
+
+
+def _with_reference(wanted: Tensor) -> Tensor:
+    return torch.cat([wanted, wanted.any(1, keepdim=True)], 1)  # (B, N+1)

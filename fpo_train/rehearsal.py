@@ -1,0 +1,80 @@
+"""`--dry_run true`: the whole way of a run, short and in a temporary folder, with stand-ins for what is not at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+
+from .config import RunConfig
+from .folder import plain
+from .metrics import METRICS, read
+from .run import run
+from .sources import KNOWN
+
+ITERATIONS = 2  # before the resume; one more behind it
+
+
+def rehearse(config: RunConfig) -> None:
+    """Print the resolved configuration, run two iterations with a checkpoint each, resume, run a third.
+
+    Every iteration is one optimizer step of the policy and, where `reward_model.every` is 1, one of the reward model.
+
+    Raises: as `run`.
+    """
+    print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    small, changes = stand_ins(config)
+    for change in changes:
+        print(f"stands in: {change}")
+    with tempfile.TemporaryDirectory(prefix="fpo-rehearsal-") as temporary:
+        logging = dataclasses.replace(small.logging, checkpoint_every=1, tracker="none", controlled=False)
+        small = dataclasses.replace(
+            small, out=str(Path(temporary) / "run"), dry_run=False, iterations=ITERATIONS, logging=logging
+        )
+        run(small)
+        run(dataclasses.replace(small, iterations=ITERATIONS + 1, resume=True))
+        folders = [Path(small.out) / kind for kind in small.compared] or [Path(small.out)]
+        for folder in folders:
+            rows = read(folder / METRICS)
+            steps = sum(row["grad_norm"] > 0 for row in rows)
+            trained = sum(row["reward_model_loss"] is not None for row in rows)
+            print(f"rehearsed: {len(rows)} iterations, {steps} policy steps, {trained} reward model steps, one resume")
+    print("nothing was written to", config.out)
+
+
+def stand_ins(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration with what is at hand in place of models, data and packages that are not; and each change."""
+    changes: list[str] = []
+
+    def replace(section: str, **values: object) -> None:
+        nonlocal config
+        old = getattr(config, section)
+        for name, value in values.items():
+            if getattr(old, name) != value:
+                changes.append(f"{section}.{name} {value!r} for {getattr(old, name)!r}")
+        config = dataclasses.replace(config, **{section: dataclasses.replace(old, **values)})
+
+    if not _at_hand(config.policy.model):
+        replace("policy", model="smollm2")
+    if config.reward_model.kind == "classifier" and not _at_hand(config.reward_model.model):
+        replace("reward_model", model="minilm")
+    if config.data.prompts.count("/") == 1 and not Path(config.data.prompts).exists():
+        replace("data", prompts="questions", limit=0)
+    if not (importlib.util.find_spec("bitsandbytes") and torch.cuda.is_available()):
+        replace("policy", quantization="none", dtype="float32")
+        replace("oracle", quantization="none")
+        replace("update", optimizer="adamw")
+        replace("reward_model", optimizer="adamw", dtype="float32")
+    if not importlib.util.find_spec("vllm"):
+        replace("rollout", engine="transformers")
+    if config.memory.budget and not torch.cuda.is_available():
+        replace("memory", budget="")
+    return config, changes
+
+
+def _at_hand(model: str) -> bool:
+    return model in KNOWN or Path(model).expanduser().exists()

@@ -1,0 +1,307 @@
+"""What every reward model can do: score, be retrained, go back to an earlier state, tell how far it has come."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from fpo_train.config import RunConfig
+from fpo_train.engine import Engine
+from fpo_train.errors import RunError
+from fpo_train.optimizers import make_optimizer, make_schedule, restore, state_of
+from fpo_train.policy import wide
+
+if TYPE_CHECKING:
+    from fpo_train.replay import Pair
+    from fpo_train.rollout import Readings, Rollout
+
+
+class Scores(NamedTuple):
+    """What a reward model's module returns."""
+
+    logits: Tensor  # (R, 1)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a reward model reads of R rows."""
+
+    batch: dict[str, Tensor] | None
+    """Keyword arguments of its module, (R, T) each, padded on the right."""
+    features: Tensor | None
+    """(R, H) fp32, what its score head reads, where all beneath the head is frozen and has been run."""
+
+    def rows(self, index: Tensor) -> Reading:
+        """The chosen rows, trimmed to the longest of them."""
+        batch = None
+        if self.batch is not None:
+            width = int(self.batch["attention_mask"][index].sum(1).max())
+            batch = {key: value[index, :width] for key, value in self.batch.items()}
+        return Reading(batch, None if self.features is None else self.features[index])
+
+    def __len__(self) -> int:
+        some = self.features if self.features is not None else next(iter((self.batch or {}).values()))
+        return len(some)
+
+    def pieces(self, rows_at_once: int) -> Iterator[Reading]:
+        """All rows, `rows_at_once` at a time (0: together)."""
+        some = self.features if self.features is not None else next(iter((self.batch or {}).values()))
+        for index in torch.arange(len(self), device=some.device).split(rows_at_once or len(self)):
+            yield self.rows(index)
+
+
+@dataclass(frozen=True)
+class State:
+    """The trained weights as one training left them, on the CPU, and the learning rate that it took."""
+
+    learning_rate: float
+    weights: dict[str, Tensor]
+
+
+class RewardModel(ABC):
+    """A module that maps batches to a score a row, its score head, and what of it is trained.
+
+    Dropout is off, also while it is trained, unless `score` is asked for it.
+
+    Attributes:
+        module: called as module(**batch); returns something with `.logits` (R, 1).
+        head: the linear score at its end. trainable: the trained parameters by their names in `module`.
+        history: the last `penalty.checkpoints` states, the newest last: the weights as they are.
+    """
+
+    def __init__(self, module: nn.Module, head: nn.Linear, trained: list[str], config: RunConfig, engine: Engine):
+        self.module = module.eval()
+        self.head = head
+        self.config = config.reward_model
+        self._engine = engine
+        named = dict(module.named_parameters())
+        self.trainable: dict[str, nn.Parameter] = {name: named[name] for name in trained}
+        settings = config.reward_model
+        self.optimizer = make_optimizer(
+            self.trainable.values(), settings.optimizer, settings.learning_rate, settings.weight_decay
+        )
+        trainings = max(1, settings.steps * (config.iterations // settings.every))
+        self.scheduler = make_schedule(self.optimizer, settings.schedule, settings.warmup, trainings)
+        self.history: deque[State] = deque(maxlen=config.penalty.checkpoints)
+        self._begin()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the score head is."""
+        return self.head.weight.device
+
+    @abstractmethod
+    def read(self, rollout: Rollout, readings: Readings, rows_at_once: int = 0) -> Reading:
+        """What it reads of all rows of a rollout."""
+
+    @abstractmethod
+    def read_pairs(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Reading:
+        """What it reads of pairs, 2n rows: chosen, reference, chosen, reference, …"""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what was trained, and a `config.json` that says on what it sits and what it reads."""
+
+    def names(self, parameters: str) -> list[str]:
+        """Names in `module` of the weights that `penalty.parameters` chooses.
+
+        Raises:
+            RunError: a choice that names nothing of this reward model.
+        """
+        own = [name for name, _ in self.module.named_parameters() if self._is_own(name)]
+        head = {id(p) for p in self.head.parameters()}
+        found = {
+            "head": [n for n, p in self.module.named_parameters() if id(p) in head],
+            "lora": [n for n in own if ".lora_" in n],
+            "all": own,
+            "trainable": list(self.trainable),
+        }.get(parameters)
+        if found is None:
+            patterns = [pattern.strip() for pattern in parameters.split(",")]
+            lost = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in own)]
+            if lost:
+                raise RunError(f"penalty.parameters: {lost[0]!r} names no weight of the reward model")
+            found = [name for name in own if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if not found:
+            raise RunError(f"penalty.parameters: the reward model has no {parameters} weights")
+        return found
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a parameter of `module` is the reward model's, and not the policy's adapter's."""
+        return True
+
+    @torch.no_grad()
+    def score(self, reading: Reading, rows_at_once: int = 0, dropout: bool = False) -> Tensor:
+        """r of every row, (R,) fp32 (float64 of a float64 module); with `dropout`, as a module in train mode scores.
+
+        Raises:
+            RunError: a score that is not a number, unless `reward_model.nan_scores` is "drop".
+        """
+        if reading.features is not None and not dropout:
+            return self.checked(self.head(reading.features.to(self.head.weight.dtype))[:, 0])
+        if reading.batch is None:
+            raise RuntimeError("this reading has features alone")
+        self.module.train(dropout)
+        try:
+            parts = [self.module(**piece.batch).logits[:, 0] for piece in reading.pieces(rows_at_once) if piece.batch]
+        finally:
+            self.module.eval()
+        return self.checked(torch.cat(parts))
+
+    def checked(self, reward: Tensor) -> Tensor:
+        """Scores in fp32 or float64; see `score` for those that are not numbers."""
+        missing = int(reward.isnan().sum())
+        if missing and self.config.nan_scores == "fail":
+            raise RunError(
+                f"reward_model: {missing} of {len(reward)} scores are not numbers; reward_model.dtype is "
+                f"{self.config.dtype}, and nan_scores 'drop' would leave such candidates out"
+            )
+        return wide(reward)
+
+    def gradient(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Tensor:
+        """Set the gradient of mean BCE(σ(r(z) − r(ref)), p*) over `pairs`; returns that mean, in nats a pair.
+
+        Args:
+            pairs: all ranks' alike; each rank takes its part, and gradients and means are over all of them.
+            rows_at_once: replies on a tape, an even number in effect; 0: all.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        mine, total = pairs[self._engine.rank :: self._engine.world], torch.zeros((), device=self.device)
+        at_once = max(1, rows_at_once // 2 if rows_at_once else len(mine))
+        for start in range(0, len(mine), at_once):
+            some = mine[start : start + at_once]
+            label = torch.tensor([pair.preference for pair in some], device=self.device)
+            margin = self.margins(some)
+            loss = binary_cross_entropy_with_logits(margin, label.to(margin.dtype), reduction="sum") / len(pairs)
+            loss.backward()
+            total += loss.detach().float()
+        self._engine.sum_gradients(self.trainable.values())
+        return self._engine.total(total)
+
+    def margins(self, pairs: Sequence[Pair]) -> Tensor:
+        """r(z) − r(ref) of each pair, (n,), fp32 or float64, with a graph to what is trained."""
+        reading = self.read_pairs(pairs)
+        if reading.features is not None:
+            reward = self.head(reading.features.to(self.head.weight.dtype))[:, 0]
+        else:
+            reward = self.module(**(reading.batch or {})).logits[:, 0]
+        return wide(reward[::2]) - wide(reward[1::2])
+
+    def step(self) -> None:
+        """Step optimizer and schedule, and keep the new weights as the newest state."""
+        rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.history.append(State(rate, self.weights()))
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the trained weights on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.trainable.items()}
+
+    @contextmanager
+    def at(self, state: State) -> Iterator[None]:
+        """The weights of an earlier state; those there are now come back bit for bit."""
+        now = {name: p.detach().clone() for name, p in self.trainable.items()}
+        try:
+            self._put(state.weights)
+            yield
+        finally:
+            self._put(now)
+
+    def drift(self) -> float:
+        """‖φ − φ₀‖ / ‖φ₀‖ over the trained weights, φ₀ those it began with."""
+        moved = sum(
+            float((p.detach().cpu() - self._start[n]).double().square().sum()) for n, p in self.trainable.items()
+        )
+        whole = sum(float(p.double().square().sum()) for p in self._start.values())
+        return (moved / whole) ** 0.5 if whole else 0.0
+
+    def fit(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> None:
+        """Set the head's weight by `fit_logistic` on pairs, and begin from there."""
+        found = [pair.features for pair in pairs]
+        if any(one is None for one in found):
+            features = self.head_inputs(self.read_pairs(pairs), rows_at_once)
+        else:
+            features = torch.cat([torch.stack(one) for one in found if one is not None])
+        labels = torch.tensor([pair.preference for pair in pairs])
+        weight = fit_logistic((features[::2] - features[1::2]).cpu(), labels, self.config.fit_ridge)
+        with torch.no_grad():
+            self.head.weight.copy_(weight[None].to(self.head.weight))
+        self._begin()
+
+    @torch.no_grad()
+    def head_inputs(self, reading: Reading, rows_at_once: int = 0) -> Tensor:
+        """What the score head reads, (R, H) fp32 or float64, from one forward of the rest."""
+        if reading.features is not None:
+            return reading.features
+        found: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+        try:
+            for piece in reading.pieces(rows_at_once):
+                self.module(**(piece.batch or {}))
+        finally:
+            hook.remove()
+        features = torch.cat(found)
+        return wide(features)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training changes, and what `drift` compares with."""
+        history = [{"learning_rate": state.learning_rate, "weights": state.weights} for state in self.history]
+        return {
+            "weights": self.weights(),
+            "start": self._start,
+            "history": history,
+            **copy.deepcopy(state_of(self.optimizer, self.scheduler)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self._put(state["weights"])
+        self._start = dict(state["start"])
+        self.history.clear()
+        self.history.extend(State(**one) for one in state["history"])
+        restore(self.optimizer, self.scheduler, copy.deepcopy(state))
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.trainable.items():
+            parameter.copy_(weights[name])
+
+    def _begin(self) -> None:
+        self._start = self.weights()
+        self.history.clear()
+        self.history.append(State(self.config.learning_rate, self.weights()))
+
+
+def fit_logistic(difference: Tensor, preference: Tensor, ridge: float) -> Tensor:
+    """The minimiser w (H,) of Σ BCE(σ(w·Δh), p*) + λ/2‖w‖², by Newton's method in float64.
+
+    Args:
+        difference: Δh = h(z) − h(ref), (n, H). preference: p*, (n,) in [0, 1].
+        ridge: λ relative to the mean diagonal of ΣΔhΔhᵀ.
+    """
+    x, p = difference.double(), preference.double()
+    damping = (ridge * x.square().sum() / x.shape[1]).clamp_min(1e-12)  # pairs may all be alike
+    w = x.new_zeros(x.shape[1])
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    for _ in range(50):
+        q = torch.sigmoid(x @ w)
+        gradient = x.T @ (q - p) + damping * w
+        hessian = x.T @ (x * (q * (1 - q))[:, None]) + damping * eye
+        step = torch.linalg.solve(hessian, gradient)
+        w = w - step
+        if step.norm() <= 1e-10 * w.norm():
+            break
+    return w

@@ -1,0 +1,125 @@
+"""A sequence-classification model of its own as reward model: an encoder or a decoder with one score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fpo_train.adapters import REWARD
+from fpo_train.config import RunConfig
+from fpo_train.engine import Engine
+from fpo_train.errors import RunError
+from fpo_train.seeds import mix
+from fpo_train.sources import load_sequence_classifier
+
+from .base import Reading, RewardModel, Scores
+from .inputs import TextInputs
+
+if TYPE_CHECKING:
+    from fpo_train.replay import Pair
+    from fpo_train.rollout import Readings, Rollout
+
+
+class LastToken(nn.Module):
+    """A decoder's score at the last token that its mask shows.
+
+    transformers' own classifiers look for the last token that is no padding by its id, which goes wrong where texts
+    end with the token that pads.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.body = model.base_model
+        self.score = model.score
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Tensor) -> Scores:
+        """(R, T) int64 each, padded on the right."""
+        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        last = attention_mask.sum(1) - 1
+        return Scores(self.score(hidden[torch.arange(len(last), device=last.device), last]))
+
+
+class ClassifierRewardModel(RewardModel):
+    """See the module. Where the head alone is trained, the rest runs once a text and iteration."""
+
+    def __init__(self, config: RunConfig, engine: Engine, device: torch.device) -> None:
+        settings = config.reward_model
+        self._whole, tokenizer = load_sequence_classifier(settings.model, getattr(torch, settings.dtype))
+        self._whole.to(device).requires_grad_(False)
+        self._tokenizer, self._frozen_body = tokenizer, settings.train == "head"
+        module = LastToken(self._whole) if isinstance(getattr(self._whole, "score", None), nn.Linear) else self._whole
+        heads = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        if not heads:
+            raise RunError(f"reward_model.model: {settings.model} has no linear layer with one output at its end")
+        if settings.train == "lora":
+            self._add_adapter(config)
+        text_config = self._whole.config.get_text_config()
+        limits = [settings.max_tokens, tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", 0)]
+        self._texts = TextInputs(tokenizer, settings.input, int(min(limit for limit in limits if limit)))
+        chosen = {id(p) for p in heads[-1].parameters()}
+        trained = [
+            name
+            for name, p in module.named_parameters()
+            if settings.train == "all" or id(p) in chosen or f".{REWARD}." in name
+        ]
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in trained)
+        super().__init__(module, heads[-1], trained, config, engine)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its own."""
+        return self._tokenizer
+
+    def read(self, rollout: Rollout, readings: Readings, rows_at_once: int = 0) -> Reading:
+        """See `RewardModel`."""
+        owners = [prompt.text for prompt in rollout.prompts for _ in range(rollout.candidates + 1)]
+        return self._read(list(zip(owners, rollout.texts, strict=True)), rows_at_once)
+
+    def read_pairs(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Reading:
+        """See `RewardModel`."""
+        rows = [(pair.prompt.text, text) for pair in pairs for text in (pair.chosen_text, pair.reference_text)]
+        known = [row for pair in pairs for row in pair.features or ()]
+        if self._frozen_body and len(known) == len(rows):
+            return Reading(self._texts.batch(rows, self.device), torch.stack(known).to(self.device))
+        return self._read(rows, rows_at_once)
+
+    def save(self, folder: Path) -> None:
+        """Write the model as `save_pretrained` does, or its adapter and head alone where only those are trained."""
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = self.config
+        if settings.train == "all":
+            self._whole.save_pretrained(folder)
+            self._tokenizer.save_pretrained(folder)
+            return
+        trained = {name: weight.contiguous() for name, weight in self.weights().items()}
+        save_file(trained, folder / "trained.safetensors")
+        description = {"model": settings.model, "trained": settings.train, "reads": settings.input}
+        if settings.train == "lora":
+            description |= {"lora_rank": settings.lora_rank, "lora_alpha": settings.lora_alpha}
+        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+    def _add_adapter(self, config: RunConfig) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        settings = config.reward_model
+        lora = LoraConfig(
+            r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=list(settings.lora_targets)
+        )
+        with torch.random.fork_rng(devices=[self._whole.device] if self._whole.device.type == "cuda" else []):
+            torch.manual_seed(mix("reward adapter", config.seed))
+            try:
+                inject_adapter_in_model(lora, self._whole, adapter_name=REWARD)
+            except ValueError as error:
+                found = list(settings.lora_targets)
+                raise RunError(f"reward_model.lora_targets {found}: {str(error).splitlines()[0]}") from error
+
+    def _read(self, rows: list[tuple[str, str]], rows_at_once: int) -> Reading:
+        reading = Reading(self._texts.batch(rows, self.device), None)
+        return Reading(reading.batch, self.head_inputs(reading, rows_at_once)) if self._frozen_body else reading

@@ -1,0 +1,47 @@
+"""Killed at random moments and resumed each time, a run ends with the very bits of one that nobody disturbed."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.fpo_train.runs import arguments, rows
+
+
+def run(folder, kills, seed, longest, words):
+    """How often it was killed, in how many states, and how long it took."""
+    script = Path(__file__).with_name("kill_and_resume.py")
+    command = [sys.executable, str(script), str(folder), str(kills), str(seed), str(longest), "--", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    killed, states, seconds = re.search(r"killed (\d+) times in (\d+) states, ([\d.]+) s", done.stdout).groups()
+    return int(killed), int(states), float(seconds)
+
+
+def test_ten_kills(tiny, tmp_path):
+    more = [
+        "--iterations",
+        100,
+        "--penalty.kind",
+        "residual",
+        "--reward_model.replay_pairs",
+        2,
+        "--policy.lora_dropout",
+    ]
+    words = arguments(tiny, "ignored", *more, 0.1, "--update.schedule", "cosine", "--update.warmup", 3)
+    words = words[: words.index("--out")] + words[words.index("--out") + 2 :]
+    killed, _, seconds = run(tmp_path / "whole", 0, 0, 0.0, words)
+    assert killed == 0
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    killed, states, _ = run(tmp_path / "killed", 10, seed, 0.3 * seconds, words)
+    assert killed == 10
+    assert states > 3  # in different places
+    whole, survivor = tmp_path / "whole", tmp_path / "killed"
+    assert rows(survivor) == rows(whole)
+    for part in ("policy/adapter_model.safetensors", "reward_model/head.safetensors", "samples.jsonl"):
+        assert (survivor / part).read_bytes() == (whole / part).read_bytes(), part
+    assert len((whole / "metrics.jsonl").read_text().splitlines()) == 100
+    assert json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == 100

@@ -1,0 +1,180 @@
+"""The plan: architectures, micro-batches under a budget, the table."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fpo_train.architecture import Architecture, architecture, from_config
+from fpo_train.cli import build
+from fpo_train.config import MemoryConfig, RunConfig, UpdateConfig
+from fpo_train.errors import RunError
+from fpo_train.footprint import Tape, layer_bytes, weight_bytes
+from fpo_train.plan import MARGIN, format_table, make_plan, plan_command
+
+EIGHT = "meta-llama/Llama-3.1-8B-Instruct"
+WIDTHS = {
+    EIGHT: (4096, 14336, 32, 32, 8, 128, 128256, False, 8_030_261_248),
+    "meta-llama/Llama-3.2-1B": (2048, 8192, 16, 32, 8, 64, 128256, True, 1_235_814_400),
+    "meta-llama/Llama-3.2-3B-Instruct": (3072, 8192, 28, 24, 8, 128, 128256, True, 3_212_749_824),
+    "smollm2": (576, 1536, 30, 9, 3, 64, 49152, True, 134_515_008),
+    "minilm": (384, 1536, 6, 12, 12, 32, 30522, True, 22_713_216),
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_shipped_architectures(name):
+    found = architecture(name)
+    fields = "hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "vocabulary", "tied", "parameters"
+    assert tuple(getattr(found, field) for field in fields) == WIDTHS[name]
+
+
+def described(kind, **values):
+    common = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return {"model_type": kind, "vocab_size": 300, "max_position_embeddings": 64} | common | values
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        described("llama", num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+        described("llama", num_key_value_heads=1, tie_word_embeddings=False, attention_bias=True),
+        described("qwen2", num_key_value_heads=2, tie_word_embeddings=False),
+        described("bert", type_vocab_size=2),
+        described("roberta", type_vocab_size=1),
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_parameters_are_those_of_the_model(config):
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    values = dict(config)
+    made = AutoConfig.for_model(values.pop("model_type"), **values)
+    found = from_config("model", config)
+    with torch.device("meta"):
+        model = (AutoModelForCausalLM if found.decoder else AutoModel).from_config(made)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_local_folders_are_read_without_weights(tiny, tmp_path):
+    found = architecture(str(tiny))
+    assert (found.hidden, found.intermediate, found.kv_heads, found.context) == (32, 48, 2, 256)
+    (tmp_path / "config.json").write_text(json.dumps(described("gpt2")))
+    with pytest.raises(RunError, match=r"counts models of type llama.*got 'gpt2'"):
+        architecture(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}')
+    with pytest.raises(RunError, match=r"no 'intermediate_size'"):
+        architecture(str(tmp_path))
+
+
+def test_a_hub_id_that_is_not_at_hand_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RunError, match=r"nobody/nothing: no configuration of it is at hand"):
+        architecture("nobody/nothing")
+
+
+def test_quantised_weights():
+    model = architecture(EIGHT)
+    assert model.linear_weights == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    rest = 2 * (2 * 128256 * 4096 + 65 * 4096)  # embedding, output and norms stay in bf16
+    assert weight_bytes(model, 2, "none") == 2 * model.parameters
+    assert weight_bytes(model, 2, "nf4") - rest == pytest.approx(model.linear_weights * 4.127 / 8, rel=1e-4)
+    assert weight_bytes(model, 2, "int8") - rest == pytest.approx(model.linear_weights, rel=1e-2)
+
+
+def test_layer_of_llama_8b_by_hand():
+    """bf16, adapters on q, k, v and o: what a layer keeps a token, tensor by tensor."""
+    model, targets = architecture(EIGHT), ("q_proj", "k_proj", "v_proj", "o_proj")
+    width = 512
+    norms = 2 * (4 * 4096 + 4)  # each input in fp32, and its scale
+    attention = 2 * 4 * 4096 + 4 * 32 + 2 * width  # q, k, v, output; a number a head; a row of the mask
+    adapters = 4 * (4 * 4096 + 4 * 16)  # inputs in fp32, cast one by one, and what A makes of them
+    feed = 2 * 3 * 14336  # gate, its SiLU, up
+    tape = Tape(itemsize=2, targets=targets, rank=16)
+    assert layer_bytes(model, tape, tokens=width, width=width) == width * (norms + attention + adapters + feed)
+
+
+def shipped(name):
+    from fpo_train.cli import CONFIGS, _config
+
+    options = build().parse_args(["run", "--config", str(CONFIGS / name)])
+    return _config(options["run"].as_dict())
+
+
+@pytest.mark.parametrize(("name", "size"), [("llama3_8b_24gb.yaml", 24e9), ("llama3_8b_16gb.yaml", 16e9)])
+def test_llama_8b_fits_the_shipped_budgets(name, size, capsys):
+    config = shipped(name)
+    plan = make_plan(config, architecture(EIGHT), config.data.max_tokens, "cuda")
+    assert plan.fits
+    assert plan.budget == size
+    for phase in plan.phases.values():
+        assert 5.3 * 2**30 < phase.parts["weights"] < 5.4 * 2**30
+        assert sum(phase.parts.values()) == phase.total <= size * (1 - MARGIN)
+    assert plan_command(config) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("8.03 billion", "weights", "KV cache", "activations", "logits", "retrain"))
+
+
+def small_plan(budget="", rows=0, **sections):
+    config = RunConfig(memory=MemoryConfig(budget=budget, update_rows=rows), **sections)
+    return make_plan(config, architecture("smollm2"), 128)
+
+
+def test_micro_batches_are_the_largest_that_fit():
+    whole = small_plan()
+    assert whole.rows == {"generate": 32, "score": 36, "update": 4, "retrain": 8}
+    tight = small_plan(f"{whole.smallest + 2**26}")
+    assert tight.fits
+    assert tight.rows["update"] < 4
+    for name, phase in tight.phases.items():
+        if phase.rows < phase.whole:
+            more = MemoryConfig(budget=str(tight.budget), **{f"{name}_rows": min(2 * phase.rows, phase.whole)})
+            assert not make_plan(RunConfig(memory=more), architecture("smollm2"), 128).fits
+
+
+def test_the_smallest_budget_works_and_less_does_not(capsys):
+    least = small_plan().smallest
+    assert small_plan(str(least)).fits
+    assert not small_plan(str(least - 2**20)).fits
+    config = RunConfig(memory=MemoryConfig(budget="100MiB"))
+    assert plan_command(config) == 1
+    named = capsys.readouterr().out.strip().splitlines()[-1].split()[-1]
+    again = dataclasses.replace(config, memory=MemoryConfig(budget=named))
+    assert plan_command(again) == 0
+
+
+def test_rows_that_are_given_are_kept():
+    plan = small_plan("800MiB", rows=4)
+    assert plan.rows["update"] == 4
+    with pytest.raises(RunError, match=r"update takes .* with 4 rows at a time; the smallest budget that works is"):
+        plan.check()
+    assert plan.smallest > small_plan("800MiB").smallest
+
+
+def test_what_changes_the_plan():
+    base = small_plan()
+    paged = small_plan(update=UpdateConfig(optimizer="paged_adamw_8bit"))
+    adapter, head = 30 * 16 * (576 + 576 + 2 * (576 + 192) + 576 + 576), 576
+    assert base.phases["update"].parts["optimizer"] == 8 * (adapter + head)
+    assert paged.phases["update"].parts["optimizer"] == round((2 + 8 / 256) * adapter + 8 * head)
+    fewer = small_plan(update=UpdateConfig(logits_at_once=64))
+    assert fewer.phases["update"].total <= base.phases["update"].total
+    assert small_plan(update=UpdateConfig(kind="rloo")).phases["update"].whole == 32
+    halved = make_plan(RunConfig(), architecture("smollm2"), 128, processes=2)
+    assert halved.phases["generate"].whole == 16
+
+
+def test_table_has_a_row_a_phase_and_says_what_is_left():
+    plan = small_plan("4GiB")
+    lines = format_table(plan).splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["generate", "score", "update", "retrain"]
+    assert "of budget" in lines[0]
+    assert "budget 4.00 GiB; the smallest that works is" in lines[5]
+    assert any("5% of the budget" in line for line in lines)
+
+
+def test_an_encoder_is_no_policy():
+    with pytest.raises(ValueError, match=r"policy.model minilm: wanted a causal language model"):
+        make_plan(RunConfig(), architecture("minilm"), 128)
+    assert isinstance(architecture("minilm"), Architecture)

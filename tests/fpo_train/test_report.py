@@ -1,0 +1,131 @@
+"""The report from files on disk: everything in one page, holes where numbers are missing, nothing unescaped."""
+
+import base64
+import json
+import re
+
+import pytest
+import yaml
+
+from fpo_train import metrics
+from fpo_train.panels import CAPTIONS
+from fpo_train.progress import Progress
+from fpo_train.report import SHOWN, write_report
+
+NASTY = "<script>alert('x')</script> & \"this\""
+PHASES = ("generate", "score", "update", "retrain")
+
+
+def row_of(iteration, **more):
+    row = {
+        "iteration": iteration, "reward": 0.1 * iteration, "penalty": 0.0, "effective_reward": 0.1, "kl": 0.01,
+        "chosen_reward": 0.2, "oracle_utility": -3.0, "proxy_gap": 0.3, "overconfidence": 0.1, "steering": None,
+        "oracle_scale": "utility", "penalty_to_reward_std": 12.0, "reply_tokens": 9.0, "repetition": 0.2,
+        "reward_model_drift": 0.01, "oracle_calls": 2, "oracle_failures": 1, "peak_memory_bytes": 3 * 2**30,
+        "seconds": dict.fromkeys(PHASES, 0.5), "warning": None,
+    }  # fmt: skip
+    return row | more
+
+
+def sample_of(iteration, name="p1", **more):
+    sample = {"iteration": iteration, "id": name, "prompt": f"prompt {name}", "reply": f"reply {iteration}"}
+    return sample | {"reference": f"reference {iteration}", "unpenalised_reply": None} | more
+
+
+def write(out, rows, samples, kinds=(), **config):
+    out.mkdir(parents=True)
+    config = {"compare": ",".join(kinds), "penalty": {"kind": "practical"}, **config}
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    (out / "environment.json").write_text(json.dumps({"device": NASTY}))
+    for kind in kinds or [""]:
+        (out / kind).mkdir(exist_ok=True)
+        metrics.append(out / kind / "metrics.jsonl", rows)
+        metrics.append(out / kind / "samples.jsonl", samples)
+    return write_report(out).read_text(encoding="utf-8")
+
+
+def images(page):
+    """Names of the figures in the page, each of which is a whole PNG."""
+    found = re.findall(r"<img src='data:image/png;base64,([^']*)' alt='(\w+)'>", page)
+    assert all(base64.b64decode(data).startswith(b"\x89PNG") for data, _ in found)
+    return [name for _, name in found]
+
+
+def test_everything_is_in_one_page(tmp_path):
+    rows = [row_of(i, steering=0.1 * i, warning="possible <b>collapse</b>" if i == 3 else None) for i in range(1, 5)]
+    samples = [sample_of(i, prompt=NASTY, unpenalised_reply=f"{NASTY} alone {i}") for i in range(1, 5)]
+    page = write(tmp_path / "run", rows, samples, ("none", "practical"), logging={"checkpoint_every": 2})
+    assert images(page) == list(CAPTIONS)
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    assert "http" not in page
+    assert "<script>" not in page
+    assert "<b>" not in page
+    assert page.count("&lt;b&gt;collapse") == 2  # once a penalty, in the list of warnings
+    assert page.count("by reward alone") == 4
+    places = [page.index(text) for text in ("iteration 2</h3>", "<td>reply 2<", "iteration 4</h3>", "<td>reply 4<")]
+    assert places == sorted(places)
+    assert "reply 3" not in page
+    assert "<td>8 (4)</td>" in page
+    assert "3.00 GiB" in page
+    assert "+0.100 → +0.400" in page
+
+
+def test_rows_of_older_runs_leave_holes(tmp_path):
+    older = [{"iteration": i, "reward": 0.5, "seconds": {"score": 1.0}} for i in (1, 2)]
+    page = write(tmp_path / "old", older, [{k: v for k, v in sample_of(2).items() if k != "unpenalised_reply"}])
+    assert images(page) == ["reward", "seconds"]
+    assert "+0.500 → +0.500" in page
+    assert "– → –" in page
+    assert "Memory</h2>" not in page
+    assert "None." in page
+    assert images(write(tmp_path / "empty", [], [])) == []
+    assert images(write(tmp_path / "nulls", [row_of(1, reward=None, oracle_utility=None, seconds={})], [])) == [
+        "overconfidence", "steering", "movement", "replies",
+    ]  # fmt: skip
+
+
+def test_planned_and_measured_memory(tmp_path):
+    sizes = [
+        {"memory_planned": {"score": 4 * 2**30}, "memory_measured": {"score": i * 2**30, "update": 2**29}}
+        for i in (1, 3, 2)
+    ]
+    page = write(tmp_path / "run", [row_of(i, **more) for i, more in enumerate(sizes, 1)], [])
+    cells = [re.findall(r"<td>([^<]*)</td>", line) for line in re.findall(r"<tr>(.*?)</tr>", page)]
+    assert ["practical", "score", "4.00 GiB", "3.00 GiB", "0.75"] in cells
+    assert ["practical", "update", "–", "512.0 MiB", "–"] in cells
+
+
+def test_a_large_run_s_page_stays_small(tmp_path):
+    samples = [sample_of(1, name=f"p{n}") for n in range(SHOWN + 3)]
+    page = write(tmp_path / "run", [row_of(1)], samples)
+    assert page.count("<h4>") == SHOWN
+    assert f"{SHOWN} of {SHOWN + 3} prompts" in page
+    assert "first checkpoint" not in page
+
+
+def test_penalties_are_matched_by_prompt_not_by_place(tmp_path):
+    out = tmp_path / "run"
+    write(out, [row_of(1)], [sample_of(1, "a"), sample_of(1, "b")], ("none", "practical"))
+    metrics.cut(out / "practical" / "samples.jsonl", 0)
+    metrics.append(out / "practical" / "samples.jsonl", [sample_of(1, "b", reply="other"), sample_of(1, "c")])
+    page = write_report(out).read_text(encoding="utf-8")
+    table = page[page.index("<h4>prompt b") : page.index("<h4>prompt c")]
+    assert re.findall(r"<td>([^<]*)</td>", table) == [
+        "base model", "reference 1", "none", "reply 1", "practical", "other",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_shows_rows_and_warnings(capsys, shown):
+    with Progress("relaxed", 20, 0, shown) as progress:
+        progress(row_of(4, oracle_utility=None))
+        progress(row_of(5, warning="possible collapse"))
+    lines = capsys.readouterr().err.splitlines()
+    if not shown:
+        assert lines == []
+        return
+    assert lines == [
+        "relaxed    4/20  reward +0.400, oracle –, gap +0.300, kl 0.0100, 2.0 s",
+        "relaxed    5/20  reward +0.500, oracle -3.000, gap +0.300, kl 0.0100, 2.0 s",
+        "relaxed    5/20  warning: possible collapse",
+    ]
