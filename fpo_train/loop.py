@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def iterate(parts: Parts, iteration: int) -> tuple[Row, list[Sample]]:
         engine,
         learnt=learnt,
         grad_norm=norm,
-        learning_rate=parts.update.scheduler.get_last_lr()[0],
+        learning_rate=float(parts.update.scheduler.get_last_lr()[0]),
         reward_model_loss=fitted,
         reward_model_drift=parts.reward_model.drift(),
         seconds=clock.seconds,
@@ -127,18 +128,16 @@ def retrain(parts: Parts, iteration: int) -> float | None:
 
     None where it is not its turn, or there is nothing to learn from.
     """
-    config, losses = parts.config.reward_model, []
+    config, model, losses = parts.config.reward_model, parts.reward_model, []
     if iteration % config.every:
         return None
     before = iteration - config.every
     fresh = parts.replay.since(before)
     generator = torch.Generator().manual_seed(mix("replay", parts.config.seed, iteration))
     for _ in range(config.steps):
-        batch = fresh + parts.replay.draw(config.replay_pairs, generator, before)
-        if batch:
-            loss = parts.memory("retrain", lambda rows, batch=batch: parts.reward_model.gradient(batch, rows))
-            losses.append(float(loss))
-            parts.reward_model.step()
+        if batch := fresh + parts.replay.draw(config.replay_pairs, generator, before):
+            losses.append(float(parts.memory("retrain", partial(model.gradient, batch))))
+            model.step()
     return sum(losses) / len(losses) if losses else None
 
 

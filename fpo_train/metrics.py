@@ -98,7 +98,7 @@ def measure(
         learnt, grad_norm, learning_rate, reward_model_loss, reward_model_drift: the same on all ranks already.
         seconds, memory_planned, memory_measured: by phase. peak: bytes. They are this rank's own.
     """
-    own = {
+    own: dict[str, Any] = {
         "calls": labels.calls,  # before this function asks: labels not bought for the learning would be audits
         "failures": labels.failures,
         "seconds": seconds or {},

@@ -62,7 +62,9 @@ def run(config: RunConfig) -> Path:
                 _run_one(one, workshop, request)
             if engine.main and config.logging.controlled:
                 _controlled(out)
-            return write_report(out) if engine.main else out / "report.html"
+            report = write_report(out) if engine.main else out / "report.html"
+            engine.barrier()  # no process leaves while another still talks to it
+            return report
         finally:
             engine.finish()
 

@@ -17,7 +17,7 @@ def test_two_processes_equal_one(tiny, tmp_path, update):
     more = ["--rollout.prompts", "4", "--update.kind", update, "--update.kl_weight", "0.05", "--penalty.kind", "tracin"]
     more += ["--reward_model.fit_pairs", "5"]  # does not divide by two
     assert main(arguments(tiny, tmp_path / "one", *more)) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     words = arguments(tiny, tmp_path / "two", *more)
     done = subprocess.run([*launch, "fpo_train.cli", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

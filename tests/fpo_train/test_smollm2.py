@@ -7,10 +7,14 @@ import sys
 import pytest
 import torch
 
-from fpo_train.config import PolicyConfig
+from fpo_train.config import PenaltyConfig, PolicyConfig, RunConfig
 from fpo_train.data import Prompt, render
+from fpo_train.engine import Engine
+from fpo_train.penalty import Penalty
 from fpo_train.policy import load_policy
-from fpo_train.reward_model import HeadRewardModel
+from fpo_train.replay import Replay
+from fpo_train.reward_model import load_reward_model
+from fpo_train.rollout import Readings, Rollout
 
 pytestmark = pytest.mark.slow
 
@@ -50,11 +54,19 @@ def test_the_demo_s_penalty_equals_autograd_over_the_head(smollm2):
     question = "What is the capital of France?"
     prompt = Prompt(name="q", text=question, ids=tuple(render(smollm2.tokenizer, question)))
     replies = [smollm2.tokenizer(text)["input_ids"] for text in texts]
-    features = smollm2.encode(smollm2.sequences([prompt] * 4, replies)).closing
-    product = HeadRewardModel.steering(features[:3], features[3:])
-    weight = torch.randn(features.shape[1], dtype=torch.float64, requires_grad=True)
-    g = [torch.autograd.grad(weight @ h, weight)[0] for h in features.double()]
+    rollout = Rollout.of(smollm2, [prompt], replies, candidates=3)
+    readings, engine = Readings(smollm2, rollout), Engine()
+    model = load_reward_model(RunConfig(), smollm2, engine, smollm2.device)
+    penalty = Penalty(PenaltyConfig(kind="practical", gamma_units="raw"), engine, 0)
+    judged = penalty(model, model.read(rollout, readings), None, Replay(1), rollout)
+    weight = torch.randn(model.head.in_features, dtype=torch.float64, requires_grad=True)
+    sequences = rollout.sequences
+    with torch.no_grad(), smollm2.base():
+        hidden = smollm2.lm.base_model(input_ids=sequences.ids, attention_mask=sequences.mask.long()).last_hidden_state
+    closing = hidden[torch.arange(4), sequences.mask.sum(1) - 1].double()
+    g = [torch.autograd.grad(weight @ h, weight)[0] for h in closing]
     truth = torch.stack([g[n] @ (g[n] - g[3]) for n in range(3)])
+    product = judged.penalty[0].double()
     assert (product - truth).norm() <= 1e-5 * truth.norm()
     assert ((product - truth).abs() <= 1e-5 * truth.abs()).all()
 
