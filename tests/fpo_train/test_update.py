@@ -222,3 +222,31 @@ def test_an_adapter_on_the_output_embedding_does_not_speak_for_the_base(tiny, pr
     for parameter in policy.trainable.values():
         parameter.data.normal_()
     assert update.gradient(rollout, Readings(policy, rollout), EFFECTIVE).kl > 0.01
+
+
+@pytest.mark.parametrize("kind", ["best_of_n", "rloo"])
+def test_gradient_checkpointing_changes_nothing(tiny, prompts, kind):
+    """Also where nobody has read the base before the policy learns."""
+    found = []
+    for checkpointing in (False, True):
+        policy = load_policy(
+            PolicyConfig(model=str(tiny), gradient_checkpointing=checkpointing), 0, torch.device("cpu")
+        )
+        torch.manual_seed(1)
+        for parameter in policy.trainable.values():
+            parameter.data.normal_(std=0.1)
+        rollout = sampler(policy, RolloutConfig(candidates=N, max_new_tokens=6), 5)(prompts.batch(1, 3), 1, 0)
+        update = load_update(policy, config(kind, kl_weight=0.3), Engine())
+        learnt = update.gradient(rollout, Readings(policy, rollout), EFFECTIVE)
+        found.append((*learnt, float(torch.stack([p.grad.norm() for p in policy.trainable.values()]).norm())))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(policy, rollout):
+    update = load_update(policy, config("rloo", learning_rate=1.0), Engine())
+    before = [p.detach().clone() for p in policy.trainable.values()]
+    update.gradient(rollout, Readings(policy, rollout), EFFECTIVE)
+    next(iter(policy.trainable.values())).grad[0, 0] = torch.nan
+    with pytest.raises(RunError, match="gradient has the norm nan"):
+        update.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable.values(), strict=True))
