@@ -13,7 +13,7 @@ Gauss–Newton matrix. While no pair is labelled, `exact` and `residual` are 0.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,6 @@ from .replay import Replay
 from .residual import expected_overconfidence
 from .reward_model import Reading, RewardModel
 from .rollout import Rollout
-
-T = TypeVar("T", Tensor, HeadGradients | EngineGradients)
 
 
 class Judged(NamedTuple):
@@ -181,15 +179,16 @@ class Question:
         over = rows[(self._usable & reward.isfinite()).flatten()]
         if of is not None and (of.free or kind == "tracin"):
             mean_product = of.mean_products(rows, references, over).view_as(self._usable)
-        penalty = torch.zeros_like(reward)
-        if kind == "practical":
+        if of is None or kind == "none":
+            penalty = torch.zeros_like(reward)
+        elif kind == "practical":
             penalty = _known(product)
         elif kind == "residual":
-            penalty = self._expected(_known(of)).to(reward) * _known(product)
-        elif kind != "none":
+            penalty = self._expected(of).to(reward) * _known(product)
+        else:
             c = overconfidence(reward - reference_reward, self._labels.preferences(self._usable).to(reward))
             if kind == "exact":
-                penalty = self._exact(_known(of), over, c)
+                penalty = self._exact(of, over, c)
             else:
                 penalty = c * _known(product if kind == "relaxed" else mean_product)
         return Term(reward, reference_reward, penalty, product, mean_product)
@@ -251,7 +250,7 @@ def within(values: Tensor, judged: Tensor) -> Tensor:
     return torch.where(judged, values - mean, 0.0)
 
 
-def _known(value: T | None) -> T:
-    if value is None:
-        raise RuntimeError("something that this penalty needs was not asked for")
-    return value
+def _known(product: Tensor | None) -> Tensor:
+    if product is None:
+        raise RuntimeError("a product that this penalty needs was not asked for")
+    return product

@@ -254,3 +254,20 @@ def test_pairs_that_say_nothing(tiny, tiny_bert, kind_of_model, scope):
     penalty = Penalty(PenaltyConfig(kind="exact", parameters=scope, damping=0.0, sketch_dim=64), s.engine, 5)
     with pytest.raises(RunError, match=r"penalty\.damping: "):
         penalty(s.model, s.reading, s.labels, s.replay, s.rollout)
+
+
+def test_the_mean_gradient_is_over_all_processes(tiny, tiny_bert):
+    """Two processes with their own candidates; and none to be judged on either gives zeros."""
+    s = setting(tiny, tiny_bert, "lora", torch.float64, kind="tracin", parameters="lora")
+    names, (rows, references) = s.model.names("lora"), s.rollout.pairs()
+    alone = EngineGradients(s.model, s.reading, names, s.engine, 64, 5)
+    sums = []
+    for over in (rows[:2], rows[2:]):
+        engine = SimpleNamespace(total=lambda tensor: sums.append(tensor.clone()) or tensor)
+        EngineGradients(s.model, s.reading, names, engine, 64, 5)._mean_gradient(over)
+    half = len(sums) // 2
+    totals = iter([a + b for a, b in zip(sums[:half], sums[half:], strict=True)])
+    engine = SimpleNamespace(total=lambda tensor: next(totals))
+    found = EngineGradients(s.model, s.reading, names, engine, 64, 5).mean_products(rows, references, rows[:2])
+    close(found, alone.mean_products(rows, references, rows), 1e-10)
+    assert not alone.mean_products(rows, references, rows[:0]).any()

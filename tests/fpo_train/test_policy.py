@@ -292,3 +292,9 @@ def test_prompts_of_very_different_lengths_share_a_rollout(policy, prompts):
         encoded = Readings(policy, one).of(torch.tensor([row]))
         assert torch.allclose(encoded.closing[0], truth[-1], rtol=1e-4, atol=1e-5)
         assert torch.allclose(encoded.predicting, truth[:4], rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_settings_of_the_model_s_folder_have_no_say(policy, prompts, rollout):
+    given = policy.model.generation_config
+    given.repetition_penalty, given.eos_token_id, given.temperature, given.top_k = 5.0, 9, 0.1, 1
+    assert sample(policy, prompts.batch(0, 3)).replies == rollout.replies
