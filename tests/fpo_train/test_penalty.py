@@ -238,3 +238,11 @@ def test_iterations_without_a_penalty_do_not_count():
     assert penalty._scale(reward, torch.zeros(3, N), judged) == (0.0, 0.0)
     assert penalty._scale(reward, raw, judged) == fresh._scale(reward, raw, judged)
     assert penalty._scale(reward, torch.zeros(3, N), judged)[1] == fresh._scale(reward, raw, judged)[1]
+
+
+def test_without_a_score_of_the_reference_nothing_can_be_judged():
+    torch.manual_seed(0)
+    features = torch.randn(15, 6)
+    features[N] = torch.nan
+    judged, _ = ask(make("none"), features=features)
+    assert judged.effective.isneginf().all(1).tolist() == [True, False, False]

@@ -353,3 +353,12 @@ def test_of_what_is_too_long_the_prompt_is_cut_and_not_the_reply(policy):
             assert reply in policy.tokenizer.decode(row)
             (short,) = whole.batch([("word", reply)], policy.device)["input_ids"].tolist()
             assert inputs.batch([("word", reply)], policy.device)["input_ids"].tolist() == [short]
+
+
+def test_the_schedule_falls_over_all_trainings(policy):
+    settings = RewardModelConfig(schedule="linear", learning_rate=1.0, steps=3, every=2)
+    model = load_reward_model(RunConfig(reward_model=settings, iterations=5), policy, Engine(), policy.device)
+    for _ in range(6):
+        model.step()
+    assert model.scheduler.get_last_lr() == [0.0]
+    assert model.history[-1].learning_rate == pytest.approx(1 / 6)
