@@ -119,7 +119,7 @@ class EngineGradients:
         wide = [
             torch.zeros(p.shape, device=p.device, dtype=torch.promote_types(p.dtype, torch.float32)) for p in chosen
         ]
-        count = float(self._engine.total(torch.tensor([len(over)], device=over.device)))
+        count = self._engine.total(torch.tensor([len(over)], device=over.device)).clamp_min(1)
         with torch.enable_grad(), asking(chosen):
             for rows in over.split(self._rows_at_once or max(1, len(over))):
                 if len(rows):
@@ -145,12 +145,12 @@ def asking(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def refusals(setting: str = "penalty.parameters") -> Iterator[None]:
     """What the kernels refuse, said as the setting that asks for it."""
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise RunError(f"penalty.parameters: {error}") from error
+        raise RunError(f"{setting}: {error}") from error
 
 
 def mean_of(rows: Tensor, engine: Engine) -> Tensor:

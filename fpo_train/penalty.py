@@ -22,7 +22,7 @@ import fpo_kernels as fk
 
 from .config import PenaltyConfig
 from .engine import Engine
-from .gradients import EngineGradients, HeadGradients, gradients, mean_of
+from .gradients import EngineGradients, HeadGradients, gradients, mean_of, refusals
 from .oracle import Labels
 from .replay import Replay
 from .residual import expected_overconfidence
@@ -110,7 +110,8 @@ class Penalty:
         """The ratio of the spreads, and what turns the raw penalty into the units of γ.
 
         Spreads are around each prompt's own mean, since candidates compete within a prompt. The iteration at hand
-        counts in the running variances at once.
+        counts in the running variances at once; one without a penalty (`exact`, `residual` before any label) does not
+        count, for it would make the later ones too heavy.
         """
         squares = [within(values, judged).square().sum() for values in (reward, raw)]
         sums = torch.stack([*squares, judged.sum().to(squares[0])])
@@ -118,9 +119,10 @@ class Penalty:
         spread = (of_penalty / of_reward) ** 0.5 if of_reward else 0.0
         if self.config.gamma_units == "raw":
             return spread, 1.0
-        keep, count = self.DECAY, max(count, 1.0)
-        self._reward_variance = keep * self._reward_variance + (1 - keep) * of_reward / count
-        self._penalty_variance = keep * self._penalty_variance + (1 - keep) * of_penalty / count
+        if of_penalty:
+            keep = self.DECAY
+            self._reward_variance = keep * self._reward_variance + (1 - keep) * of_reward / count
+            self._penalty_variance = keep * self._penalty_variance + (1 - keep) * of_penalty / count
         if self._penalty_variance == 0:
             return spread, 0.0
         return spread, (self._reward_variance / self._penalty_variance) ** 0.5
@@ -159,9 +161,11 @@ class Question:
     def term(self) -> Term:
         """The penalty at the weights as they are, in the paper's own units."""
         kind, rows, references = self._config.kind, self._rows, self._references
-        of = None if kind == "none" and self._reading.features is None else self._gradients(self._reading)
+        of: HeadGradients | EngineGradients | None = None
+        if kind != "none" or self._reading.features is not None:
+            of = self._gradients(self._reading)
         product = mean_product = None
-        if kind in ("practical", "relaxed", "residual"):
+        if of is not None and kind in ("practical", "relaxed", "residual"):
             found, reward, reference_reward = of.steering(rows, references)
             product = found.view_as(self._usable)
             if not isinstance(of, HeadGradients):  # those have asked for it
@@ -175,12 +179,13 @@ class Question:
         over = rows[(self._usable & reward.isfinite()).flatten()]
         if of is not None and (of.free or kind == "tracin"):
             mean_product = of.mean_products(rows, references, over).view_as(self._usable)
-        penalty = torch.zeros_like(reward)
-        if kind == "practical":
+        if of is None or kind == "none":
+            penalty = torch.zeros_like(reward)
+        elif kind == "practical":
             penalty = _known(product)
         elif kind == "residual":
             penalty = self._expected(of).to(reward) * _known(product)
-        elif kind != "none":
+        else:
             c = overconfidence(reward - reference_reward, self._labels.preferences(self._usable).to(reward))
             if kind == "exact":
                 penalty = self._exact(of, over, c)
@@ -227,10 +232,14 @@ class Question:
         own, other = self._features(of)
         place = (self._rows[:, None] == over[None]).any(1)
         mean = mean_of(own[place], self._engine)
+        weight = fk.logistic_weights(margin)
+        if not (u * weight[:, None]).any():  # pairs of replies alike, or a head of zeros: H knows of no direction
+            return torch.zeros_like(c)
         curvature = fk.Curvature(u.shape[1], damping=self._config.damping, device=u.device)
-        curvature.update(u, fk.logistic_weights(margin))
         difference = own.double() - other.double()
-        found = fk.exact_steering(curvature, mean, difference, torch.ones_like(difference[:, 0]))
+        with refusals("penalty.damping"):
+            curvature.update(u, weight)
+            found = fk.exact_steering(curvature, mean, difference, torch.ones_like(difference[:, 0]))
         return c * found.view_as(c).to(c)
 
 

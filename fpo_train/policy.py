@@ -6,7 +6,8 @@ the body of the reward model, whose head reads the base's hidden states.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +53,13 @@ class Encoded:
     def rows(self, index: Tensor) -> Encoded:
         """The chosen rows."""
         sequences = self.sequences.rows(index)
-        spans = [self.predicting[self.offsets[row] : self.offsets[row + 1]] for row in index.tolist()]
-        return Encoded(sequences, self.closing[index], torch.cat(spans), offsets_of(sequences))
+        spans = self.spans()
+        predicting = torch.cat([spans[row] for row in index.tolist()])
+        return Encoded(sequences, self.closing[index], predicting, offsets_of(sequences))
+
+    def spans(self) -> tuple[Tensor, ...]:
+        """`predicting` row by row; the offsets are fetched from the device once."""
+        return self.predicting.split(self.offsets.diff().tolist())
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -94,6 +100,16 @@ class Policy:
     def base(self) -> AbstractContextManager[None]:
         """The adapters switched off: the frozen base model."""
         return active(self.model, None)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """In eval mode, as it samples and is read: no dropout, and no gradient checkpointing, which drops caches."""
+        learning = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(learning)
 
     def cut(self, reply: list[int]) -> list[int]:
         """A sampled reply up to its EOS."""
@@ -141,7 +157,7 @@ class Policy:
     def encode(self, sequences: Sequences, rows_at_once: int = 0) -> Encoded:
         """The frozen base's reading of the rows, `rows_at_once` of them a forward."""
         closing, predicting = [], []
-        with self.base():
+        with self.at_rest(), self.base():
             for index in torch.arange(len(sequences.ids), device=self.device).split(rows_at_once or len(sequences.ids)):
                 some = sequences.rows(index)
                 hidden = self.hidden(some)

@@ -56,7 +56,11 @@ def read(policy: Policy, prompts: list[Prompt]) -> Prefix:
 def _layers(cache: Any, width: int) -> list[tuple[Tensor, Tensor]] | None:
     from transformers.cache_utils import DynamicLayer
 
-    layers = getattr(cache, "layers", [])
-    if not layers or any(type(layer) is not DynamicLayer or layer.keys.shape[2] != width for layer in layers):
-        return None
-    return [(layer.keys, layer.values) for layer in layers]
+    found = []
+    for layer in getattr(cache, "layers", []):
+        if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
+            return None
+        if layer.keys.shape[2] != width:
+            return None
+        found.append((layer.keys, layer.values))
+    return found or None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import prefix
+from .adapters import POLICY
 from .config import RolloutConfig
 from .data import Prompt
 from .policy import Encoded, Policy, Sequences, offsets_of, wide
@@ -68,20 +69,31 @@ class Rollout:
 
 
 class Readings:
-    """The frozen base's readings of a rollout, each computed once; a prompt is read once for all its replies."""
+    """The frozen base's readings of a rollout, each computed once; a prompt is read once for all its replies.
+
+    They are the base's at rest, though the policy be learning while they are asked for.
+    """
 
     def __init__(self, policy: Policy, rollout: Rollout, rows_at_once: int = 0) -> None:
         self._policy = policy
         self._rollout = rollout
         self.rows_at_once = rows_at_once
+        self._some: dict[int, tuple[Tensor, Tensor]] = {}  # row → its closing state and the predicting ones
 
     def of(self, rows: Tensor | None = None) -> Encoded:
-        """All rows, kept from then on; or some rows, which alone are read if nobody has asked for all."""
+        """All rows, or some: these alone are read if nobody has asked for all. What was read is kept."""
         if rows is None:
             return self._all
         if "_all" in self.__dict__:
             return self._all.rows(rows)
-        return self._encode(rows)
+        wanted = rows.tolist()
+        new = [row for row in dict.fromkeys(wanted) if row not in self._some]
+        if new:
+            read = self._encode(torch.tensor(new, device=rows.device))
+            self._some.update(zip(new, zip(read.closing, read.spans(), strict=True), strict=True))
+        sequences = self._rollout.sequences.rows(rows)
+        closing, predicting = zip(*(self._some[row] for row in wanted), strict=True)
+        return Encoded(sequences, torch.stack(closing), torch.cat(predicting), offsets_of(sequences))
 
     @cached_property
     def _all(self) -> Encoded:
@@ -90,17 +102,20 @@ class Readings:
     @torch.no_grad()
     def _encode(self, rows: Tensor) -> Encoded:
         policy, rollout = self._policy, self._rollout
-        with policy.base():
-            known = rollout.prefix or prefix.read(policy, rollout.prompts)
         sequences = rollout.sequences.rows(rows)
-        if known.layers is None:
-            return policy.encode(sequences, self.rows_at_once)
-        parts = [self._continue(known, some) for some in rows.split(self.rows_at_once or len(rows))]
+        with policy.at_rest(), policy.base():
+            known = rollout.prefix or prefix.read(policy, rollout.prompts)
+            if known.layers is None:
+                return policy.encode(sequences, self.rows_at_once)
+            parts = [self._continue(known, some) for some in rows.split(self.rows_at_once or len(rows))]
         closing, predicting = (torch.cat(kind) for kind in zip(*parts, strict=True))
         return Encoded(sequences, closing, predicting, offsets_of(sequences))
 
     def _continue(self, known: Prefix, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Closing states (r, H) and those that predict the reply tokens (s, H), from the prompts' keys and values."""
+        """Closing states (r, H) and those that predict the reply tokens (s, H), from the prompts' keys and values.
+
+        The model is the base, at rest.
+        """
         policy, rollout = self._policy, self._rollout
         owners = rows // (rollout.candidates + 1)
         lengths = known.mask.sum(1)[owners]  # (r,) tokens of each prompt
@@ -111,14 +126,13 @@ class Readings:
         columns = places.clamp_max(rollout.sequences.ids.shape[1] - 1)
         ids = rollout.sequences.ids[rows[:, None], columns]
         reply = rollout.sequences.reply[rows[:, None], columns] & within
-        with policy.base():
-            hidden = policy.lm.base_model(
-                input_ids=ids,
-                attention_mask=torch.cat([known.mask[owners], within.long()], 1),
-                position_ids=places,
-                past_key_values=known.cache(owners, known.ids.shape[1]),
-                use_cache=True,
-            ).last_hidden_state
+        hidden = policy.lm.base_model(
+            input_ids=ids,
+            attention_mask=torch.cat([known.mask[owners], within.long()], 1),
+            position_ids=places,
+            past_key_values=known.cache(owners, known.ids.shape[1]),
+            use_cache=True,
+        ).last_hidden_state
         closing = wide(hidden[torch.arange(len(rows), device=rows.device), whole - lengths - 1])
         shifted = torch.cat([known.last[owners][:, None].to(hidden.dtype), hidden[:, :-1]], 1)
         return closing, shifted[reply]
@@ -170,8 +184,8 @@ class TransformersSampler:
 
     @contextmanager
     def _dropout(self) -> Iterator[None]:
-        """The adapters' dropout on, where `rollout.lora_dropout` asks for it; nothing else is in train mode."""
-        modules = [m for m in self._policy.model.modules() if isinstance(m, torch.nn.Dropout)]
+        """The policy's adapter's dropout on, where `rollout.lora_dropout` asks for it; of nothing else."""
+        modules = [m for name, m in self._policy.model.named_modules() if f".lora_dropout.{POLICY}" in name]
         for module in modules if self._settings.lora_dropout else []:
             module.train()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,14 +64,22 @@ class Update(ABC):
         return Learnt(loss, kl)
 
     def step(self) -> float:
-        """Clip, and step optimizer and schedule; returns the gradient's norm. Without a gradient nothing moves."""
+        """Clip, and step optimizer and schedule; returns the gradient's norm. Without a gradient nothing moves.
+
+        Raises:
+            RunError: a gradient that is not finite, which would leave an adapter of NaN; nothing has moved then.
+        """
         if all(p.grad is None for p in self._parameters):
             return 0.0
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or float("inf"))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or float("inf")))
+        if not math.isfinite(norm):
+            raise RunError(
+                f"update: the policy's gradient has the norm {norm}; a smaller update.learning_rate may help"
+            )
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer and schedule."""
@@ -191,14 +200,15 @@ class RLOO(Update):
     @torch.no_grad()
     def _divergence(self, sequences: Sequences, base: Encoded, rows_at_once: int) -> Tensor:
         """Σ_t [log π(token_t) − log π_base(token_t)] of each row, (R,); the policy without dropout, as it sampled."""
-        policy, found = self._policy, []
-        policy.model.eval()
-        for index in torch.arange(len(sequences.ids), device=policy.device).split(rows_at_once or len(sequences.ids)):
-            some, other = sequences.rows(index), base.rows(index)
-            own = self._log_probs(policy.hidden(some, self._attention_mask), some, some.reply)
-            theirs = token_log_probs(other.predicting, other.tokens, policy.base_project, self.config.logits_at_once)
-            found.append(torch.segment_reduce(own - theirs, "sum", offsets=other.offsets))
-        policy.model.train()
+        policy, found, every = self._policy, [], torch.arange(len(sequences.ids), device=sequences.ids.device)
+        with policy.at_rest():
+            for index in every.split(rows_at_once or len(every)):
+                some, other = sequences.rows(index), base.rows(index)
+                own = self._log_probs(policy.hidden(some, self._attention_mask), some, some.reply)
+                theirs = token_log_probs(
+                    other.predicting, other.tokens, policy.base_project, self.config.logits_at_once
+                )
+                found.append(torch.segment_reduce(own - theirs, "sum", offsets=other.offsets))
         return torch.cat(found)
 
 

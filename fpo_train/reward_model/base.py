@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, linear, softplus
 
 from fpo_train.config import RunConfig
 from fpo_train.engine import Engine
@@ -149,7 +149,7 @@ class RewardModel(ABC):
             RunError: a score that is not a number, unless `reward_model.nan_scores` is "drop".
         """
         if reading.features is not None and not dropout:
-            return self.checked(self.head(reading.features.to(self.head.weight.dtype))[:, 0])
+            return self.checked(self._of_features(reading.features))
         if reading.batch is None:
             raise RuntimeError("this reading has features alone")
         self.module.train(dropout)
@@ -193,14 +193,19 @@ class RewardModel(ABC):
         """r(z) − r(ref) of each pair, (n,), fp32 or float64, with a graph to what is trained."""
         reading = self.read_pairs(pairs)
         if reading.features is not None:
-            reward = self.head(reading.features.to(self.head.weight.dtype))[:, 0]
+            reward = self._of_features(reading.features)
         else:
-            reward = self.module(**(reading.batch or {})).logits[:, 0]
-        return wide(reward[::2]) - wide(reward[1::2])
+            reward = wide(self.module(**(reading.batch or {})).logits[:, 0])
+        return reward[::2] - reward[1::2]
+
+    def _of_features(self, features: Tensor) -> Tensor:
+        """Scores (R,) of what the head reads, (R, H): in half precision most candidates of a prompt would tie."""
+        weight, bias = self.head.weight, self.head.bias
+        return linear(features.to(wide(weight).dtype), wide(weight), None if bias is None else wide(bias))[:, 0]
 
     def step(self) -> None:
         """Step optimizer and schedule, and keep the new weights as the newest state."""
-        rate = self.scheduler.get_last_lr()[0]
+        rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -221,12 +226,12 @@ class RewardModel(ABC):
             self._put(now)
 
     def drift(self) -> float:
-        """‖φ − φ₀‖ / ‖φ₀‖ over the trained weights, φ₀ those it began with."""
+        """‖φ − φ₀‖ / ‖φ₀‖ over the trained weights, φ₀ those it began with; ‖φ‖ where they are 0."""
         moved = sum(
             float((p.detach().cpu() - self._start[n]).double().square().sum()) for n, p in self.trainable.items()
         )
         whole = sum(float(p.double().square().sum()) for p in self._start.values())
-        return (moved / whole) ** 0.5 if whole else 0.0
+        return (moved / (whole or 1.0)) ** 0.5
 
     def fit(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> None:
         """Set the head's weight by `fit_logistic` on pairs, and begin from there."""
@@ -296,11 +301,17 @@ def fit_logistic(difference: Tensor, preference: Tensor, ridge: float) -> Tensor
     damping = (ridge * x.square().sum() / x.shape[1]).clamp_min(1e-12)  # pairs may all be alike
     w = x.new_zeros(x.shape[1])
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    for _ in range(50):
+
+    def loss(w: Tensor) -> float:
+        return float((softplus(x @ w) - p * (x @ w)).sum() + damping / 2 * (w @ w))
+
+    for _ in range(100):
         q = torch.sigmoid(x @ w)
         gradient = x.T @ (q - p) + damping * w
         hessian = x.T @ (x * (q * (1 - q))[:, None]) + damping * eye
-        step = torch.linalg.solve(hessian, gradient)
+        step, now = torch.linalg.solve(hessian, gradient), loss(w)
+        while loss(w - step) > now + 1e-12 * abs(now) and step.norm() > 1e-10 * w.norm():
+            step = step / 2  # with little ridge a whole step can overshoot, and the next one further still
         w = w - step
         if step.norm() <= 1e-10 * w.norm():
             break

@@ -100,7 +100,11 @@ class ClassifierRewardModel(RewardModel):
             return
         trained = {name: weight.contiguous() for name, weight in self.weights().items()}
         save_file(trained, folder / "trained.safetensors")
-        description = {"model": settings.model, "trained": settings.train, "reads": settings.input}
+        description: dict[str, str | int] = {
+            "model": settings.model,
+            "trained": settings.train,
+            "reads": settings.input,
+        }
         if settings.train == "lora":
             description |= {"lora_rank": settings.lora_rank, "lora_alpha": settings.lora_alpha}
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

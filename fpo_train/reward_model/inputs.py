@@ -44,19 +44,36 @@ class TextInputs:
 
     def _tokenize(self, prompt: str, reply: str) -> dict[str, list[int]]:
         room = self._longest - (self._eos is not None)
-        cut = {"truncation": True, "max_length": room}
         if self._kind == "reply":
-            row = self._tokenizer(reply, **cut)
+            row = self._tokenizer(reply, truncation=True, max_length=room)
         elif self._kind == "pair" and self._eos is None:
             row = self._tokenizer(prompt, reply, truncation="longest_first", max_length=room)
-        elif self._kind == "chat" and self._tokenizer.chat_template:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-            row = self._tokenizer.apply_chat_template(turns, return_dict=True, **cut)
         else:
-            row = self._tokenizer(prompt + BETWEEN + reply, **cut)
+            row = self._together(prompt, reply, room)
         row = {key: list(value) for key, value in row.items()}
         row.setdefault("attention_mask", [1] * len(row["input_ids"]))
         if self._eos is not None or not row["input_ids"]:  # a model must be given something to read
             row["input_ids"].append(self._tokenizer.pad_token_id if self._eos is None else self._eos)
             row["attention_mask"].append(1)
         return row
+
+    def _together(self, prompt: str, reply: str, room: int) -> Any:
+        """Prompt and reply as one text of at most `room` tokens.
+
+        It is the prompt's end that goes first: of replies that are cut off whole, one could not be told from another.
+        """
+        whole = row = self._join(prompt, reply)
+        if len(whole["input_ids"]) <= room:
+            return whole
+        words = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        keep = len(words)
+        while keep > 0 and len(row["input_ids"]) > room:  # a shortened text may split into other tokens
+            keep -= min(keep, len(row["input_ids"]) - room)
+            row = self._join(self._tokenizer.decode(words[:keep]), reply)
+        return row if len(row["input_ids"]) <= room else self._join(prompt, reply, truncation=True, max_length=room)
+
+    def _join(self, prompt: str, reply: str, **cut: Any) -> Any:
+        if self._kind == "chat" and self._tokenizer.chat_template:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+            return self._tokenizer.apply_chat_template(turns, return_dict=True, **cut)
+        return self._tokenizer(prompt + BETWEEN + reply, **cut)

@@ -130,3 +130,12 @@ def test_prompts_of_a_hub_dataset(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RunError, match="install datasets"):
         read_prompts("someone/some_set", "train_prefs")
+
+
+def test_epochs_and_streams_have_orders_of_their_own(policy):
+    prompts = render_prompts(read_prompts("questions"), 0, policy.tokenizer, room=200)
+    orders = [
+        [p.name for p in prompts.batch(epoch, len(prompts), stream)] for epoch, stream in ((0, 0), (1, 0), (0, 1))
+    ]
+    assert len({tuple(order) for order in orders}) == 3
+    assert len({tuple(sorted(order)) for order in orders}) == 1

@@ -229,3 +229,20 @@ def test_too_little_is_known():
     assert not expected_overconfidence(
         torch.ones(2, 3), torch.rand(4, 3), torch.zeros(4), (1.0,), (0.1,)
     ).overconfidence.any()
+
+
+def test_iterations_without_a_penalty_do_not_count():
+    torch.manual_seed(0)
+    reward, raw, judged = torch.randn(3, N), torch.randn(3, N), torch.ones(3, N, dtype=torch.bool)
+    penalty, fresh = make("residual"), make("residual")
+    assert penalty._scale(reward, torch.zeros(3, N), judged) == (0.0, 0.0)
+    assert penalty._scale(reward, raw, judged) == fresh._scale(reward, raw, judged)
+    assert penalty._scale(reward, torch.zeros(3, N), judged)[1] == fresh._scale(reward, raw, judged)[1]
+
+
+def test_without_a_score_of_the_reference_nothing_can_be_judged():
+    torch.manual_seed(0)
+    features = torch.randn(15, 6)
+    features[N] = torch.nan
+    judged, _ = ask(make("none"), features=features)
+    assert judged.effective.isneginf().all(1).tolist() == [True, False, False]

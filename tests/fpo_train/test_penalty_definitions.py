@@ -1,5 +1,6 @@
 """Every penalty over every scope against its definition, by one plain autograd call a row."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fpo_train.config import PenaltyConfig, PolicyConfig, RewardModelConfig, RunConfig
 from fpo_train.engine import Engine
+from fpo_train.errors import RunError
 from fpo_train.gradients import EngineGradients, HeadGradients, gradients
 from fpo_train.penalty import Penalty
 from fpo_train.policy import load_policy
@@ -236,3 +238,36 @@ def test_closed_forms_are_taken_where_the_body_is_frozen(tiny, tiny_bert):
     for a, b in zip(of.steering(rows, references), other.steering(rows, references), strict=True):
         close(a, b, 1e-10)
     close(of.mean_products(rows, references, rows[:4]), other.mean_products(rows, references, rows[:4]), 1e-10)
+
+
+@pytest.mark.parametrize(("kind_of_model", "scope"), [("head", "head"), ("lora", "lora")])
+def test_pairs_that_say_nothing(tiny, tiny_bert, kind_of_model, scope):
+    """Of replies alike H is 0: there is no direction to steer in. Without damping few pairs are refused by name."""
+    s = setting(tiny, tiny_bert, kind_of_model, torch.float32, kind="exact", parameters=scope, sketch_dim=64)
+    alike = Replay(20)
+    alike.add(dataclasses.replace(p, reference=p.chosen, reference_text=p.chosen_text) for p in s.pairs)
+    s.replay, usual = alike, s.replay
+    judged = asked(s)
+    assert not judged.penalty.any()
+    assert torch.equal(judged.effective, judged.reward)
+    s.replay = usual
+    penalty = Penalty(PenaltyConfig(kind="exact", parameters=scope, damping=0.0, sketch_dim=64), s.engine, 5)
+    with pytest.raises(RunError, match=r"penalty\.damping: "):
+        penalty(s.model, s.reading, s.labels, s.replay, s.rollout)
+
+
+def test_the_mean_gradient_is_over_all_processes(tiny, tiny_bert):
+    """Two processes with their own candidates; and none to be judged on either gives zeros."""
+    s = setting(tiny, tiny_bert, "lora", torch.float64, kind="tracin", parameters="lora")
+    names, (rows, references) = s.model.names("lora"), s.rollout.pairs()
+    alone = EngineGradients(s.model, s.reading, names, s.engine, 64, 5)
+    sums = []
+    for over in (rows[:2], rows[2:]):
+        engine = SimpleNamespace(total=lambda tensor: sums.append(tensor.clone()) or tensor)
+        EngineGradients(s.model, s.reading, names, engine, 64, 5)._mean_gradient(over)
+    half = len(sums) // 2
+    totals = iter([a + b for a, b in zip(sums[:half], sums[half:], strict=True)])
+    engine = SimpleNamespace(total=lambda tensor: next(totals))
+    found = EngineGradients(s.model, s.reading, names, engine, 64, 5).mean_products(rows, references, rows[:2])
+    close(found, alone.mean_products(rows, references, rows), 1e-10)
+    assert not alone.mean_products(rows, references, rows[:0]).any()

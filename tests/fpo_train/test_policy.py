@@ -150,6 +150,11 @@ def test_dropout_while_generating_is_an_option(tiny, prompts):
     assert sample(policy, batch).replies == sample(policy, batch).replies
     assert sample(policy, batch, on).replies != sample(policy, batch).replies
     assert not any(module.training for module in policy.model.modules())
+    policy.lm.model.other = torch.nn.Dropout().eval()  # the base's own
+    with sampler(policy, on, 2)._dropout():
+        trained = [name for name, module in policy.model.named_modules() if module.training]
+    assert trained
+    assert all(name.endswith("lora_dropout.default") for name in trained)
 
 
 def test_blank_replies_are_not_usable(policy, prompts):
@@ -238,3 +243,58 @@ def test_models_that_bend_their_logits_are_refused(tiny, monkeypatch):
     monkeypatch.setattr(module, "load_causal_lm", bent)
     with pytest.raises(RunError, match="not a plain projection"):
         load_policy(PolicyConfig(model=str(tiny)), 0, torch.device("cpu"))
+
+
+def test_the_base_is_read_at_rest_while_the_policy_learns(tiny, prompts):
+    """No dropout of the base's own, and a prompt's keys and values are not dropped for gradient checkpointing."""
+    policy = load_policy(PolicyConfig(model=str(tiny), gradient_checkpointing=True), 0, torch.device("cpu"))
+    for layer in policy.lm.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    rollout = sample(policy, prompts.batch(0, 3))
+    expected = Readings(policy, rollout).of()
+    policy.model.train()
+    for one in (rollout, dataclasses.replace(rollout, prefix=None)):
+        encoded = Readings(policy, one).of()
+        assert torch.allclose(encoded.closing, expected.closing, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(encoded.predicting, expected.predicting, rtol=1e-5, atol=1e-5)
+        assert policy.model.training
+
+
+def test_a_row_is_read_once_whoever_asks(policy, rollout, monkeypatch):
+    readings, read, inner = Readings(policy, rollout), [], Readings._encode
+    monkeypatch.setattr(Readings, "_encode", lambda self, rows: read.append(rows.tolist()) or inner(self, rows))
+    readings.of(torch.tensor([3, 4]))
+    both = readings.of(torch.tensor([9, 3, 9, 4]))
+    assert read == [[3, 4], [9]]
+    whole = readings.of()
+    assert torch.allclose(both.closing, whole.closing[[9, 3, 9, 4]], rtol=1e-4, atol=1e-5)
+    truth = whole.rows(torch.tensor([9, 3, 9, 4]))
+    assert torch.equal(both.tokens, truth.tokens)
+    assert torch.equal(both.offsets, truth.offsets)
+    assert torch.allclose(both.predicting, truth.predicting, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_of_very_different_lengths_share_a_rollout(policy, prompts):
+    """One token beside many, and one token alone: each greedy reply is that of the prompt by itself."""
+    greedy = RolloutConfig(prompts=1, candidates=1, max_new_tokens=4, min_new_tokens=4, temperature=1e-4)
+    long = prompts.batch(0, 1)[0]
+    short = dataclasses.replace(long, name="short", ids=(7,))
+    together = sample(policy, [long, short], greedy)
+    apart = sample(policy, [short], greedy)
+    reply = []
+    for _ in range(4):
+        logits = alone(policy, short, reply, adapter=True).logits[0, -1].clone()
+        logits[policy.eos] = -torch.inf
+        reply.append(int(logits.argmax()))
+    assert together.replies[2] == apart.replies[0] == reply
+    for one, row in ((together, 2), (apart, 0)):
+        truth = alone(policy, short, [*reply, policy.eos], adapter=False).hidden_states[-1][0]
+        encoded = Readings(policy, one).of(torch.tensor([row]))
+        assert torch.allclose(encoded.closing[0], truth[-1], rtol=1e-4, atol=1e-5)
+        assert torch.allclose(encoded.predicting, truth[:4], rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_settings_of_the_model_s_folder_have_no_say(policy, prompts, rollout):
+    given = policy.model.generation_config
+    given.repetition_penalty, given.eos_token_id, given.temperature, given.top_k = 5.0, 9, 0.1, 1
+    assert sample(policy, prompts.batch(0, 3)).replies == rollout.replies

@@ -23,6 +23,7 @@ from fpo_train.errors import RunError
 from fpo_train.replay import Pair
 from fpo_train.reward_model import load_reward_model
 from fpo_train.reward_model.base import fit_logistic
+from fpo_train.reward_model.inputs import TextInputs
 from fpo_train.rollout import Readings, sampler
 
 KINDS = [
@@ -314,3 +315,50 @@ def test_minilm(policy, models, rollout):
     reading = model.read(rollout, Readings(policy, rollout))
     assert reading.features.shape == (8, 384)
     assert torch.allclose(model.score(reading), alone(model, reading).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_fit_does_not_overshoot():
+    """Little ridge, features of very different size from 1: whole Newton steps run away here."""
+    torch.manual_seed(5)
+    n, h = int(torch.randint(2, 60, ())), int(torch.randint(1, 80, ()))
+    x = torch.randn(n, h) * 10 ** float(torch.empty(()).uniform_(-2, 3))
+    p, ridge = torch.rand(n), 1e-6
+    w = fit_logistic(x, p, ridge)
+    wide, damping = x.double(), ridge * x.double().square().sum() / h
+    gradient = wide.T @ (torch.sigmoid(wide @ w) - p) + damping * w
+    assert gradient.norm() < 1e-8 * (wide.T @ (0.5 - p.double())).norm()
+
+
+def test_a_head_in_half_precision_scores_in_fp32(policy, models, rollout):
+    model = load(policy, models, kind="classifier", model="bert", dtype="bfloat16")
+    reading = model.read(rollout, Readings(policy, rollout))
+    model.head.bias.data.fill_(100.0)
+    expected = reading.features @ model.head.weight[0].float() + 100.0
+    assert torch.allclose(model.score(reading), expected, rtol=1e-6)
+    pairs = pairs_of(rollout, reading)
+    assert torch.allclose(model.margins(pairs), expected[[1, 5]] - expected[[3, 7]], atol=1e-4)
+    assert model.score(reading).unique().numel() > 2  # rounded to bfloat16 nearly all would be 100
+    model.gradient(pairs)
+    assert model.head.weight.grad.dtype == torch.bfloat16
+
+
+def test_of_what_is_too_long_the_prompt_is_cut_and_not_the_reply(policy):
+    prompt, replies = "word " * 60 + "end", ("yes, so it is", "no, not at all")
+    for kind, eos in (("chat", None), ("pair", policy.eos), ("pair", None)):
+        whole = TextInputs(policy.tokenizer, kind, 10_000, eos)
+        inputs = TextInputs(policy.tokenizer, kind, 40, eos)
+        for reply in replies:
+            (row,) = inputs.batch([(prompt, reply)], policy.device)["input_ids"].tolist()
+            assert 30 < len(row) <= 40
+            assert reply in policy.tokenizer.decode(row)
+            (short,) = whole.batch([("word", reply)], policy.device)["input_ids"].tolist()
+            assert inputs.batch([("word", reply)], policy.device)["input_ids"].tolist() == [short]
+
+
+def test_the_schedule_falls_over_all_trainings(policy):
+    settings = RewardModelConfig(schedule="linear", learning_rate=1.0, steps=3, every=2)
+    model = load_reward_model(RunConfig(reward_model=settings, iterations=5), policy, Engine(), policy.device)
+    for _ in range(6):
+        model.step()
+    assert model.scheduler.get_last_lr() == [0.0]
+    assert model.history[-1].learning_rate == pytest.approx(1 / 6)

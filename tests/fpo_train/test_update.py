@@ -11,7 +11,7 @@ from fpo_train.config import PolicyConfig, RolloutConfig, RunConfig, UpdateConfi
 from fpo_train.engine import Engine
 from fpo_train.errors import RunError
 from fpo_train.policy import load_policy
-from fpo_train.rollout import Readings, sampler
+from fpo_train.rollout import Readings, Rollout, sampler
 from fpo_train.update import leave_one_out, load_update
 
 N = 4
@@ -222,3 +222,83 @@ def test_an_adapter_on_the_output_embedding_does_not_speak_for_the_base(tiny, pr
     for parameter in policy.trainable.values():
         parameter.data.normal_()
     assert update.gradient(rollout, Readings(policy, rollout), EFFECTIVE).kl > 0.01
+
+
+@pytest.mark.parametrize("kind", ["best_of_n", "rloo"])
+def test_gradient_checkpointing_changes_nothing(tiny, prompts, kind):
+    """Also where nobody has read the base before the policy learns."""
+    found = []
+    for checkpointing in (False, True):
+        policy = load_policy(
+            PolicyConfig(model=str(tiny), gradient_checkpointing=checkpointing), 0, torch.device("cpu")
+        )
+        torch.manual_seed(1)
+        for parameter in policy.trainable.values():
+            parameter.data.normal_(std=0.1)
+        rollout = sampler(policy, RolloutConfig(candidates=N, max_new_tokens=6), 5)(prompts.batch(1, 3), 1, 0)
+        update = load_update(policy, config(kind, kl_weight=0.3), Engine())
+        learnt = update.gradient(rollout, Readings(policy, rollout), EFFECTIVE)
+        found.append((*learnt, float(torch.stack([p.grad.norm() for p in policy.trainable.values()]).norm())))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(policy, rollout):
+    update = load_update(policy, config("rloo", learning_rate=1.0), Engine())
+    before = [p.detach().clone() for p in policy.trainable.values()]
+    update.gradient(rollout, Readings(policy, rollout), EFFECTIVE)
+    next(iter(policy.trainable.values())).grad[0, 0] = torch.nan
+    with pytest.raises(RunError, match="gradient has the norm nan"):
+        update.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable.values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("best_of_n", {}), ("best_of_n", {"mean": "prompt"}), ("best_of_n", {"loss_on": "padded"}), ("rloo", {})],
+)
+def test_two_processes_learn_what_one_learns(policy, rollout, kind, settings):
+    """Prompts 0 and 1 on one, 2 on the other: with the denominators of both, the parts add up to the whole."""
+    settings = config(kind, kl_weight=0.3, **settings)
+
+    def part(first, last, counts, widths):
+        replies = rollout.replies[first * (N + 1) : last * (N + 1)]
+        own = Rollout.of(policy, rollout.prompts[first:last], replies, N)
+        asked = []
+
+        def total(tensor):
+            asked.append(tensor)
+            return counts if len(asked) == 1 and counts is not None else tensor
+
+        def gather(tensor):
+            widths.append(tensor)
+            return torch.cat(widths)
+
+        engine = SimpleNamespace(total=total, gather=gather, sum_gradients=list)
+        effective = SimpleNamespace(effective=EFFECTIVE.effective[first:last])
+        learnt = load_update(policy, settings, engine).gradient(own, Readings(policy, own), effective)
+        return asked[0], learnt, [p.grad.clone() for p in policy.trainable.values()]
+
+    whole = load_update(policy, settings, Engine())
+    learnt = whole.gradient(rollout, Readings(policy, rollout), EFFECTIVE)
+    truth = [p.grad.clone() for p in policy.trainable.values()]
+    widths = []
+    for first, last in ((0, 2), (2, 3)):  # how wide the rows of both are, then how many tokens that makes
+        part(first, last, None, widths)
+    counts = part(0, 2, None, list(widths))[0] + part(2, 3, None, list(widths))[0]
+    parts = [part(first, last, counts, list(widths)) for first, last in ((0, 2), (2, 3))]
+    for number in range(2):
+        assert sum(one[1][number] for one in parts) == pytest.approx(learnt[number], rel=1e-4, abs=1e-5)
+    for left, right, both in zip(parts[0][2], parts[1][2], truth, strict=True):
+        assert (left + right - both).norm() <= 1e-4 * both.norm()
+
+
+def test_the_divergence_in_the_reward_is_without_dropout(tiny, prompts):
+    policy = load_policy(PolicyConfig(model=str(tiny), lora_dropout=0.5), 0, torch.device("cpu"))
+    for parameter in policy.trainable.values():
+        parameter.data.normal_(std=0.1)
+    rollout = sampler(policy, RolloutConfig(candidates=N, max_new_tokens=6), 5)(prompts.batch(1, 3), 1, 0)
+    update, base = load_update(policy, config("rloo"), Engine()), Readings(policy, rollout).of()
+    policy.model.train()
+    found = [update._divergence(rollout.sequences, base, 0) for _ in range(2)]
+    assert torch.equal(*found)
+    assert policy.model.training
