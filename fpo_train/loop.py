@@ -103,11 +103,11 @@ def judge(parts: Parts, rollout: Rollout, rows: int) -> tuple[Readings, Labels, 
 def label_pairs(rollout: Rollout, reading: Reading, is_best: Tensor, preferences: Tensor, iteration: int) -> list[Pair]:
     """(best, reference) of each prompt with its soft label; without one, where the oracle failed, there is no pair."""
     stride, found = rollout.candidates + 1, []
-    for b, n in is_best.nonzero().tolist():
-        chosen, reference = b * stride + n, b * stride + rollout.candidates
-        preference = float(preferences[b, n])
+    places, labels = is_best.nonzero().tolist(), preferences[is_best].tolist()
+    for (b, n), preference in zip(places, labels, strict=True):
         if preference != preference:
             continue
+        chosen, reference = b * stride + n, b * stride + rollout.candidates
         features = None if reading.features is None else reading.features[[chosen, reference]].cpu()
         pair = Pair(
             prompt=rollout.prompts[b],
