@@ -301,8 +301,7 @@ class MemoryConfig:
     """How much memory the run may hold; `fpo-train plan` shows where it goes."""
 
     budget: str = ""
-    """Bytes for models, activations and caches, as 24GiB or 16GB; empty: what the device has left, no bound on a CPU.
-    The plan holds it; on CUDA the allocator is capped to it besides."""
+    """Bytes for models, activations and caches, as 24GiB, 16GB; empty: what the device has left, on a CPU no bound."""
     generate_rows: int = 0
     """Sequences generated at a time; 0: by the plan."""
     score_rows: int = 0

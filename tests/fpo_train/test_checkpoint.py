@@ -21,6 +21,7 @@ from fpo_train.config import (
     UpdateConfig,
 )
 from fpo_train.data import read_prompts
+from fpo_train.errors import RunError
 from fpo_train.loop import iterate
 from fpo_train.run import Workshop
 
@@ -151,3 +152,17 @@ def test_the_last_few_are_kept(small, tmp_path):
         checkpoint.save(tmp_path, iteration, iteration, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11"]
     assert checkpoint.latest(tmp_path) == 11
+
+
+class Command:
+    def __reduce__(self):
+        return os.mkdir, ("run-by-a-checkpoint",)
+
+
+def test_a_checkpoint_runs_no_code_of_its_own(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(tmp_path, 1, 1, keep=1)
+    torch.save({"number": Command()}, tmp_path / "1" / "state.pt")
+    with pytest.raises(RunError, match=r"state\.pt is damaged"):
+        restored(tmp_path)
+    assert not (tmp_path / "run-by-a-checkpoint").exists()
