@@ -46,6 +46,12 @@ class Judged(NamedTuple):
     mean_product: Tensor | None = None
     """⟨ḡ, u(z)⟩ at the present weights, where the penalty had use for it or it costs nothing."""
 
+    @property
+    def is_best(self) -> Tensor:
+        """The candidate of each prompt with the largest effective reward, (B, N) bool; none where none was judged."""
+        best = torch.zeros_like(self.effective, dtype=torch.bool).scatter(1, self.effective.argmax(1, True), True)
+        return best & self.effective.isfinite()
+
 
 class Term(NamedTuple):
     """A penalty at one state of the reward model; see `Judged`."""
