@@ -41,7 +41,7 @@ from fpo_train.errors import RunError
 from fpo_train.loop import iterate, judge, label_pairs
 from fpo_train.rollout import Rollout
 from fpo_train.run import Workshop, first_pairs
-from fpo_train.sources import load_causal_lm, load_sequence_classifier
+from fpo_train.sources import load_sequence_classifier
 
 PUBLISHED, SAME = "the paper's procedure", "fpo-train, the same models"
 HEADS: dict[str, PenaltyKind] = {
@@ -201,7 +201,7 @@ def put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def build(setting: Setting, device: torch.device) -> Contest:
-    """SmolLM2 and MiniLM; two bases of ours (with and without a reward model of its own) and the procedure's oracle."""
+    """SmolLM2 and MiniLM, the policy shared by all; the procedure has an oracle and a reward model of its own."""
     try:
         return _build(setting, device)
     except RunError as problem:  # a model that cannot be fetched
@@ -209,9 +209,9 @@ def build(setting: Setting, device: torch.device) -> Contest:
 
 
 def _build(setting: Setting, device: torch.device) -> Contest:
-    shared, own = configuration(setting), own_base(setting, "none")
-    texts = prompts_of(setting)
-    workshop, other = Workshop(shared, texts), Workshop(own, texts)
+    shared, texts = configuration(setting), prompts_of(setting)
+    workshop = Workshop(shared, texts)
+    other = copy.copy(workshop)  # the same policy; but what the head on its base is fitted to is not the classifier's
     if workshop.engine.device.type != device.type:
         raise RunError(f"fpo_train runs on {workshop.engine.device.type} here, not on {device.type}")
     prompts = workshop.prompts.batch(0, setting.prompts)  # those of iteration 1, in its order
@@ -311,12 +311,12 @@ def rollout(setting: Setting) -> RolloutConfig:
 def procedure_models(workshop: Workshop) -> procedure.Models:
     """The policy of a workshop, adapter included; an oracle and a reward model of the procedure's own."""
     policy = workshop.policy
-    oracle, _ = load_causal_lm(PolicyConfig().model, torch.float32)
+    oracle = copy.deepcopy(policy.model).unload()
     classifier, tokenizer = load_sequence_classifier(RewardModelConfig().model, torch.float32)
     classifier.requires_grad_(False).classifier.requires_grad_(True)
     return procedure.Models(
         policy=policy.model,
-        oracle=oracle.to(policy.device).eval().requires_grad_(False),
+        oracle=oracle.eval().requires_grad_(False),
         tokenizer=policy.tokenizer,
         reward_model=classifier.to(policy.device).eval(),
         reward_tokenizer=tokenizer,
