@@ -84,7 +84,7 @@ class Peaks:
             return 2 * (self.prompts * config.reward_model.every + config.reward_model.replay_pairs)
         if phase == "update":
             return self.prompts * (n if config.update.kind == "rloo" else 1)
-        return self.prompts * (n + (phase == "score"))
+        return self.prompts * (n + 1)
 
     def at(self, phase: str, rows: int) -> Parts:
         """What the phase holds at its fullest with so many rows at once."""
@@ -174,14 +174,13 @@ class Peaks:
         model, e, length = self.policy, self.itemsize, self.prompt_tokens
         last = length + self.config.rollout.max_new_tokens - 1
         read = self.prompts * length
-        cache = self.prefix + cache_bytes(model, e, rows * last)
+        cache = 2 * self.prefix + cache_bytes(model, e, rows * last)  # as the policy reads the prompts, and as the base
         kv = model.kv_heads * model.head_dim
         joined = 2 * model.heads * model.head_dim if model.heads > model.kv_heads else kv
         step = forward_bytes(model, e, rows, last, self.unpacked)
         logits = rows * model.vocabulary
         prefill = forward_bytes(model, e, read, length, self.unpacked)
         return [
-            # the base reads the prompts while what the policy made of them is still there
             self.resident | {"activations": prefill, "KV cache": self.prefix + cache_bytes(model, e, read)},
             self.resident
             | {"activations": step, "KV cache": cache + joined * e * rows * last, "logits": BETWEEN * FP32 * logits},
