@@ -175,15 +175,12 @@ class Peaks:
         last = length + self.config.rollout.max_new_tokens - 1
         read = self.prompts * length
         cache = 2 * self.prefix + cache_bytes(model, e, rows * last)  # as the policy reads the prompts, and as the base
-        kv = model.kv_heads * model.head_dim
-        joined = 2 * model.heads * model.head_dim if model.heads > model.kv_heads else kv
         step = forward_bytes(model, e, rows, last, self.unpacked)
         logits = rows * model.vocabulary
         prefill = forward_bytes(model, e, read, length, self.unpacked)
         return [
             self.resident | {"activations": prefill, "KV cache": self.prefix + cache_bytes(model, e, read)},
-            self.resident
-            | {"activations": step, "KV cache": cache + joined * e * rows * last, "logits": BETWEEN * FP32 * logits},
+            self.resident | {"activations": step, "KV cache": cache, "logits": BETWEEN * FP32 * logits},
             self.resident | {"KV cache": cache, "logits": (SAMPLING * FP32 + e * (e < FP32)) * logits},
         ]
 

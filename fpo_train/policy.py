@@ -17,6 +17,7 @@ from torch import Tensor
 from .adapters import POLICY, active
 from .config import PolicyConfig
 from .data import Prompt
+from .decoding import group_heads
 from .errors import RunError
 from .sources import load_causal_lm
 
@@ -183,6 +184,7 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy
     lm.eval().requires_grad_(False)
     if config.gradient_checkpointing:  # transformers checkpoints in train mode alone: while the policy learns
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    group_heads(lm)
     _check_projection(lm, config.model)
     torch.manual_seed(seed)
     return Policy(add_adapter(lm, config), tokenizer)

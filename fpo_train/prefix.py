@@ -23,25 +23,24 @@ class Prefix:
     last: Tensor  # (B, H) hidden state at each prompt's last token
     layers: list[tuple[Tensor, Tensor]] | None  # (B, heads, W, d) keys and values; None where they cannot be shared
 
-    def cache(self, prompts: Tensor, tokens: int) -> Any:
-        """A cache of the first `tokens` positions for rows that answer `prompts` (R,): each row has its own copy."""
-        return cache([(self, prompts)], tokens)
 
-
-def cache(parts: Sequence[tuple[Prefix, Tensor]], tokens: int) -> Any:
-    """A cache of the first `tokens` positions for rows of several prefixes: those of the first part, then the next's.
+def cache(parts: Sequence[tuple[Prefix, Tensor]], tokens: int, more: int) -> Any:
+    """A cache for rows of several prefixes: those of the first part, then the next's; each row has its own copy.
 
     Args:
         parts: a prefix and the prompts of it (R,) that its rows answer; the prefixes are of the same prompts.
+        tokens: positions of the prompts to take, from the left. more: positions to have room for behind them.
     """
     from transformers import DynamicCache
 
+    from .decoding import Roomy
+
     fresh = DynamicCache()
     layers = [prefix.layers for prefix, _ in parts]
-    for number, each in enumerate(zip(*[layer or () for layer in layers], strict=True)):
+    for each in zip(*[layer or () for layer in layers], strict=True):
         picked = [[kind[prompts, :, :tokens] for kind in pair] for pair, (_, prompts) in zip(each, parts, strict=True)]
         keys, values = (one[0] if len(one) == 1 else torch.cat(one) for one in zip(*picked, strict=True))
-        fresh.update(keys, values, number)
+        fresh.layers.append(Roomy(keys, values, tokens + more))
     return fresh
 
 

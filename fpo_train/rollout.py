@@ -130,7 +130,7 @@ class Readings:
             input_ids=ids,
             attention_mask=torch.cat([known.mask[owners], within.long()], 1),
             position_ids=places,
-            past_key_values=known.cache(owners, known.ids.shape[1]),
+            past_key_values=prefix.cache([(known, owners)], known.ids.shape[1], width),
             use_cache=True,
         ).last_hidden_state
         closing = wide(hidden[torch.arange(len(rows), device=rows.device), whole - lengths - 1])
@@ -227,7 +227,7 @@ class TransformersSampler:
         if told.layers is not None and width > 1:  # generation has to read one token itself
             split = owners.split([len(some) for _, some in parts])
             known["past_key_values"] = prefix.cache(
-                [(one, mine) for (one, _), mine in zip(parts, split, strict=True)], width - 1
+                [(one, mine) for (one, _), mine in zip(parts, split, strict=True)], width - 1, settings.max_new_tokens
             )
         out = policy.model.generate(
             input_ids=told.ids[owners],

@@ -4,7 +4,8 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.cases import influence, sketch, ways
+from benchmarks.cases import influence, sketch, train_step, ways
+from fpo_train.cli import main
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -80,3 +81,19 @@ def test_sketches_stores_and_checkpoints():
         rank = row["figures"]["rank correlation, ε = 0.001"]
         if row["setting"]["name"] == "LoRA" and row["competitor"] in ("formed gradients", "sketch, k = 4096"):
             assert f"{rank:.2f} from " in readme
+
+
+def test_what_a_llama_holds(capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for config in ("llama3_8b_24gb.yaml", "llama3_8b_16gb.yaml"):
+        assert main(["plan", "--config", config]) == 0
+        _, table = capsys.readouterr().out.strip().split("\n", 1)
+        assert table in readme
+
+
+def test_a_whole_iteration():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(train_step.chart(rows("train_step"))) in readme
+    short, long = headline("train_step", "the paper's procedure")
+    assert f"{short:.2f} times as long as ours on short prompts and {long:.2f} times on long ones" in readme
+    assert f"{headline('train_step', 'FPO head-only (practical)')[0]:.2f} of plain RLHF" in readme

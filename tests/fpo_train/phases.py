@@ -11,6 +11,7 @@ from torch import Tensor
 from fpo_train import loop
 from fpo_train.config import RunConfig
 from fpo_train.data import Prompt
+from fpo_train.decoding import group_heads
 from fpo_train.engine import Engine
 from fpo_train.oracle import load_oracle
 from fpo_train.penalty import Penalty
@@ -30,6 +31,7 @@ class Bench:
     def __init__(self, lm: Any, config: RunConfig, prompt_tokens: int) -> None:
         device = next(lm.parameters()).device
         lm.requires_grad_(False).eval()
+        group_heads(lm)
         if config.policy.gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         tokenizer = SimpleNamespace(eos_token_id=EOS, decode=lambda reply, skip_special_tokens: WORDS)

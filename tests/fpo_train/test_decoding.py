@@ -1,0 +1,77 @@
+"""Decoding in place and by groups of heads against transformers' own cache and attention."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fpo_train.decoding import GROUPED, Roomy, attend, group_heads
+
+
+class Module(torch.nn.Module):
+    num_key_value_groups = 3
+    is_causal = True
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_attention_is_transformers_own(tokens, masked, groups):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(5, 2 * groups, tokens, 8, generator=generator, dtype=torch.float64)
+    key, value = (torch.randn(5, 2, 7, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    module = Module()
+    module.num_key_value_groups = groups
+    mask = torch.rand(5, 1, tokens, 7, generator=generator) > 0.3 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    truth, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    got, nothing = attend(module, query, key, value, mask, scaling=0.3)
+    assert nothing is None
+    assert got.shape == truth.shape
+    torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+
+
+def test_a_cache_with_room_is_written_in_place_and_grows_beyond_it():
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(2, 3, 4, 5, generator=generator) for _ in range(2))
+    layer, plain = Roomy(keys, values, 6), DynamicCache()
+    plain.update(keys, values, 0)
+    place = layer.keys.data_ptr()
+    for step in range(4):
+        new = torch.randn(2, 2, 3, 1, 5, generator=generator)
+        got = layer.update(*new)
+        truth = plain.update(*new, 0)
+        assert all(torch.equal(a, b) for a, b in zip(got, truth, strict=True))
+        assert layer.get_seq_length() == 5 + step
+        assert (layer.keys.data_ptr() == place) == (step < 2)
+
+
+def test_a_model_of_grouped_heads_says_the_same(policy):
+    """Token by token, with padding on the left, against the whole sequence at once by transformers' attention."""
+    lm = policy.lm
+    assert lm.config._attn_implementation == GROUPED
+    ids = torch.randint(5, 90, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache = DynamicCache()
+    said = []
+    with torch.no_grad():
+        for t in range(9):
+            out = lm(
+                input_ids=ids[:, t : t + 1],
+                attention_mask=mask[:, : t + 1],
+                position_ids=positions[:, t : t + 1],
+                past_key_values=cache,
+            )
+            said.append(out.logits)
+        other = copy.deepcopy(lm)
+        other.set_attn_implementation("eager")
+        truth = other(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    seen = mask.bool()
+    torch.testing.assert_close(torch.cat(said, 1)[seen], truth[seen], rtol=1e-4, atol=1e-4)
+    group_heads(other)
+    assert other.config._attn_implementation == "eager"  # what was chosen stays
