@@ -135,7 +135,7 @@ def check(competitor: Competitor, expected: Mapping[str, Tensor]) -> tuple[float
 
 
 def _take_turns(competitors: Mapping[str, _Metered], baseline: str, options: Options) -> dict[str, Row]:
-    """A B C A B C …, so that a slow moment of the machine hits all alike; those with fewer rounds drop out early."""
+    """A B C C B A …, so that a slow moment of the machine hits all alike; those with fewer rounds drop out early."""
     calls, times = {}, {}
     for name, competitor in competitors.items():
         once = competitor.seconds
@@ -146,7 +146,8 @@ def _take_turns(competitors: Mapping[str, _Metered], baseline: str, options: Opt
     bystanders = Bystanders()
     for turn in range(options.repeats):
         gc.collect()
-        for name, competitor in competitors.items():
+        turns = list(competitors.items())
+        for name, competitor in turns if turn % 2 == 0 else reversed(turns):
             if competitor.rounds is None or turn < competitor.rounds:
                 times[name].append(seconds_per_call(competitor.run, calls[name], options.device))
     rows: dict[str, Row] = {

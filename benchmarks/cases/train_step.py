@@ -83,13 +83,18 @@ class Setting:
 
 
 def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
-    """The paper's four prompts of eight candidates: single questions, and as long as the paper cuts them."""
+    """The paper's four prompts of eight candidates: single questions, and as long as the paper cuts them.
+
+    The third, of short replies, is for the ratio of FPO to plain RLHF: it is close to 1, and generation, the same in
+    both, would hide it.
+    """
     if quick:
         return [Setting(name="2 prompts, 2+1 of 4", prompts=2, candidates=2, questions=1, reply_tokens=4, rounds=None)]
     sizes = {"prompts": 4, "candidates": KNOWN.candidates, "reply_tokens": KNOWN.tokens}
     return [
-        Setting(name="4 questions, 8+1 of 32", questions=1, rounds=4, **sizes),
+        Setting(name="4 questions, 8+1 of 32", questions=1, rounds=4, head_rounds=4, **sizes),
         Setting(name="4 long prompts, 8+1 of 32", questions=8, rounds=3, head_rounds=3, **sizes),
+        Setting(name="4 questions, 8+1 of 8", questions=1, rounds=1, **{**sizes, "reply_tokens": 8}),
     ]
 
 

@@ -135,7 +135,7 @@ def test_competitors_take_turns(run):
 
     code, _, _ = run(case_of({"right": slow("A"), "other": slow("B")}))
     assert code == 0
-    assert "".join(order[-6:]) == "ABABAB"
+    assert "".join(order[-6:]) in ("ABBAAB", "BAABBA")
 
 
 def test_quick_does_not_replace_full_results(run):
