@@ -105,10 +105,12 @@ def cases() -> dict[str, Case]:
         sketch,
         store,
         tracin,
+        train_step,
         ways,
     )
 
-    every = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
+    kernels = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
+    every = (*kernels, train_step)
     return {module.CASE.name: module.CASE for module in every}
 
 

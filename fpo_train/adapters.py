@@ -1,10 +1,12 @@
-"""Which of a model's LoRA adapters speaks: one of them, or none, which is the frozen base."""
+"""Which of a model's LoRA adapters speaks: one of them, or none, which is the frozen base; in all rows, or in some."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor, nn
 
 POLICY, REWARD = "default", "reward"
 
@@ -30,3 +32,23 @@ def active(model: Any, name: str | None) -> Iterator[None]:
     finally:
         for layer, (disabled, names) in zip(layers, former, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, names
+
+
+@contextmanager
+def only_in(model: Any, name: str, rows: Tensor) -> Iterator[None]:
+    """The adapter `name` speaks in the rows (R,) bool alone; the others of a batch are the base's, to the bit.
+
+    What the adapter adds is multiplied by 0 there, so both kinds of rows share each pass over the base's weights.
+    """
+    said = rows[:, None, None]
+
+    def silence(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output * said.to(output.dtype)
+
+    ends = [module for path, module in model.named_modules() if path.endswith(f".lora_B.{name}")]
+    hooks = [module.register_forward_hook(silence) for module in ends]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,25 +1,32 @@
 """Checkpoints on iteration boundaries: written whole or not at all, the last few kept.
 
+A checkpoint is a folder with a state in it. The state is put there by renaming a file that is on the disk already, and
+only then, the folder on the disk too, older ones are removed: neither a kill nor a power cut loses the newest whole
+one, with `checkpoint_keep` 1 as well. A folder without a state is what a kill has left, and goes with the next save.
+
 The randomness of an iteration follows from the seed and its number (`sampling`, `loop.seed_stream`), and so do its
 prompts: a checkpoint holds neither random state nor place in the data. The policy's adapter, the reward model with its
-earlier states, both optimizers and schedules, the labelled pairs, γ's running scale and the oracle's counts are all
-there is.
+earlier states, both optimizers and schedules, the labelled pairs, γ's running scale, the oracle's counts and how often
+rows were halved for want of memory (sums are rounded by rows at once) are all there is.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import RunError
-from .loop import Parts
 
-STATE = "state.pt"
+if TYPE_CHECKING:
+    from .loop import Parts
+
+STATE, COUNTS = "state.pt", "oracle.json"
 
 
 def state_of(parts: Parts) -> dict[str, Any]:
@@ -31,6 +38,7 @@ def state_of(parts: Parts) -> dict[str, Any]:
         "replay": parts.replay.state_dict(),
         "penalty": parts.penalty.state(),
         "oracle": parts.oracle.state_dict(),
+        "memory": parts.memory.state_dict(),
     }
 
 
@@ -43,23 +51,39 @@ def restore(parts: Parts, state: dict[str, Any]) -> None:
     parts.reward_model.load_state_dict(state["reward_model"])
     parts.replay.load_state_dict(state["replay"])
     parts.penalty.restore(state["penalty"])
-    parts.oracle.load_state_dict(state["oracle"])
+    if parts.engine.main:  # it holds all processes' counts: once is enough
+        parts.oracle.load_state_dict(state["oracle"])
+    parts.memory.load_state_dict(state["memory"])
 
 
 def save(folder: Path, iteration: int, parts: Parts, keep: int) -> None:
-    """Write `folder/<iteration>/`, then remove all but the last `keep`."""
-    folder.mkdir(exist_ok=True)
-    half = folder / f".{iteration}"
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir()
-    with (half / STATE).open("wb") as file:
-        torch.save(state_of(parts), file)
+    """Write `folder/<iteration>/`, then remove all but the last `keep`.
+
+    Beside the state lie the oracle's counts as JSON, for people and for the report.
+    """
+    own = folder / str(iteration)
+    own.mkdir(parents=True, exist_ok=True)
+    state = state_of(parts)
+    (own / COUNTS).write_text(json.dumps(state["oracle"]["counts"], sort_keys=True) + "\n", encoding="utf-8")
+    half = own / f"{STATE}.tmp"
+    with half.open("wb") as file:
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    shutil.rmtree(folder / str(iteration), ignore_errors=True)
-    half.rename(folder / str(iteration))
-    for old in _whole(folder)[:-keep]:
-        shutil.rmtree(folder / str(old))
+    half.replace(own / STATE)
+    _sync(own)
+    _sync(folder)
+    kept = {str(number) for number in _whole(folder)[-keep:]}
+    for path in folder.iterdir():
+        if path.name.isdigit() and path.name not in kept:
+            (path / STATE).unlink(missing_ok=True)  # first, so that no broken folder passes for a checkpoint
+            shutil.rmtree(path)
+
+
+def counts(folder: Path) -> dict[str, int]:
+    """What the newest checkpoint says of the oracle's questions; nothing without one."""
+    path = folder / str(latest(folder)) / COUNTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def latest(folder: Path) -> int:
@@ -84,4 +108,13 @@ def load(folder: Path, iteration: int, parts: Parts) -> None:
 def _whole(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and (path / STATE).is_file())
+
+
+def _sync(folder: Path) -> None:
+    """See that the names in a folder are on the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -133,7 +133,7 @@ def _run(options: Any) -> int:
         else:
             print(f"report: {run(config)}")
     except (KeyboardInterrupt, Stopped) as leaving:
-        begun = (Path(config.out).expanduser() / "config.yaml").is_file()
+        begun = not config.dry_run and (Path(config.out).expanduser() / "config.yaml").is_file()
         if begun:
             done = f" after iteration {leaving.iteration}" if isinstance(leaving, Stopped) else ""
             print(f"fpo-train run: stopped{done}; go on with --resume true", file=sys.stderr)

@@ -301,7 +301,7 @@ class MemoryConfig:
     """How much memory the run may hold; `fpo-train plan` shows where it goes."""
 
     budget: str = ""
-    """Bytes for models, activations and caches, as 24GiB or 16GB; empty: what the device has (CUDA), no bound (CPU)."""
+    """Bytes for models, activations and caches, as 24GiB, 16GB; empty: what the device has left, on a CPU no bound."""
     generate_rows: int = 0
     """Sequences generated at a time; 0: by the plan."""
     score_rows: int = 0

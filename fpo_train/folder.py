@@ -44,7 +44,7 @@ def check(config: RunConfig, prompts: list[tuple[str, str]]) -> None:
     if not (out / CONFIG).is_file():
         raise RunError(f"out: {out} holds something, but no run to resume (there is no {CONFIG} in it)")
     _check_settings(out, config)
-    began = _read_json(out / ENVIRONMENT).get("prompts_sha256", "")
+    began = _began(out / ENVIRONMENT)
     if began and began != digest(prompts):
         raise RunError(f"resume: the prompts in {config.data.prompts} are not those that {out} began with")
     done = latest(out / CHECKPOINTS)
@@ -78,9 +78,12 @@ def describe(config: RunConfig, prompts: list[tuple[str, str]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, through a power cut too."""
     half = path.with_name(path.name + ".tmp")
-    half.write_text(text, encoding="utf-8")
+    with half.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(half, path)
 
 
@@ -101,8 +104,14 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _began(path: Path) -> str:
+    """The digest of the prompts that a run began with; empty where it was killed before it wrote that down."""
+    if not path.is_file():
+        return ""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["prompts_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"resume: {path} does not say which prompts the run began with") from error
 
 
 def environment() -> dict[str, Any]:

@@ -57,20 +57,18 @@ def iterate(parts: Parts, iteration: int) -> tuple[Row, list[Sample]]:
 
     with clock("score"):
         readings, labels, reading, judged = parts.memory("score", lambda rows: judge(parts, rollout, rows))
-        learnable = judged.effective.isfinite().any(1)  # (B,): some candidate could be judged
-        best = judged.effective.argmax(1)  # (B,)
 
     with clock("update"):
         learnt = parts.memory("update", lambda rows: parts.update.gradient(rollout, readings, judged, rows))
         norm = parts.update.step()
 
     with clock("retrain"):
-        is_best = torch.nn.functional.one_hot(best, config.rollout.candidates).bool() & learnable[:, None]
-        pairs = label_pairs(rollout, reading, is_best, labels.preferences(is_best), iteration)
+        pairs = label_pairs(rollout, reading, judged.is_best, labels.preferences(judged.is_best), iteration)
         labels.check(engine)
         parts.replay.add(engine.gather_objects(pairs))
         fitted = retrain(parts, iteration)
 
+    best = judged.effective.argmax(1)  # (B,)
     row = measure(
         iteration,
         judged,
@@ -92,11 +90,15 @@ def iterate(parts: Parts, iteration: int) -> tuple[Row, list[Sample]]:
 
 
 def judge(parts: Parts, rollout: Rollout, rows: int) -> tuple[Readings, Labels, Reading, Judged]:
-    """Candidates scored and penalised, `rows` sequences at a time; the base reads each reply once at most."""
+    """Candidates scored and penalised, and the best one labelled, `rows` sequences at a time.
+
+    The base reads each reply once at most.
+    """
     readings = Readings(parts.policy, rollout, rows)
     labels = Labels(parts.oracle, rollout, readings)
     reading = parts.reward_model.read(rollout, readings, rows)
     judged = parts.penalty(parts.reward_model, reading, labels, parts.replay, rollout, rows)
+    labels.preferences(judged.is_best)  # here, where too little memory means fewer rows
     return readings, labels, reading, judged
 
 

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,14 +18,15 @@ from .units import show_bytes
 T = TypeVar("T")
 FIRST_TRY = 64  # rows to halve from where there is no plan to say how many all rows are
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_CPU_MESSAGE = "DefaultCPUAllocator: can't allocate memory"
+# what is no OutOfMemoryError because another than PyTorch's CUDA allocator was asked: its CPU one, the driver, cuBLAS
+_MESSAGES = "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
 
 
 class Guard:
     """Runs the phases of a run: `guard("score", work)` calls work(rows_at_once) until it goes through.
 
     `work` must be able to begin anew after it was broken off, with fewer rows. On CUDA the allocator is capped to
-    the plan's budget, so that a budget below the device's memory holds too.
+    the plan's budget, so that a budget below the device's memory holds too. On a CPU the plan alone holds it.
 
     Args:
         plan: rows and bytes by phase; None takes all rows at once (rows_at_once = 0) until memory runs out.
@@ -33,8 +34,9 @@ class Guard:
 
     Attributes:
         planned: bytes of each phase's peak by the plan.
-        measured: bytes of each phase's peak so far, as `source` says.
-        source: what `measured` is.
+        measured: bytes of each phase's peak so far: on CUDA of live tensors, on a CPU of the process's resident set,
+            Python and the libraries included.
+        rows: at once, by phase, as they are by now.
 
     Raises:
         RunError: the budget cannot hold the plan.
@@ -45,11 +47,10 @@ class Guard:
             plan.check()
         self._device, self._plan = device, plan
         self.rows = plan.rows if plan is not None else {}
+        self._begun = dict(self.rows)
         self.planned = {name: phase.total for name, phase in plan.phases.items()} if plan is not None else {}
         self.measured: dict[str, int] = {}
-        self._halved: dict[str, int] = {}  # times
         self._meter = _Cuda(device) if device.type == "cuda" else _Process()
-        self.source = self._meter.source
         if device.type == "cuda" and plan is not None and plan.budget is not None:
             whole = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, plan.budget / whole), device)
@@ -76,7 +77,6 @@ class Guard:
                 if rows == 1:
                     raise RunError(self._too_small(phase, said[0]))
                 self.rows[phase] = rows // 2 if rows else FIRST_TRY
-                self._halved[phase] = self._halved.get(phase, 0) + 1
                 print(
                     f"memory: {phase} ran out with {rows or 'all'} rows at once; on with {self.rows[phase]}",
                     file=sys.stderr,
@@ -91,30 +91,26 @@ class Guard:
 
     def _too_small(self, phase: str, said: str) -> str:
         budget = None if self._plan is None else self._plan.budget
-        told = "no budget" if budget is None else f"memory.budget {show_bytes(budget)}"
+        told = "no budget" if self._plan is None or budget is None else f"{self._plan.bound} {show_bytes(budget)}"
         planned = f", where {show_bytes(self.planned[phase])} were planned" if phase in self.planned else ""
         return f"{phase}: memory ran out with one row at a time under {told}{planned} ({said})"
 
-    def report(self) -> str:
-        """Planned and measured peak of each phase, a line each, and how often its rows were halved."""
-        names = list(dict.fromkeys([*self.planned, *self.measured]))
-        width = max(map(len, names), default=0)
-        lines = []
-        for name in names:
-            planned = show_bytes(self.planned[name]) if name in self.planned else "not planned"
-            measured = show_bytes(self.measured[name]) if name in self.measured else "not run"
-            line = f"{name:>{width}}  planned {planned:>11}  measured {measured:>11}"
-            if times := self._halved.get(name, 0):
-                line += f"  halved {times} time{'s' * (times > 1)}, to {self.rows[name]} rows at once"
-            lines.append(line)
-        return "\n".join([*lines, f"measured: {self.source}"])
+    def state_dict(self) -> dict[str, Any]:
+        """Rows at once of each phase, at first and by now."""
+        return {"begun": dict(self._begun), "rows": dict(self.rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with rows that were halved, where the plan is what it was then."""
+        for phase, rows in state["rows"].items():
+            if state["begun"].get(phase) == self._begun.get(phase):
+                self.rows[phase] = rows
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on the device or the host."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and _CPU_MESSAGE in str(error)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
 def _let_go(error: BaseException | None) -> None:
@@ -128,7 +124,7 @@ def _let_go(error: BaseException | None) -> None:
 
 
 class _Cuda:
-    source = "most bytes of live tensors on the device (torch.cuda.max_memory_allocated)"
+    """Bytes of live tensors on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -143,13 +139,13 @@ class _Cuda:
 class _Process:
     """The process's resident set, which holds Python, the libraries and what malloc keeps beside the tensors."""
 
-    def __init__(self) -> None:
-        self.source = "high-water mark of the process's resident set, libraries included"
-        if not self._clear():
-            self.source += ", over the run so far (this system does not let it be reset)"
-
-    def reset(self) -> None:
-        self._clear()
+    def reset(self) -> bool:
+        """Begin anew; False where the system does not allow it, and the mark is that of the run so far."""
+        try:
+            _CLEAR.write_text("5")
+        except OSError:
+            return False
+        return True
 
     def peak(self) -> int:
         try:
@@ -162,11 +158,3 @@ class _Process:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-    @staticmethod
-    def _clear() -> bool:
-        try:
-            _CLEAR.write_text("5")
-        except OSError:
-            return False
-        return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -236,6 +237,8 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to a JSONL file; what is no finite number becomes null."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(tidy(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())  # no checkpoint may outlive the rows before it
 
 
 def read(path: Path) -> list[dict[str, Any]]:

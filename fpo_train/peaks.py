@@ -59,7 +59,7 @@ class Peaks:
 
     Attributes:
         policy, reward: architectures; `reward` is the classifier's, None where the reward model sits on the base.
-        others: bytes of models that only the oracle reads.
+        gold: the oracle's classifier, None where it has none.
         prompt_tokens: longest prompt, template included.
         prompts: of this process.
     """
@@ -67,7 +67,7 @@ class Peaks:
     config: RunConfig
     policy: Architecture
     reward: Architecture | None
-    others: float
+    gold: Architecture | None = None
     prompt_tokens: int
     prompts: int
     cuda: bool
@@ -84,7 +84,7 @@ class Peaks:
             return 2 * (self.prompts * config.reward_model.every + config.reward_model.replay_pairs)
         if phase == "update":
             return self.prompts * (n if config.update.kind == "rloo" else 1)
-        return self.prompts * (n + (phase == "score"))
+        return self.prompts * (n + 1)
 
     def at(self, phase: str, rows: int) -> Parts:
         """What the phase holds at its fullest with so many rows at once."""
@@ -126,7 +126,7 @@ class Peaks:
     def resident(self) -> Parts:
         """Weights, adapters and optimizer states."""
         config = self.config
-        weights = weight_bytes(self.policy, self.itemsize, config.policy.quantization) + self.others
+        weights = weight_bytes(self.policy, self.itemsize, config.policy.quantization) + self._others
         inside = self.reward is not None and config.reward_model.train == "all"
         if self.reward:
             weights += weight_bytes(self.reward, self.reward_itemsize, "none")
@@ -141,6 +141,19 @@ class Peaks:
         earlier = 0 if self.cuda else (config.penalty.checkpoints + 1) * trained[1]
         adapters = trained[0] + (0 if inside else trained[1]) + earlier
         return {"weights": weights, "adapters": adapters, "optimizer": sum(states)}
+
+    @property
+    def _second_base(self) -> bool:
+        """Whether the oracle reads with a copy of the base of its own."""
+        oracle = self.config.oracle
+        return oracle.kind == "base" and oracle.quantization not in ("none", self.config.policy.quantization)
+
+    @property
+    def _others(self) -> float:
+        """Bytes of models that only the oracle reads."""
+        if self._second_base:
+            return weight_bytes(self.policy, self.itemsize, self.config.oracle.quantization)
+        return weight_bytes(self.gold, FP32, "none") if self.gold else 0.0
 
     @property
     def prefix(self) -> float:
@@ -161,14 +174,13 @@ class Peaks:
         model, e, length = self.policy, self.itemsize, self.prompt_tokens
         last = length + self.config.rollout.max_new_tokens - 1
         read = self.prompts * length
-        cache = self.prefix + cache_bytes(model, e, rows * last)
+        cache = 2 * self.prefix + cache_bytes(model, e, rows * last)  # as the policy reads the prompts, and as the base
         kv = model.kv_heads * model.head_dim
         joined = 2 * model.heads * model.head_dim if model.heads > model.kv_heads else kv
         step = forward_bytes(model, e, rows, last, self.unpacked)
         logits = rows * model.vocabulary
         prefill = forward_bytes(model, e, read, length, self.unpacked)
         return [
-            # the base reads the prompts while what the policy made of them is still there
             self.resident | {"activations": prefill, "KV cache": self.prefix + cache_bytes(model, e, read)},
             self.resident
             | {"activations": step, "KV cache": cache + joined * e * rows * last, "logits": BETWEEN * FP32 * logits},
@@ -182,19 +194,39 @@ class Peaks:
 
     def score(self, rows: int) -> list[Parts]:
         model, e, settings = self.policy, self.itemsize, self.config.rollout
-        tail, n = settings.max_new_tokens + 1, settings.candidates + 1
+        tail = settings.max_new_tokens + 1
         again = forward_bytes(model, e, rows * tail, self.width, self.unpacked)
         before = rows * tail * model.hidden * e * (rows < self.whole("score"))  # the rows before, not yet let go
         held = self.scored
-        logits = min(self.config.update.logits_at_once, self.prompts * n * tail) * model.vocabulary
         moments = [
             held | {"activations": again + before, "KV cache": self.prefix + cache_bytes(model, e, rows * self.width)},
             held | {"states": 2 * self.states},  # joined from the parts
             held | {"influence": self._judging},
         ]
-        if self.config.oracle.kind == "base":
-            moments.append(held | {"logits": logits * (LOG_PROBS * FP32 + e * (e < FP32))})
-        return moments + self._rewarding(rows)
+        return moments + self._asking(rows) + self._rewarding(rows)
+
+    def _asking(self, rows: int) -> list[Parts]:
+        """The oracle's reading of what it is asked about: whole rows, prompts too, unless it shares the base's."""
+        config, model, e, held = self.config, self.policy, self.itemsize, self.scored
+        each = config.rollout.candidates if config.penalty.labels_all else 1
+        asked = self.prompts * (each + 1)
+        tokens = min(rows, asked) * self.width
+        if self.gold:
+            width = min(self.width, self.gold.context)
+            return [held | {"activations": forward_bytes(self.gold, FP32, min(rows, asked) * width, width)}]
+        if config.oracle.kind != "base":
+            return []
+        new = config.rollout.max_new_tokens
+        at_once = min(config.update.logits_at_once, asked * (new + 1)) * model.vocabulary
+        logits = at_once * (LOG_PROBS * FP32 + e * (e < FP32))
+        if config.oracle.mean_over == "reply" and not self._second_base:
+            return [held | {"logits": logits}]
+        read = asked * model.hidden * (FP32 + new * e)
+        forward = forward_bytes(model, e, tokens, self.width, self.unpacked)
+        return [
+            held | {"activations": forward, "states": self.states + (read if rows < asked else 0)},
+            held | {"states": self.states + read, "logits": logits},
+        ]
 
     @property
     def _judging(self) -> float:

@@ -46,6 +46,12 @@ class Judged(NamedTuple):
     mean_product: Tensor | None = None
     """⟨ḡ, u(z)⟩ at the present weights, where the penalty had use for it or it costs nothing."""
 
+    @property
+    def is_best(self) -> Tensor:
+        """The candidate of each prompt with the largest effective reward, (B, N) bool; none where none was judged."""
+        best = torch.zeros_like(self.effective, dtype=torch.bool).scatter(1, self.effective.argmax(1, True), True)
+        return best & self.effective.isfinite()
+
 
 class Term(NamedTuple):
     """A penalty at one state of the reward model; see `Judged`."""
@@ -203,14 +209,19 @@ class Question:
         return found[: len(self._rows)], found[len(self._rows) :]
 
     def _labelled(self) -> tuple[Tensor, Tensor, Tensor]:
-        """u (m, k), margins Δ and labels p* (m,) of the newest labelled pairs, at the weights as they are."""
+        """u (m, k), margins Δ and labels p* (m,) of the newest labelled pairs, at the weights as they are.
+
+        A reply that is its own reference has u = 0 and Δ = 0 to the bit: what rounding leaves of them is no direction.
+        """
         if self._pair_reading is None:
             raise RuntimeError("no pair is labelled yet")
         every = torch.arange(2 * len(self._pairs), device=self._rows.device)
         features = self._gradients(self._pair_reading).features(every).double()
         reward = self._reward_model.score(self._pair_reading, self._rows_at_once).double()
         label = torch.tensor([pair.preference for pair in self._pairs], device=reward.device, dtype=torch.float64)
-        return features[::2] - features[1::2], reward[::2] - reward[1::2], label
+        apart = label.new_tensor([pair.chosen != pair.reference for pair in self._pairs])
+        u, margin = features[::2] - features[1::2], reward[::2] - reward[1::2]
+        return u * apart[:, None], margin * apart, label
 
     def _expected(self, of: HeadGradients | EngineGradients) -> Tensor:
         """ĉ of every candidate, (B, N)."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .architecture import Architecture, architecture, from_config, scorer
 from .config import RunConfig
 from .errors import RunError
-from .footprint import weight_bytes
-from .peaks import ITEMSIZE, PARTS, PHASES, Peaks
+from .peaks import PARTS, PHASES, Peaks
 from .units import parse_bytes, show_bytes
 
 if TYPE_CHECKING:
@@ -44,15 +44,17 @@ class Plan:
     """The phases of a run under a budget (None: no bound).
 
     Attributes:
-        smallest: the least budget under which every phase fits, with one row at a time where the configuration
-            does not fix another number.
+        smallest: the least budget under which every phase fits, by as many rows at a time as take least where the
+            configuration does not fix their number.
         notes: what the reader of the table has to know.
+        bound: what the budget is, for messages.
     """
 
     phases: dict[str, Phase]
     budget: int | None
     smallest: int
     notes: tuple[str, ...]
+    bound: str = "memory.budget"
 
     @property
     def fits(self) -> bool:
@@ -70,7 +72,7 @@ class Plan:
             assert self.budget is not None
             most = max(self.phases.values(), key=lambda phase: phase.total)
             raise RunError(
-                f"memory.budget {show_bytes(self.budget)}: {most.name} takes {show_bytes(most.total)} with {most.rows} "
+                f"{self.bound} {show_bytes(self.budget)}: {most.name} takes {show_bytes(most.total)} with {most.rows} "
                 f"row{'s' * (most.rows > 1)} at a time; the smallest budget that works is {_show_up(self.smallest)}"
             )
 
@@ -92,14 +94,15 @@ def make_plan(
         prompt_tokens: longest prompt, template included.
         device: its type, "cpu" or "cuda".
         processes: that share an iteration's prompts.
-        available: bytes of the device, the budget where the configuration has none.
+        available: bytes that the device has left: the budget where the configuration has none, or a larger one.
 
     Raises:
-        RunError: a model whose architecture is not at hand, or is not one that the plan can count.
-        ValueError: a policy that is no decoder, or no room for a prompt.
+        RunError: a model whose architecture is not at hand, or is not one that the plan can count; a policy that is
+            no decoder.
+        ValueError: no room for a prompt.
     """
     if not policy.decoder:
-        raise ValueError(f"policy.model {policy.name}: wanted a causal language model, got an encoder")
+        raise RunError(f"policy.model {policy.name}: wanted a causal language model, got an encoder")
     if prompt_tokens < 1:
         raise ValueError(f"prompt_tokens: wanted a number above 0, got {prompt_tokens}")
     classifier = config.reward_model.kind == "classifier"
@@ -107,30 +110,34 @@ def make_plan(
         config=config,
         policy=policy,
         reward=scorer(architecture(config.reward_model.model)) if classifier else None,
-        others=_others(config, policy),
+        gold=_gold(config),
         prompt_tokens=prompt_tokens,
         prompts=-(-config.rollout.prompts // processes),
         cuda=device == "cuda",
     )
-    budget = parse_bytes(config.memory.budget, "memory.budget") if config.memory.budget else available
+    budget, bound = available, "what the device has left,"
+    if config.memory.budget:
+        told = parse_bytes(config.memory.budget, "memory.budget")
+        if available is None or told <= available:
+            budget, bound = told, "memory.budget"
     phases, least = {}, 0
     for name in PHASES:
         given = getattr(config.memory, f"{name}_rows")
-        least = max(least, _at(peaks, name, given or 1).total)
         choices = [_at(peaks, name, given)] if given else [_at(peaks, name, rows) for rows in _choices(peaks, name)]
         fitting = [phase for phase in choices if budget is None or _fits(phase.total, budget)]
-        phases[name] = fitting[-1] if fitting else choices[0]
-    return Plan(phases, budget, int(least / (1 - MARGIN)) + 1, tuple(_notes(config, prompt_tokens, processes, device)))
+        smallest = min(choices, key=lambda phase: phase.total)  # fewer rows can take more: then gradients stay between
+        phases[name] = fitting[-1] if fitting else smallest
+        least = max(least, smallest.total)
+    notes = tuple(_notes(config, prompt_tokens, processes, device))
+    return Plan(phases, budget, int(least / (1 - MARGIN)) + 1, notes, bound)
 
 
-def _others(config: RunConfig, policy: Architecture) -> float:
-    """Bytes of the oracle's own models."""
-    bytes_ = 0.0
-    if config.oracle.kind == "base" and config.oracle.quantization != "none":
-        bytes_ += weight_bytes(policy, ITEMSIZE[config.policy.dtype], config.oracle.quantization)
-    if config.oracle.kind == "gold":
-        bytes_ += weight_bytes(scorer(architecture(config.oracle.model)), ITEMSIZE["float32"], "none")
-    return bytes_
+def _gold(config: RunConfig) -> Architecture | None:
+    """The oracle's own classifier; a head that a run has saved sits on the policy's base."""
+    folder = Path(config.oracle.model).expanduser()
+    if config.oracle.kind != "gold" or (folder / "head.safetensors").is_file():
+        return None
+    return scorer(architecture(config.oracle.model))
 
 
 def _choices(peaks: Peaks, name: str) -> list[int]:
@@ -191,13 +198,17 @@ def plan_command(config: RunConfig, device: str | None = None) -> int:
     `device`: "cpu" or "cuda"; None takes "cuda" for a model that is quantised or in half precision, as only those
     that are to run there are.
 
-    Raises: as `make_plan`.
+    Raises:
+        RunError: as `make_plan`, or replies that leave no room for a prompt.
     """
     if device is None:
         device = "cuda" if config.policy.quantization != "none" or config.policy.dtype == "bfloat16" else "cpu"
     policy = architecture(config.policy.model)
     room = policy.context - config.rollout.max_new_tokens - 1
-    plan = make_plan(config, policy, config.data.max_tokens or min(USUAL_PROMPT, room), device)
+    if room < 1:
+        longest = config.rollout.max_new_tokens
+        raise RunError(f"rollout.max_new_tokens: {longest} leave no prompt in a context of {policy.context} tokens")
+    plan = make_plan(config, policy, min(config.data.max_tokens or USUAL_PROMPT, room), device)
     print(f"{config.policy.model}: {policy.parameters / 1e9:.2f} billion parameters")
     print(format_table(plan))
     if plan.fits:
@@ -212,9 +223,12 @@ def plan_command(config: RunConfig, device: str | None = None) -> int:
 def plan_for(config: RunConfig, policy: Policy, prompt_tokens: int, processes: int = 1) -> Plan | None:
     """The plan of a run whose policy is loaded; None where nothing bounds it and its models cannot be counted.
 
-    On CUDA a configuration without a budget gets what is free on the device, and what this process holds of it.
+    On CUDA the bound is what is free on the device and what this process has reserved of it, or a smaller
+    `memory.budget`.
 
-    Raises: as `make_plan`.
+    Raises:
+        RunError: a budget for a model that cannot be counted.
+        ValueError: as `make_plan`.
     """
     device, available = policy.device, None
     if device.type == "cuda":

@@ -192,7 +192,7 @@ def add_adapter(lm: Any, config: PolicyConfig) -> Any:
     """A PEFT model with a fresh LoRA adapter, its factors in fp32.
 
     Raises:
-        RunError: the model has no layers of the names in `policy.lora_targets`.
+        RunError: the model has no layers of the names in `policy.lora_targets`, or some that are not linear.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -207,6 +207,8 @@ def add_adapter(lm: Any, config: PolicyConfig) -> Any:
         model = get_peft_model(lm, lora)
     except ValueError as error:
         raise RunError(f"policy.lora_targets {list(config.lora_targets)}: {str(error).splitlines()[0]}") from error
+    if any(".lora_embedding_" in name for name, _ in model.named_parameters()):
+        raise RunError(f"policy.lora_targets {list(config.lora_targets)}: an embedding is no linear layer")
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,24 @@ class Prefix:
 
     def cache(self, prompts: Tensor, tokens: int) -> Any:
         """A cache of the first `tokens` positions for rows that answer `prompts` (R,): each row has its own copy."""
-        from transformers import DynamicCache
+        return cache([(self, prompts)], tokens)
 
-        if self.layers is None:
-            raise RuntimeError("these prompts' keys and values cannot be shared")
-        fresh = DynamicCache()
-        for number, (keys, values) in enumerate(self.layers):
-            fresh.update(keys[prompts, :, :tokens], values[prompts, :, :tokens], number)
-        return fresh
+
+def cache(parts: Sequence[tuple[Prefix, Tensor]], tokens: int) -> Any:
+    """A cache of the first `tokens` positions for rows of several prefixes: those of the first part, then the next's.
+
+    Args:
+        parts: a prefix and the prompts of it (R,) that its rows answer; the prefixes are of the same prompts.
+    """
+    from transformers import DynamicCache
+
+    fresh = DynamicCache()
+    layers = [prefix.layers for prefix, _ in parts]
+    for number, each in enumerate(zip(*[layer or () for layer in layers], strict=True)):
+        picked = [[kind[prompts, :, :tokens] for kind in pair] for pair, (_, prompts) in zip(each, parts, strict=True)]
+        keys, values = (one[0] if len(one) == 1 else torch.cat(one) for one in zip(*picked, strict=True))
+        fresh.update(keys, values, number)
+    return fresh
 
 
 @torch.no_grad()

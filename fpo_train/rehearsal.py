@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -11,18 +12,20 @@ import torch
 import yaml
 
 from .config import RunConfig
-from .folder import plain
+from .folder import CHECKPOINTS, plain
 from .metrics import METRICS, read
 from .run import run
 from .sources import KNOWN
 
-ITERATIONS = 2  # before the resume; one more behind it
+WEIGHTS = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+ITERATIONS = 3  # the last of them twice, since its checkpoint is taken away before the resume
 
 
 def rehearse(config: RunConfig) -> None:
-    """Print the resolved configuration, run two iterations with a checkpoint each, resume, run a third.
+    """Print the resolved configuration, run three iterations, a checkpoint each, lose the last, and resume.
 
-    Every iteration is one optimizer step of the policy and, where `reward_model.every` is 1, one of the reward model.
+    Both runs are of one length, which the schedules of the learning rates fall over. Every iteration is one optimizer
+    step of the policy and, where `reward_model.every` is 1, one of the reward model.
 
     Raises: as `run`.
     """
@@ -31,13 +34,17 @@ def rehearse(config: RunConfig) -> None:
     for change in changes:
         print(f"stands in: {change}")
     with tempfile.TemporaryDirectory(prefix="fpo-rehearsal-") as temporary:
-        logging = dataclasses.replace(small.logging, checkpoint_every=1, tracker="none", controlled=False)
+        logging = dataclasses.replace(
+            small.logging, checkpoint_every=1, checkpoint_keep=2, tracker="none", controlled=False
+        )
         small = dataclasses.replace(
             small, out=str(Path(temporary) / "run"), dry_run=False, iterations=ITERATIONS, logging=logging
         )
         run(small)
-        run(dataclasses.replace(small, iterations=ITERATIONS + 1, resume=True))
         folders = [Path(small.out) / kind for kind in small.compared] or [Path(small.out)]
+        for folder in folders:
+            shutil.rmtree(folder / CHECKPOINTS / str(ITERATIONS))
+        run(dataclasses.replace(small, resume=True))
         for folder in folders:
             rows = read(folder / METRICS)
             steps = sum(row["grad_norm"] > 0 for row in rows)
@@ -62,6 +69,8 @@ def stand_ins(config: RunConfig) -> tuple[RunConfig, list[str]]:
         replace("policy", model="smollm2")
     if config.reward_model.kind == "classifier" and not _at_hand(config.reward_model.model):
         replace("reward_model", model="minilm")
+    if config.oracle.kind == "gold" and not _at_hand(config.oracle.model):
+        replace("oracle", model="minilm")
     if config.data.prompts.count("/") == 1 and not Path(config.data.prompts).exists():
         replace("data", prompts="questions", limit=0)
     if not (importlib.util.find_spec("bitsandbytes") and torch.cuda.is_available()):
@@ -77,4 +86,11 @@ def stand_ins(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def _at_hand(model: str) -> bool:
-    return model in KNOWN or Path(model).expanduser().exists()
+    """Whether a model is here or is fetched by a known name; one of the hub is here where its weights are cached."""
+    if model in KNOWN or Path(model).expanduser().exists():
+        return True
+    if model.count("/") != 1:
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(model, name), str) for name in WEIGHTS)

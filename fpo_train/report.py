@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from . import figures, metrics, panels
+from . import checkpoint, figures, metrics, panels
+from .folder import CHECKPOINTS
 from .panels import Rows, Runs, mean
 from .progress import number
 from .units import show_bytes
@@ -42,6 +43,7 @@ def write_report(out: Path) -> Path:
         _warnings(runs),
         *[_figure(out / "figures" / f"{name}.png", panels.CAPTIONS[name]) for name in drawn],
         *_memory(runs),
+        *_oracle(folders),
         *_said(folders, config.get("logging", {}).get("checkpoint_every", 1)),
         *_controlled(out),
         "<h2>How it was run</h2>",
@@ -131,7 +133,21 @@ def _memory(runs: Runs) -> list[str]:
             if most or plan:
                 sizes = (show_bytes(size) if size else "–" for size in (plan, most))
                 body.append((kind, phase, *sizes, number(most / plan if most and plan else None, ".2f")))
-    return ["<h2>Memory</h2>" + _table(head, body)] if body else []
+    told = (
+        "<p>Measured is on CUDA the most that live tensors took, on a CPU the process's resident set, Python and the "
+        "libraries included; planned is what tensors take.</p>"
+    )
+    return ["<h2>Memory</h2>" + _table(head, body) + told] if body else []
+
+
+def _oracle(folders: dict[str, Path]) -> list[str]:
+    """What became of the questions put to the oracle, failures by cause and repetitions with them."""
+    body = []
+    for kind, folder in folders.items():
+        counted = checkpoint.counts(folder / CHECKPOINTS)
+        if counted:
+            body.append((kind, ", ".join(f"{name} {count}" for name, count in sorted(counted.items()))))
+    return ["<h2>The oracle</h2>" + _table(("penalty", "counted"), body, css="text")] if body else []
 
 
 def _said(folders: dict[str, Path], every: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import prefix
-from .adapters import POLICY
+from .adapters import POLICY, only_in
 from .config import RolloutConfig
 from .data import Prompt
 from .policy import Encoded, Policy, Sequences, offsets_of, wide
@@ -164,15 +164,14 @@ class TransformersSampler:
         self._seed = seed
 
     def __call__(self, prompts: list[Prompt], place: int, first: int, rows_at_once: int = 0) -> Rollout:
-        """See `Sampler`."""
+        """See `Sampler`. Candidates and references are decoded together, each from the prompt as its model reads it."""
         n = self._settings.candidates
         with self._dropout():
             told = prefix.read(self._policy, prompts)
-            replies = self._generate(told, list(range(n)), place, first, rows_at_once)
-        with self._policy.base():
-            told = prefix.read(self._policy, prompts)
-            references = self._generate(told, [n], place, first, rows_at_once)
-        return collect(self._policy, prompts, replies, references, self._settings, told)
+            with self._policy.base():
+                base = prefix.read(self._policy, prompts)
+            replies = self._generate(told, list(range(n + 1)), place, first, rows_at_once, base)
+        return Rollout.of(self._policy, prompts, replies, n, self._settings.skip_blank, base)
 
     def base_replies(
         self, prompts: list[Prompt], replies: int, place: int, first: int, rows_at_once: int = 0
@@ -195,24 +194,41 @@ class TransformersSampler:
                 module.eval()
 
     @torch.no_grad()
-    def _generate(self, told: Prefix, numbers: list[int], place: int, first: int, rows_at_once: int) -> list[list[int]]:
-        """Replies `numbers` to each prompt, prompt-major, each cut behind its EOS."""
-        rows = [(b, n) for b in range(len(told.ids)) for n in numbers]
-        step = rows_at_once or len(rows)
-        return [
-            reply
-            for start in range(0, len(rows), step)
-            for reply in self._generate_rows(told, rows[start : start + step], place, first)
-        ]
+    def _generate(
+        self, told: Prefix, numbers: list[int], place: int, first: int, rows_at_once: int, base: Prefix | None = None
+    ) -> list[list[int]]:
+        """Replies `numbers` to each prompt, prompt-major, each cut behind its EOS.
 
-    def _generate_rows(self, told: Prefix, rows: list[tuple[int, int]], place: int, first: int) -> list[list[int]]:
+        With the prompts as the base reads them, reply number `candidates` is the base's, without the adapter.
+        """
+        rows = [(b, n) for b in range(len(told.ids)) for n in numbers]
+        found: dict[tuple[int, int], list[int]] = {}
+        for start in range(0, len(rows), rows_at_once or len(rows)):
+            some = rows[start : start + rows_at_once] if rows_at_once else rows
+            theirs = [row for row in some if base is not None and row[1] == self._settings.candidates]
+            own = [row for row in some if row not in theirs]
+            speaking = torch.tensor([True] * len(own) + [False] * len(theirs), device=self._policy.device)
+            parts = [(told, own), *([(base, theirs)] if base is not None else [])]
+            with only_in(self._policy.model, POLICY, speaking) if theirs else nullcontext():
+                said = self._generate_rows([part for part in parts if part[1]], place, first)
+            found |= zip(own + theirs, said, strict=True)
+        return [found[row] for row in rows]
+
+    def _generate_rows(
+        self, parts: list[tuple[Prefix, list[tuple[int, int]]]], place: int, first: int
+    ) -> list[list[int]]:
+        """Replies to the rows (prompt, number) of each prefix, part after part."""
         policy, settings = self._policy, self._settings
+        told, rows = parts[0][0], [row for _, some in parts for row in some]
         owners = torch.tensor([b for b, _ in rows], device=policy.device)
         width = told.ids.shape[1]
         draws = uniforms(self._seed, place, [(first + b, n) for b, n in rows], settings.max_new_tokens)
         known: dict[str, Any] = {}
-        if told.layers is not None and width > 1:
-            known["past_key_values"] = told.cache(owners, width - 1)  # generation has to read one token itself
+        if told.layers is not None and width > 1:  # generation has to read one token itself
+            split = owners.split([len(some) for _, some in parts])
+            known["past_key_values"] = prefix.cache(
+                [(one, mine) for (one, _), mine in zip(parts, split, strict=True)], width - 1
+            )
         out = policy.model.generate(
             input_ids=told.ids[owners],
             attention_mask=told.mask[owners],
@@ -226,22 +242,6 @@ class TransformersSampler:
             **known,
         )
         return [policy.cut(row) for row in out[:, width:].tolist()]
-
-
-def collect(
-    policy: Policy,
-    prompts: list[Prompt],
-    candidates: list[list[int]],
-    references: list[list[int]],
-    settings: RolloutConfig,
-    prefix: Prefix | None = None,
-) -> Rollout:
-    """A rollout of candidates, prompt after prompt, and references, one a prompt."""
-    n = settings.candidates
-    grouped: list[list[int]] = []
-    for row, reference in enumerate(references):
-        grouped += [*candidates[row * n : (row + 1) * n], reference]
-    return Rollout.of(policy, prompts, grouped, n, settings.skip_blank, prefix)
 
 
 def sampler(policy: Policy, config: RolloutConfig, seed: int) -> Sampler:

@@ -7,20 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import checkpoint, folder, metrics
-from .architecture import from_config
 from .config import PenaltyKind, RunConfig
 from .data import Prompt, read_prompts, render, render_prompts
 from .engine import Engine
-from .errors import RunError
 from .folder import CHECKPOINTS
 from .loop import Parts, iterate, label_pairs
 from .memory import Guard
 from .oracle import FileOracle, Oracle, load_oracle
 from .penalty import Penalty
-from .plan import Plan, make_plan
+from .plan import plan_for
 from .policy import Policy, load_policy
 from .progress import Progress
 from .replay import Pair, Replay
@@ -94,7 +90,7 @@ class Workshop:
         parts = Parts(
             config=config,
             engine=engine,
-            memory=Guard(plan_of(config, policy, self.prompts.longest, engine), policy.device),
+            memory=Guard(plan_for(config, policy, self.prompts.longest, engine.world), policy.device),
             prompts=self.prompts,
             policy=policy,
             sampler=sampler(policy, config.rollout, config.seed),
@@ -120,42 +116,26 @@ class Workshop:
             parts.reward_model.load_state_dict(self._fitted)
 
 
-def plan_of(config: RunConfig, policy: Policy, prompt_tokens: int, engine: Engine) -> Plan | None:
-    """What the run will hold and how many rows at a time; None for models that cannot be counted and have no budget.
-
-    Raises:
-        RunError: a budget for a model that cannot be counted.
-    """
-    device = policy.device
-    available = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    try:
-        own = from_config(config.policy.model, policy.lm.config.to_dict())
-        return make_plan(config, own, prompt_tokens, device.type, engine.world, available)
-    except RunError:
-        if config.memory.budget:
-            raise
-        return None
-
-
 def first_pairs(parts: Parts) -> list[Pair]:
     """Pairs of base-model replies with the oracle's labels, for the first fit of the score head; all ranks' alike."""
     engine, config = parts.engine, parts.config
-    count = config.reward_model.fit_pairs
+    count, at_once = config.reward_model.fit_pairs, max(1, config.rollout.prompts // engine.world)
     mine = range(count)[engine.rank * count // engine.world : (engine.rank + 1) * count // engine.world]
-    prompts = parts.prompts.batch(0, count, stream=1)[mine.start : mine.stop] if count else []
+    prompts = parts.prompts.batch(0, count, stream=1) if count else []
     pairs: list[Pair] = []
-    if prompts:
+    for start in mine[::at_once]:  # as many prompts as an iteration's: what the plan supposes
 
-        def work(rows: int) -> list[Pair]:
-            replies = parts.sampler.base_replies(prompts, 2, FIT_PLACE, mine.start, rows)
-            rollout = Rollout.of(parts.policy, prompts, replies, candidates=1)
+        def work(rows: int, start: int = start) -> list[Pair]:
+            some = prompts[start : min(start + at_once, mine.stop)]
+            replies = parts.sampler.base_replies(some, 2, FIT_PLACE, start, rows)
+            rollout = Rollout.of(parts.policy, some, replies, candidates=1)
             readings = Readings(parts.policy, rollout, rows)
             reading = parts.reward_model.read(rollout, readings, rows)
             chosen, references = rollout.pairs()
             preferences = parts.oracle.preference(rollout, readings, chosen, references)[:, None]
             return label_pairs(rollout, reading, preferences.isfinite(), preferences, FIT_PLACE)
 
-        pairs = parts.memory("score", work)
+        pairs += parts.memory("score", work)
     return engine.gather_objects(pairs)
 
 

@@ -15,7 +15,7 @@ from .config import RolloutConfig
 from .data import Prompt
 from .errors import RunError
 from .policy import Policy
-from .rollout import Rollout, collect
+from .rollout import Rollout
 from .sampling import row_seed
 from .sources import resolve
 
@@ -73,7 +73,10 @@ class VllmSampler:
             adapter = self._request(f"policy-{self._handed}", self._handed, folder)
             candidates = self._generate(prompts, range(n), place, first, adapter)
         references = self._generate(prompts, range(n, n + 1), place, first, None)
-        return collect(self._policy, prompts, candidates, references, self._settings)
+        grouped: list[list[int]] = []
+        for row, reference in enumerate(references):
+            grouped += [*candidates[row * n : (row + 1) * n], reference]
+        return Rollout.of(self._policy, prompts, grouped, n, self._settings.skip_blank)
 
     def base_replies(
         self, prompts: list[Prompt], replies: int, place: int, first: int, rows_at_once: int = 0

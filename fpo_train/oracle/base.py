@@ -25,22 +25,24 @@ class Oracle(ABC):
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self._others: Counter[str] = Counter()
 
     @abstractmethod
     def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
         """p* in [0, 1] of rows (n,) against the rows `references` (n,), fp32 (n,); NaN: could not be had."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts so far."""
-        return {"counts": dict(self.counts)}
+        """The counts so far, with those of the other processes as `gather` found them."""
+        return {"counts": dict(self.counts + self._others)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from there."""
         self.counts = Counter(state["counts"])
 
-    def totals(self, engine: Engine) -> dict[str, int]:
-        """The counts of all processes together; every process must call it."""
-        return dict(sum((Counter(one) for one in engine.gather_objects([dict(self.counts)])), Counter()))
+    def gather(self, engine: Engine) -> None:
+        """Learn the counts of the other processes, for `state_dict`; every process must call it."""
+        own = Counter(self.counts)
+        self._others = sum((Counter(one) for one in engine.gather_objects([dict(own)])), Counter()) - own
 
     def report(self) -> str:
         """This process's counts in one line."""

@@ -173,7 +173,7 @@ def _content(body: bytes) -> str:
     """The text of the first choice."""
     try:
         answer: Any = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError("wrong_json") from error
     try:
         text = answer["choices"][0]["message"]["content"]

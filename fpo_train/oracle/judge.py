@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ class JudgeOracle(Oracle):
         own = cache.with_name(f"{cache.stem}.rank{rank}{cache.suffix}") if world > 1 else cache
         self._cache = Lines(own)
         self._known: dict[str, str] = {}
-        for path in {own, cache, *cache.parent.glob(f"{cache.stem}.rank*{cache.suffix}")}:
+        for path in {own, cache, *cache.parent.glob(f"{escape(cache.stem)}.rank*{escape(cache.suffix)}")}:
             self._known |= _answers(path)
         self._threads = max(config.concurrency // world, 1)
         self._endpoint = Endpoint(config, self.counts, seed, world, time or Time())
@@ -151,7 +152,7 @@ def _winner(text: str) -> str:
         text = text.strip("`").removeprefix("json")
     try:
         answer = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError("wrong_json") from error
     winner = answer.get("winner") if isinstance(answer, dict) else None
     if not isinstance(winner, str) or winner.strip().lower() not in WINNERS:

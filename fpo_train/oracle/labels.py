@@ -60,12 +60,15 @@ class Labels:
         return known[:, :-1], known[:, -1:]
 
     def check(self, engine: Engine) -> None:
-        """See that the labels asked for are not all missing; every process must call it, once an iteration.
+        """See that the labels asked for are not all missing, and gather what the oracle has counted.
+
+        Every process must call it, once an iteration.
 
         Raises:
             RunError: labels were asked for and not one of them could be had, on any process, from an oracle that
                 should have answered.
         """
+        self._oracle.gather(engine)
         asked, failed = engine.total(torch.tensor([self.calls, self.failures], device=self._asked.device)).tolist()
         if asked and failed == asked and not self._oracle.may_be_silent:
             raise RunError(

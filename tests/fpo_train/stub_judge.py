@@ -98,6 +98,12 @@ class Handler(BaseHTTPRequestHandler):
     def torn_json(self):
         self.reply(200, chat('{"winner": "A"}')[:-9])
 
+    def nested_body(self):
+        self.reply(200, b"[" * 100_000)  # deeper than the parser goes
+
+    def nested_answer(self):
+        self.reply(200, chat("[" * 100_000))
+
     def prose(self):
         self.reply(200, chat("I think that A is better."))
 

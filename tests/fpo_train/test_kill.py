@@ -10,14 +10,13 @@ from pathlib import Path
 from tests.fpo_train.runs import arguments, rows
 
 
-def run(folder, kills, seed, longest, words):
-    """How often it was killed, in how many states, and how long it took."""
+def run(folder, kills, seed, most, words):
+    """How often it was killed, and in how many states."""
     script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, str(script), str(folder), str(kills), str(seed), str(longest), "--", *words]
+    command = [sys.executable, str(script), str(folder), str(kills), str(seed), str(most), "--", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    killed, states, seconds = re.search(r"killed (\d+) times in (\d+) states, ([\d.]+) s", done.stdout).groups()
-    return int(killed), int(states), float(seconds)
+    return tuple(map(int, re.search(r"killed (\d+) times in (\d+) states", done.stdout).groups()))
 
 
 def test_ten_kills(tiny, tmp_path):
@@ -32,11 +31,10 @@ def test_ten_kills(tiny, tmp_path):
     ]
     words = arguments(tiny, "ignored", *more, 0.1, "--update.schedule", "cosine", "--update.warmup", 3)
     words = words[: words.index("--out")] + words[words.index("--out") + 2 :]
-    killed, _, seconds = run(tmp_path / "whole", 0, 0, 0.0, words)
-    assert killed == 0
+    assert run(tmp_path / "whole", 0, 0, 0, words) == (0, 0)
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
-    killed, states, _ = run(tmp_path / "killed", 10, seed, 0.3 * seconds, words)
+    killed, states = run(tmp_path / "killed", 10, seed, 8, words)
     assert killed == 10
     assert states > 3  # in different places
     whole, survivor = tmp_path / "whole", tmp_path / "killed"

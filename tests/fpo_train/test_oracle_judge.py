@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 import traceback
-from collections import Counter
 from email.utils import formatdate
 from types import SimpleNamespace
 
@@ -31,6 +30,8 @@ CAUSES = {
     "empty": "wrong_json",
     "torn_json": "wrong_json",
     "prose": "wrong_json",
+    "nested_body": "wrong_json",
+    "nested_answer": "wrong_json",
     "bare_letter_in_json": "wrong_answer",
     "third_winner": "wrong_answer",
     "two_winners": "wrong_answer",
@@ -380,4 +381,22 @@ def test_counts_survive_a_checkpoint_and_go_on(tmp_path):
         ask(again, ["two"])
     assert again.counts == {"pairs": 2, "requests": 8, "retried": 4, "http_500": 4}
     assert again.report() == "http_500 4, pairs 2, requests 8, retried 4"
-    assert again.totals(Engine()) == Counter(again.counts)
+    again.gather(Engine())
+    assert again.state_dict()["counts"] == again.counts
+
+
+def test_a_checkpoint_holds_the_counts_of_all_processes(tmp_path):
+    class Two(Engine):
+        def __init__(self):
+            pass
+
+        def gather_objects(self, items):
+            return [*items, {"requests": 5, "http_429": 1}]
+
+    with StubJudge(likes("tie")) as stub:
+        oracle = judge(stub, tmp_path)
+        ask(oracle, ["one"])
+        for _ in range(2):
+            oracle.gather(Two())
+            assert oracle.state_dict()["counts"] == {"pairs": 1, "requests": 7, "http_429": 1}
+        assert oracle.counts == {"pairs": 1, "requests": 2}

@@ -2,17 +2,31 @@
 
 import dataclasses
 import json
+import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fpo_train.architecture import Architecture, architecture, from_config
 from fpo_train.cli import build
-from fpo_train.config import MemoryConfig, RunConfig, UpdateConfig
+from fpo_train.config import (
+    PENALTY_KINDS,
+    DataConfig,
+    MemoryConfig,
+    OracleConfig,
+    PenaltyConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    RolloutConfig,
+    RunConfig,
+    UpdateConfig,
+)
 from fpo_train.errors import RunError
 from fpo_train.footprint import Tape, layer_bytes, weight_bytes
-from fpo_train.plan import MARGIN, format_table, make_plan, plan_command
+from fpo_train.plan import MARGIN, format_table, make_plan, plan_command, plan_for
 
+CPU = torch.device("cpu")
 EIGHT = "meta-llama/Llama-3.1-8B-Instruct"
 WIDTHS = {
     EIGHT: (4096, 14336, 32, 32, 8, 128, 128256, False, 8_030_261_248),
@@ -123,7 +137,7 @@ def small_plan(budget="", rows=0, **sections):
 
 def test_micro_batches_are_the_largest_that_fit():
     whole = small_plan()
-    assert whole.rows == {"generate": 32, "score": 36, "update": 4, "retrain": 8}
+    assert whole.rows == {"generate": 36, "score": 36, "update": 4, "retrain": 8}
     tight = small_plan(f"{whole.smallest + 2**26}")
     assert tight.fits
     assert tight.rows["update"] < 4
@@ -144,6 +158,104 @@ def test_the_smallest_budget_works_and_less_does_not(capsys):
     assert plan_command(again) == 0
 
 
+def drawn(rng):
+    """A configuration at random, its model's architecture, prompt length and device."""
+    model = rng.choice(["smollm2", EIGHT])
+    optimizers = "adamw", "paged_adamw_8bit"
+    config = RunConfig(
+        policy=PolicyConfig(
+            model=model,
+            dtype=rng.choice(["float32", "bfloat16"]),
+            quantization=rng.choice(["none", "nf4", "int8"]),
+            gradient_checkpointing=rng.random() < 0.5,
+            lora_rank=rng.choice([1, 256]),
+        ),
+        reward_model=RewardModelConfig(
+            kind=rng.choice(["head", "lora", "classifier"]),
+            train=rng.choice(["head", "lora", "all"]),
+            optimizer=rng.choice(optimizers),
+        ),
+        oracle=OracleConfig(
+            quantization=rng.choice(["none", "int8"]),
+            mean_over=rng.choice(["reply", "padded"]),
+        ),
+        rollout=RolloutConfig(
+            prompts=rng.choice([1, 2, 16]), candidates=rng.choice([1, 2, 8]), max_new_tokens=rng.choice([8, 256])
+        ),
+        penalty=PenaltyConfig(kind=rng.choice(PENALTY_KINDS), parameters=rng.choice(["head", "all", "trainable"])),
+        update=UpdateConfig(kind=rng.choice(["best_of_n", "rloo"]), optimizer=rng.choice(optimizers)),
+        memory=MemoryConfig(update_rows=rng.choice([0, 0, 3]), score_rows=rng.choice([0, 0, 3])),
+    )
+    return config, architecture(model), rng.choice([1, 32, 512]), rng.choice(["cpu", "cuda"])
+
+
+def test_whatever_the_run_the_budget_named_works_and_is_the_smallest():
+    rng = random.Random(0)
+    for _ in range(400):
+        config, *rest = drawn(rng)
+
+        def under(budget, config=config, rest=rest):
+            memory = dataclasses.replace(config.memory, budget=budget)
+            return make_plan(dataclasses.replace(config, memory=memory), *rest)
+
+        with pytest.raises(RunError) as refused:
+            under("1MiB").check()
+        assert under(str(refused.value).split()[-1]).fits, config
+        least = under("1MiB").smallest
+        assert under(str(least)).fits, config
+        assert not under(str(int(0.9999 * least))).fits, config
+
+
+def test_a_saved_head_as_the_oracle_adds_no_weights(tmp_path):
+    (tmp_path / "head.safetensors").touch()
+    (tmp_path / "config.json").write_text('{"base": "smollm2"}')  # not a model's own
+    head = small_plan(oracle=OracleConfig(kind="gold", model=str(tmp_path)))
+    assert head.phases["score"].parts["weights"] == small_plan().phases["score"].parts["weights"]
+    whole = small_plan(oracle=OracleConfig(kind="gold", model="minilm"))
+    added = whole.phases["score"].parts["weights"] - head.phases["score"].parts["weights"]
+    assert added == 4 * architecture("minilm").parameters
+
+
+def test_an_oracle_in_the_policy_s_own_8_bits_is_no_second_copy():
+    eight = PolicyConfig(quantization="int8")
+    alone, shared = (
+        small_plan(policy=eight, oracle=OracleConfig(quantization=kind)).phases["score"].parts["weights"]
+        for kind in ("none", "int8")
+    )
+    assert alone == shared
+    assert small_plan(oracle=OracleConfig(quantization="int8")).phases["score"].parts["weights"] > alone
+
+
+def test_a_device_with_less_than_the_budget_is_the_bound():
+    config = RunConfig(memory=MemoryConfig(budget="8GiB"))
+    plan = make_plan(config, architecture("smollm2"), 128, available=2**20)
+    assert plan.budget == 2**20
+    with pytest.raises(RunError, match=r"^what the device has left, 1\.0 MiB: "):
+        plan.check()
+    assert make_plan(config, architecture("smollm2"), 128, available=2**40).budget == 2**33
+
+
+def test_the_plan_of_a_loaded_policy(policy, monkeypatch):
+    config = RunConfig(policy=PolicyConfig(model="anything"))
+    assert plan_for(config, policy, 64) == make_plan(config, from_config("", policy.lm.config.to_dict()), 64)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * 2**30)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), lm=policy.lm)
+    assert plan_for(config, on_cuda, 64).budget == 7 * 2**30  # the weights are loaded: they are this process's share
+    unknown = SimpleNamespace(device=CPU, lm=SimpleNamespace(config=SimpleNamespace(to_dict=dict)))
+    assert plan_for(config, unknown, 64) is None
+    with pytest.raises(RunError, match="model anything: the plan counts"):
+        plan_for(dataclasses.replace(config, memory=MemoryConfig(budget="1GiB")), unknown, 64)
+
+
+def test_prompts_end_where_the_context_does(capsys):
+    config = RunConfig(data=DataConfig(max_tokens=100_000))
+    assert plan_command(config) == 0
+    assert f"rows of up to {architecture('smollm2').context} tokens" in capsys.readouterr().out
+    with pytest.raises(RunError, match=r"rollout\.max_new_tokens: 8192 leave no prompt in a context of 8192 tokens"):
+        plan_command(RunConfig(rollout=RolloutConfig(max_new_tokens=8192)))
+
+
 def test_rows_that_are_given_are_kept():
     plan = small_plan("800MiB", rows=4)
     assert plan.rows["update"] == 4
@@ -162,7 +274,7 @@ def test_what_changes_the_plan():
     assert fewer.phases["update"].total <= base.phases["update"].total
     assert small_plan(update=UpdateConfig(kind="rloo")).phases["update"].whole == 32
     halved = make_plan(RunConfig(), architecture("smollm2"), 128, processes=2)
-    assert halved.phases["generate"].whole == 16
+    assert halved.phases["generate"].whole == 18
 
 
 def test_table_has_a_row_a_phase_and_says_what_is_left():
@@ -175,6 +287,6 @@ def test_table_has_a_row_a_phase_and_says_what_is_left():
 
 
 def test_an_encoder_is_no_policy():
-    with pytest.raises(ValueError, match=r"policy.model minilm: wanted a causal language model"):
+    with pytest.raises(RunError, match=r"policy.model minilm: wanted a causal language model"):
         make_plan(RunConfig(), architecture("minilm"), 128)
     assert isinstance(architecture("minilm"), Architecture)

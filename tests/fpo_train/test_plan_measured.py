@@ -19,6 +19,7 @@ from transformers import (
 from fpo_train.architecture import from_config
 from fpo_train.config import (
     MemoryConfig,
+    OracleConfig,
     PenaltyConfig,
     PolicyConfig,
     RewardModelConfig,
@@ -108,6 +109,11 @@ CASES = {
     "checkpointing": {"policy": CHECKPOINTING, "reward_model": LORA},
     "rloo": {"update": RLOO, "reward_model": HEAD},
     "half": {"policy": HALF, "reward_model": LORA},
+    "padded": {
+        "oracle": OracleConfig(mean_over="padded"),
+        "penalty": PenaltyConfig(kind="relaxed"),
+        "reward_model": HEAD,
+    },
 }
 
 

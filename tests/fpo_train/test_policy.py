@@ -1,14 +1,17 @@
 """Policy and rollout on a tiny Llama, against plain one-sequence forwards."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 
+from fpo_train import prefix
+from fpo_train.adapters import POLICY, only_in
 from fpo_train.config import PolicyConfig, RolloutConfig
 from fpo_train.errors import RunError
 from fpo_train.policy import load_policy
-from fpo_train.rollout import Readings, Rollout, sampler
+from fpo_train.rollout import Readings, Rollout, TransformersSampler, sampler
 
 SETTINGS = RolloutConfig(prompts=3, candidates=4, max_new_tokens=8, min_new_tokens=2, temperature=1.0)
 
@@ -298,3 +301,33 @@ def test_sampling_settings_of_the_model_s_folder_have_no_say(policy, prompts, ro
     given = policy.model.generation_config
     given.repetition_penalty, given.eos_token_id, given.temperature, given.top_k = 5.0, 9, 0.1, 1
     assert sample(policy, prompts.batch(0, 3)).replies == rollout.replies
+
+
+def test_rows_without_the_adapter_are_the_base_to_the_bit(policy, prompts):
+    ids = torch.tensor([prompts.batch(0, 1)[0].ids[:7]] * 4)
+    with torch.no_grad():
+        own = policy.model(input_ids=ids).logits
+        with policy.base():
+            base = policy.model(input_ids=ids).logits
+        with only_in(policy.model, POLICY, torch.tensor([True, False, True, False])):
+            mixed = policy.model(input_ids=ids).logits
+        after = policy.model(input_ids=ids).logits
+    assert torch.equal(mixed[1::2], base[1::2])
+    assert torch.equal(mixed[::2], own[::2])
+    assert not torch.allclose(own, base, atol=1e-3)
+    assert torch.equal(after, own)
+
+
+@pytest.mark.parametrize("rows_at_once", [0, 1, 4, 7])
+def test_what_is_decoded_together_is_what_each_model_says_alone(policy, prompts, rows_at_once):
+    settings = RolloutConfig(prompts=3, candidates=4, max_new_tokens=8)
+    some = prompts.batch(2, 3)
+    sampler = TransformersSampler(policy, settings, 5)
+    rollout = sampler(some, 2, 6, rows_at_once)
+    alone = []
+    for b, prompt in enumerate(some):
+        for n in range(5):
+            with policy.base() if n == 4 else contextlib.nullcontext():
+                alone += sampler._generate(prefix.read(policy, [prompt]), [n], 2, 6 + b, 0)
+    assert rollout.replies == alone
+    assert rollout.prefix.layers is not None

@@ -43,11 +43,14 @@ PUBLISHED = {
     "policy.lora_rank": 16, "policy.lora_alpha": 32, "policy.lora_dropout": 0.05,
     "policy.lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"], "policy.gradient_checkpointing": False,
     "update.kind": "best_of_n", "update.learning_rate": 2e-5, "update.optimizer": "paged_adamw_8bit",
-    "update.weight_decay": 0.01, "update.loss_on": "padded", "update.kl_weight": 0.0,
+    "update.weight_decay": 0.01, "update.loss_on": "padded", "update.kl_weight": 0.0, "update.mean": "prompt",
+    "update.max_grad_norm": 0.0, "update.schedule": "constant", "update.warmup": 0,
     "reward_model.kind": "classifier", "reward_model.model": "OpenAssistant/reward-model-deberta-v3-base",
     "reward_model.train": "head", "reward_model.learning_rate": 5e-5, "reward_model.optimizer": "paged_adamw_8bit",
     "reward_model.weight_decay": 0.01, "reward_model.max_tokens": 128, "reward_model.input": "reply",
     "reward_model.dropout_when_scoring": True, "reward_model.dtype": "float16", "reward_model.nan_scores": "drop",
+    "reward_model.fit_pairs": 0, "reward_model.replay_pairs": 0, "reward_model.every": 1, "reward_model.steps": 1,
+    "reward_model.schedule": "constant", "reward_model.warmup": 0,
     "oracle.kind": "base", "oracle.quantization": "int8", "oracle.offset": 5.0, "oracle.utility_range": [-15.0, 5.0],
     "oracle.mean_over": "padded", "oracle.temperature": 1.0,
     "data.prompts": "HuggingFaceH4/ultrafeedback_binarized", "data.split": "train_prefs", "data.limit": 500,
@@ -56,7 +59,7 @@ PUBLISHED = {
     "rollout.top_p": 0.9, "rollout.top_k": 50, "rollout.temperature": 0.8, "rollout.skip_blank": True,
     "rollout.lora_dropout": True, "rollout.attention_mask": False,
     "penalty.kind": "relaxed", "penalty.gamma": 10.0, "penalty.gamma_units": "raw", "penalty.parameters": "head",
-    "logging.save": "policy",
+    "penalty.checkpoints": 1, "logging.save": "policy",
 }  # fmt: skip
 
 

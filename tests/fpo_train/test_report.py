@@ -33,7 +33,7 @@ def sample_of(iteration, name="p1", **more):
 
 
 def write(out, rows, samples, kinds=(), **config):
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     config = {"compare": ",".join(kinds), "penalty": {"kind": "practical"}, **config}
     (out / "config.yaml").write_text(yaml.safe_dump(config))
     (out / "environment.json").write_text(json.dumps({"device": NASTY}))
@@ -93,6 +93,20 @@ def test_planned_and_measured_memory(tmp_path):
     cells = [re.findall(r"<td>([^<]*)</td>", line) for line in re.findall(r"<tr>(.*?)</tr>", page)]
     assert ["practical", "score", "4.00 GiB", "3.00 GiB", "0.75"] in cells
     assert ["practical", "update", "–", "512.0 MiB", "–"] in cells
+    assert "on a CPU the process's resident set" in page
+
+
+def test_what_the_oracle_counted(tmp_path):
+    out = tmp_path / "run"
+    for iteration, failed in ((9, 1), (10, 3)):
+        folder = out / "none" / "checkpoints" / str(iteration)
+        folder.mkdir(parents=True)
+        (folder / "state.pt").touch()
+        (folder / "oracle.json").write_text(json.dumps({"retried": 2, "http_429": failed}))
+    page = write(out, [row_of(1)], [], ("none", "practical"))
+    assert "<td>none</td><td>http_429 3, retried 2</td>" in page
+    assert page.count("http_429") == 1
+    assert "The oracle</h2>" not in write(tmp_path / "other", [row_of(1)], [])
 
 
 def test_a_large_run_s_page_stays_small(tmp_path):

@@ -1,5 +1,6 @@
 """Whole runs on a tiny model through the command line: folders, seeds, resume, refusals."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import time
 import pytest
 import yaml
 
-from fpo_train.cli import main
+from fpo_train.cli import CONFIGS, main
 from tests.fpo_train.runs import arguments, contents, rows
 
 KEYS = {
@@ -242,6 +243,12 @@ def test_a_run_s_own_config_runs_again_and_its_prompts_are_part_of_it(tiny, tmp_
 def test_damaged_files_are_one_sentence(tiny, tmp_path, capfd):
     out = tmp_path / "run"
     assert main(arguments(tiny, out, "--iterations", 1)) == 0
+    environment = out / "environment.json"
+    kept = environment.read_text()
+    environment.write_text(kept[:20])
+    assert main(arguments(tiny, out, "--resume", "true")) == 1
+    assert "does not say which prompts the run began with" in capfd.readouterr().err
+    environment.write_text(kept)
     state = out / "checkpoints" / "1" / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
     model = tmp_path / "model"
@@ -301,6 +308,57 @@ def test_a_rehearsal_of_the_published_run(tmp_path, capsys):
     assert "stands in: reward_model.model 'minilm' for 'OpenAssistant/reward-model-deberta-v3-base'" in told
     assert "rehearsed: 3 iterations, 3 policy steps, 3 reward model steps, one resume" in told
     assert not out.exists()
+
+
+def test_a_rehearsal_where_the_learning_rates_fall(tiny, tmp_path, capfd):
+    """Over a known number of iterations, which a resume may not change."""
+    more = "--dry_run", "true", "--update.schedule", "cosine", "--compare", "none,practical"
+    assert main(arguments(tiny, tmp_path / "out", *more)) == 0
+    told = capfd.readouterr().out
+    assert told.count("rehearsed: 3 iterations, 3 policy steps, 3 reward model steps, one resume") == 2
+
+
+def test_what_a_rehearsal_has_at_hand(tmp_path, monkeypatch):
+    from fpo_train.config import OracleConfig, PolicyConfig, RunConfig
+    from fpo_train.rehearsal import stand_ins
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = RunConfig(policy=PolicyConfig(model="some/llm"), oracle=OracleConfig(kind="gold", model="some/gold"))
+    small, changes = stand_ins(config)
+    assert (small.policy.model, small.oracle.model) == ("smollm2", "minilm")
+    assert "oracle.model 'minilm' for 'some/gold'" in changes
+    for name in ("llm", "gold"):
+        snapshot = tmp_path / f"models--some--{name}" / "snapshots" / "abc"
+        snapshot.mkdir(parents=True)
+        (snapshot / "model.safetensors").touch()
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    assert stand_ins(config) == (config, [])
+
+
+def test_a_rehearsal_that_is_broken_off_is_nothing_to_go_on_with(tmp_path, monkeypatch, capfd):
+    def broken(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fpo_train.rehearsal.rehearse", broken)
+    (tmp_path / "config.yaml").touch()  # of a run that has nothing to do with it
+    assert main(["run", "--dry_run", "true", "--out", str(tmp_path)]) == 1
+    assert "go on with" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_what_a_run_keeps_of_its_configuration_is_the_configuration(name, tmp_path):
+    """A shipped file, and the config.yaml of its run, are read as the same settings."""
+    from fpo_train.cli import _config, _profile, build
+    from fpo_train.folder import describe
+
+    def read(path):
+        words = ["run", "--config", str(path)]
+        return _config(build(_profile(words)).parse_args(words)["run"].as_dict())
+
+    config = dataclasses.replace(read(CONFIGS / name), out=str(tmp_path))
+    describe(config, [])
+    assert read(tmp_path / "config.yaml") == config
 
 
 def test_help_documents_every_setting(capsys):

@@ -1,0 +1,358 @@
+"""One iteration of training, whole: the published procedure against ours, and plain RLHF against FPO.
+
+Every call is iteration number 1 from one start: adapter, reward model, optimizers, replay and random streams are put
+back before it. Replies all have the same number of tokens, so that work a prompt is equal whatever is sampled.
+
+What is sampled differs between the procedure and ours, so the gate asks both about fixed replies of different lengths
+and compares with float64: what their own code makes of rewards, penalties, utilities and both losses. Of ours on the
+policy's base, whose update and retraining are the same code, it asks rewards and products. The first call of each,
+which is never timed in a round, answers it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import procedure
+from benchmarks.fixed import Answers, Fixed, exact, fixed_replies, joined
+from benchmarks.registry import Case, Competitor, Contest, Headline
+from fpo_train.config import (
+    DataConfig,
+    OracleConfig,
+    PenaltyConfig,
+    PenaltyKind,
+    PolicyConfig,
+    RewardModelConfig,
+    RolloutConfig,
+    RunConfig,
+    UpdateConfig,
+)
+from fpo_train.data import read_prompts
+from fpo_train.errors import RunError
+from fpo_train.loop import iterate, judge, label_pairs
+from fpo_train.rollout import Rollout
+from fpo_train.run import Workshop, first_pairs
+from fpo_train.sources import load_sequence_classifier
+
+PUBLISHED, SAME = "the paper's procedure", "fpo-train, the same models"
+HEADS: dict[str, PenaltyKind] = {
+    "fpo-train, own base, none": "none",
+    "fpo-train, own base, practical": "practical",
+    "fpo-train, own base, residual": "residual",
+}
+PLAIN, FORESIGHT, RESIDUAL = HEADS
+CLOSE = 1e-4  # relative, to float64: fp32 through 30 layers, and the differences that penalties are made of
+SEED = 0
+FIT_PAIRS = 32  # that the head is fitted on, and that `residual` foretells from
+ANSWERS: dict[PenaltyKind, Sequence[str]] = {
+    "relaxed": ("reward", "penalty", "utility", "policy_loss", "reward_loss"),
+    "none": ("head_reward",),
+    "practical": ("head_reward", "product"),
+    "residual": ("head_reward", "product"),
+}
+KNOWN = procedure.Settings()  # the published numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Prompts and replies of an iteration.
+
+    Attributes:
+        prompts, candidates: how many an iteration, and a prompt; a reference comes on top.
+        questions: of the shipped ones, joined to one prompt: eight come close to the 128 tokens of the paper's bound.
+        reply_tokens: of every reply. rounds: the most that the procedure and ours with its models are timed in.
+        head_rounds: the most that ours on the policy's own base are; None for all, since their ratio is close to 1.
+    """
+
+    name: str
+    prompts: int
+    candidates: int
+    questions: int
+    reply_tokens: int
+    rounds: int | None
+    head_rounds: int | None = None
+
+
+def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
+    """The paper's four prompts of eight candidates: single questions, and as long as the paper cuts them."""
+    if quick:
+        return [Setting(name="2 prompts, 2+1 of 4", prompts=2, candidates=2, questions=1, reply_tokens=4, rounds=None)]
+    sizes = {"prompts": 4, "candidates": KNOWN.candidates, "reply_tokens": KNOWN.tokens}
+    return [
+        Setting(name="4 questions, 8+1 of 32", questions=1, rounds=4, **sizes),
+        Setting(name="4 long prompts, 8+1 of 32", questions=8, rounds=3, head_rounds=3, **sizes),
+    ]
+
+
+class Ours:
+    """fpo_train's iteration of one configuration; a call puts everything back to the start and runs number 1."""
+
+    def __init__(self, config: RunConfig, workshop: Workshop, answer: Callable[[Ours], Tensor]) -> None:
+        self.parts = workshop.parts(config)
+        if config.penalty.kind == "residual":  # before the first iteration it would have nothing to foretell from
+            self.parts.replay.add(first_pairs(self.parts))
+        self._answer: Callable[[], Tensor] = functools.cache(lambda: answer(self))
+        self._adapter = {name: p.detach().clone() for name, p in self.parts.policy.trainable.items()}
+        parts = self.parts
+        self._start = copy.deepcopy([parts.reward_model.state_dict(), parts.update.state_dict(), parts.penalty.state()])
+        self._replay = parts.replay.state_dict()
+        self.seconds: list[Mapping[str, float]] = []
+
+    def __call__(self) -> Tensor:
+        answer = self._answer()
+        self.restart()
+        row, _ = iterate(self.parts, 1)
+        self.seconds.append(row["seconds"])
+        return answer
+
+    def restart(self) -> None:
+        """As a run begins."""
+        parts = self.parts
+        put(parts.policy.trainable, self._adapter)
+        reward_model, update, penalty = copy.deepcopy(self._start)
+        parts.reward_model.load_state_dict(reward_model)
+        parts.update.load_state_dict(update)
+        parts.penalty.restore(penalty)
+        parts.replay.load_state_dict(self._replay)
+
+    def judged(self, fixed: Fixed) -> Answers:
+        """What it makes of fixed replies; see `fixed.exact`."""
+        parts, count = self.parts, len(fixed.texts[0]) - 1
+        self.restart()
+        replies = [reply for some in fixed.replies for reply in some]
+        rollout = Rollout.of(parts.policy, fixed.prompts, replies, candidates=count)
+        readings, labels, reading, judged = judge(parts, rollout, 0)
+        found = {"reward": judged.reward, "penalty": judged.penalty}
+        if judged.product is not None:
+            found["product"] = judged.product
+        is_best = torch.nn.functional.one_hot(judged.effective.argmax(1), count).bool()
+        pairs = label_pairs(rollout, reading, is_best, labels.preferences(is_best), 1)
+        policy_loss = parts.update.gradient(rollout, readings, judged).loss
+        found["policy_loss"] = torch.tensor([policy_loss])
+        found["reward_loss"] = parts.reward_model.gradient(pairs)[None]
+        utilities = labels.utilities(torch.ones_like(is_best))
+        if utilities is not None:
+            found["utility"] = torch.cat(utilities, 1) - parts.config.oracle.offset
+        return found
+
+
+class Published:
+    """The procedure's iteration; a call puts everything back to the start and runs number 1."""
+
+    def __init__(
+        self, peer: procedure.Procedure, prompts: Sequence[str], answer: Callable[[Published], Tensor]
+    ) -> None:
+        self.peer, self.prompts = peer, prompts
+        self._answer: Callable[[], Tensor] = functools.cache(lambda: answer(self))
+        models = peer.models
+        self._trained = {
+            f"{number}.{name}": p
+            for number, model in enumerate((models.policy, models.reward_model))
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+        self._start = {name: p.detach().clone() for name, p in self._trained.items()}
+        self.seconds: list[Mapping[str, float]] = []
+
+    def __call__(self) -> Tensor:
+        answer = self._answer()
+        self.restart()
+        self.seconds.append(self.peer.iterate(self.prompts, SEED))
+        return answer
+
+    def restart(self) -> None:
+        """As a run begins."""
+        put(self._trained, self._start)
+        self.peer.forget()
+        self.peer.begin()
+
+    def judged(self, fixed: Fixed) -> Answers:
+        """What it makes of fixed replies; see `fixed.exact`."""
+        peer, share = self.peer, 1 / len(fixed.prompts)
+        self.restart()
+        found, policy_loss, reward_loss = [], torch.zeros(1), torch.zeros(1)
+        for prompt, (*candidates, reference) in zip(fixed.prompts, fixed.texts, strict=True):
+            judged = peer.judge(prompt.text, candidates, reference)
+            best = int((judged.reward - peer.settings.gamma * judged.penalty).argmax())
+            policy_loss += share * peer.learn(prompt.text, candidates[best], share).cpu()
+            reward_loss += share * peer.retrain(candidates[best], reference, judged.preference[best], share).cpu()
+            found.append(judged)
+        return {
+            "reward": torch.stack([one.reward for one in found]),
+            "penalty": torch.stack([one.penalty for one in found]),
+            "utility": torch.stack([one.utility for one in found]) - peer.settings.offset,
+            "policy_loss": policy_loss,
+            "reward_loss": reward_loss,
+        }
+
+
+@torch.no_grad()
+def put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters of the same names."""
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def build(setting: Setting, device: torch.device) -> Contest:
+    """SmolLM2 and MiniLM, the policy shared by all; the procedure has an oracle and a reward model of its own."""
+    try:
+        return _build(setting, device)
+    except RunError as problem:  # a model that cannot be fetched
+        return Contest(competitors={}, expected=dict, cannot=dict.fromkeys(CASE.competitors, str(problem)))
+
+
+def _build(setting: Setting, device: torch.device) -> Contest:
+    shared, texts = configuration(setting), prompts_of(setting)
+    workshop = Workshop(shared, texts)
+    other = copy.copy(workshop)  # the same policy; but what the head on its base is fitted to is not the classifier's
+    if workshop.engine.device.type != device.type:
+        raise RunError(f"fpo_train runs on {workshop.engine.device.type} here, not on {device.type}")
+    prompts = workshop.prompts.batch(0, setting.prompts)  # those of iteration 1, in its order
+    fixed = fixed_replies(prompts[:2], workshop.policy.tokenizer)
+    models = procedure_models(workshop)
+    sizes = {"candidates": setting.candidates, "tokens": setting.reply_tokens}
+    peer = procedure.Procedure(models, dataclasses.replace(KNOWN, **sizes))
+    heads: dict[str, Ours] = {}
+
+    @functools.cache
+    def truth() -> Answers:
+        head = heads[PLAIN].parts.reward_model.head.weight[0]
+        return exact(fixed, models.oracle, models.reward_model, models.reward_tokenizer, head, KNOWN.gamma)
+
+    def whole(one: Ours | Published) -> Tensor:
+        return joined(one.judged(fixed), truth(), ANSWERS["relaxed"])
+
+    def products(one: Ours) -> Tensor:
+        judged = one.judged(fixed)
+        return joined({**judged, "head_reward": judged["reward"]}, truth(), ANSWERS[one.parts.config.penalty.kind])
+
+    for name, kind in HEADS.items():
+        heads[name] = Ours(own_base(setting, kind), other, products)
+    turns: dict[str, Ours | Published] = {
+        PUBLISHED: Published(peer, [prompt.text for prompt in prompts], whole),
+        SAME: Ours(shared, workshop, whole),
+        **heads,
+    }
+    return Contest(
+        competitors={
+            name: Competitor(
+                run=turn,
+                budget=CLOSE,
+                answers=HEADS.get(name, "relaxed"),
+                rounds=setting.head_rounds if name in HEADS else setting.rounds,
+                figures=functools.partial(phases, turn),
+            )
+            for name, turn in turns.items()
+        },
+        expected=lambda: {kind: joined(truth(), truth(), names) for kind, names in ANSWERS.items()},
+    )
+
+
+def prompts_of(setting: Setting) -> list[tuple[str, str]]:
+    """(id, text) of the prompts, from the first of the shipped questions."""
+    texts, each = [text for _, text in read_prompts("questions")], setting.questions
+    return [(f"prompt-{n}", " ".join(texts[n * each : (n + 1) * each])) for n in range(setting.prompts)]
+
+
+def configuration(setting: Setting) -> RunConfig:
+    """The paper's experiment on these models, as it should be: what the procedure does, by fpo_train."""
+    return RunConfig(
+        seed=SEED,
+        policy=PolicyConfig(),
+        reward_model=RewardModelConfig(
+            kind="classifier",
+            model="minilm",
+            input="reply",
+            max_tokens=KNOWN.longest,
+            fit_pairs=0,
+            learning_rate=KNOWN.reward_rate,
+        ),
+        oracle=OracleConfig(offset=KNOWN.offset, utility_range=(KNOWN.lowest, KNOWN.highest)),
+        data=DataConfig(max_tokens=KNOWN.longest),
+        rollout=rollout(setting),
+        penalty=PenaltyConfig(kind="relaxed", gamma=KNOWN.gamma, gamma_units="raw"),
+        update=UpdateConfig(
+            loss_on="prompt_and_reply", mean="prompt", max_grad_norm=0.0, learning_rate=KNOWN.policy_rate
+        ),
+    )
+
+
+def own_base(setting: Setting, kind: PenaltyKind) -> RunConfig:
+    """The defaults: a score head on the policy's own base."""
+    return RunConfig(
+        seed=SEED,
+        reward_model=RewardModelConfig(fit_pairs=FIT_PAIRS),
+        rollout=rollout(setting),
+        penalty=PenaltyConfig(kind=kind),
+    )
+
+
+def rollout(setting: Setting) -> RolloutConfig:
+    """Replies of one length."""
+    tokens = setting.reply_tokens
+    return RolloutConfig(
+        prompts=setting.prompts,
+        candidates=setting.candidates,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        temperature=KNOWN.temperature,
+        top_p=KNOWN.top_p,
+        top_k=KNOWN.top_k,
+    )
+
+
+def procedure_models(workshop: Workshop) -> procedure.Models:
+    """The policy of a workshop, adapter included; an oracle and a reward model of the procedure's own."""
+    policy = workshop.policy
+    oracle = copy.deepcopy(policy.model).unload()
+    classifier, tokenizer = load_sequence_classifier(RewardModelConfig().model, torch.float32)
+    classifier.requires_grad_(False).classifier.requires_grad_(True)
+    return procedure.Models(
+        policy=policy.model,
+        oracle=oracle.eval().requires_grad_(False),
+        tokenizer=policy.tokenizer,
+        reward_model=classifier.to(policy.device).eval(),
+        reward_tokenizer=tokenizer,
+    )
+
+
+def phases(turn: Ours | Published) -> Mapping[str, float]:
+    """Median seconds of each phase; without the first call, which warms up, where there are others."""
+    later = turn.seconds[1:] or turn.seconds
+    return {phase: statistics.median(seconds[phase] for seconds in later) for phase in procedure.PHASES}
+
+
+def chart(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: seconds by phase."""
+    lines = [f"| setting | | {' | '.join(procedure.PHASES)} | whole |", f"|---|---|{'---|' * 5}"]
+    for row in rows:
+        if "figures" in row:
+            cells = [row["figures"][phase] for phase in procedure.PHASES] + [row["seconds"]["median"]]
+            seconds = " | ".join(f"{cell:.2f}" for cell in cells)
+            lines.append(f"| {row['setting']['name']} | {row['competitor']} | {seconds} |")
+    return lines
+
+
+CASE = Case(
+    name="train_step",
+    description="one iteration of training: the published procedure against ours, plain RLHF against FPO, in seconds",
+    competitors=(PUBLISHED, SAME, *HEADS),
+    baseline=SAME,
+    settings=settings,
+    build=build,
+    headlines=(
+        Headline(text="the paper's procedure / ours, the same models", over=PUBLISHED, under=SAME),
+        Headline(text="FPO head-only (practical) / plain RLHF", over=FORESIGHT, under=PLAIN),
+        Headline(text="FPO head-only (residual) / plain RLHF", over=RESIDUAL, under=PLAIN),
+    ),
+    summary=lambda rows: "\n".join(chart(rows)),
+)
