@@ -55,9 +55,10 @@ def build(profile: str = "sound") -> Parser:
         sub.set_defaults(PROFILES[profile])
 
     simulate = command("simulate", "Run a controlled environment of the paper")
-    simulate.add_argument("environment", choices=("linear",), help="which environment")
+    simulate.add_argument("environment", choices=("linear", "neural"), help="which environment")
     simulate.add_argument("--penalties", type=str, default="none,relaxed,practical", help="comma-separated")
-    simulate.add_argument("--seeds", type=str, default="0", help="comma-separated; draw the first reward model")
+    simulate.add_argument("--seeds", type=str, default="0", help="comma-separated whole numbers")
+    simulate.add_argument("--vectorised", type=bool, default=False, help="neural: play all runs together")
     simulate.add_argument("--out", type=str, default="runs/simulate", help="new or empty folder for the results")
 
     fetch = command("fetch", "Download and verify a model into the cache")
@@ -165,18 +166,24 @@ def _config(options: dict[str, Any]) -> RunConfig:
 
 
 def _simulate(options: Any) -> int:
-    from .simulate import linear
+    from .simulate import linear, neural
+    from .simulate.results import format_table
 
     try:
         if not all(seed.strip().isdigit() for seed in options.seeds.split(",")):
             raise ValueError(f"--seeds: wanted comma-separated whole numbers, got {options.seeds!r}")
+        if options.vectorised and options.environment != "neural":
+            raise ValueError("--vectorised: only the neural environment has runs that are worth playing together")
         seeds = [int(seed) for seed in options.seeds.split(",")]
-        penalties = [name.strip() for name in options.penalties.split(",")]
-        summary = linear.run(penalties, seeds, Path(options.out).expanduser())
+        penalties, out = [name.strip() for name in options.penalties.split(",")], Path(options.out).expanduser()
+        if options.environment == "linear":
+            summary = linear.run(penalties, seeds, out)
+        else:
+            summary = neural.run(penalties, seeds, out, vectorised=options.vectorised)
     except ValueError as error:
         print(f"fpo-train simulate: error: {error}", file=sys.stderr)
         return USAGE
-    print(linear.format_table(summary))
+    print(format_table(summary))
     print(f"results: {options.out}")
     return DONE
 

@@ -53,7 +53,7 @@ def expected_overconfidence(
 
 
 def fit(square: Tensor, residuals: Tensor, lengths: Sequence[float], noises: Sequence[float]) -> Fitted:
-    """Processes with k = exp(−d²/2ℓ²) and a mean of zero, ℓ and λ those of the grid with the largest marginal likelihood.
+    """Processes with k = exp(−d²/2ℓ²) and a mean of zero; of the grid, ℓ and λ with the largest marginal likelihood.
 
     The signal's variance is eᵀ(K + λI)⁻¹e/m, in closed form for each ℓ and λ.
 

@@ -65,7 +65,9 @@ def draw_utility(trajectories: Trajectories, landscape: Landscape) -> Figure:
         _band(left, penalty, runs[0].iterations, np.stack([run.utility for run in runs]))
         _band(right, penalty, runs[0].iterations, np.stack([run.noise for run in runs]))
     left.axhline(landscape.peak, color="#777777", linewidth=1, linestyle=":", label="best action")
-    left.set(ylim=(0, 1.05 * landscape.peak), ylabel="utility U (oracle's score)", title="Utility of the policy's action")
+    left.set(
+        ylim=(0, 1.05 * landscape.peak), ylabel="utility U (oracle's score)", title="Utility of the policy's action"
+    )
     right.set(ylabel="noise norm (action units)", title="Drift along axes that earn no utility")
     right.set_ylim(bottom=0)
     for axes in (left, right):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fpo_train.residual import fit
-from fpo_train.simulate.results import Array, Landscape, Summary, Trajectory, check_folder, write_results
+from fpo_train.simulate.results import Array, Landscape, Summary, Trajectory, asked, check_folder, write_results
 
 PENALTIES = ("none", "practical", "relaxed", "tracin", "exact", "residual")
 
@@ -43,7 +43,7 @@ class LinearSettings:
     exact_ridge: float = 0.1  # of its curvature
     lengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # `residual`: to choose ℓ from
     noises: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # `residual`: to choose λ from
-    relative: bool = False  # `residual`: ℓ in units of the median distance of the actions, in place of the axes'
+    relative: bool = True  # `residual`: ℓ in units of the median distance of the actions, in place of the axes'
 
     def __post_init__(self) -> None:
         if not 1 <= self.signal_axes <= self.dimension:
@@ -87,8 +87,7 @@ def simulate(penalty: str, seed: int = 0, settings: LinearSettings = DEFAULTS) -
     legacy generator. Deterministic, float64.
     Raises ValueError for a penalty that there is none of.
     """
-    if penalty not in PENALTIES:
-        raise ValueError(f"penalty must be one of {', '.join(PENALTIES)} in the linear environment; got {penalty!r}")
+    asked([penalty], [seed], PENALTIES)
     y = np.zeros(settings.dimension)
     w = np.random.RandomState(seed).normal(0.0, settings.reward_init_std, settings.dimension)
     w[: settings.signal_axes] += settings.reward_init
@@ -194,9 +193,7 @@ def run(
     Raises ValueError for an unsupported penalty or an empty list, FileExistsError when `out` is not a new or
     empty folder; in either case nothing has been written.
     """
-    penalties, seeds = list(dict.fromkeys(penalties)), list(dict.fromkeys(seeds))
-    if not penalties or not seeds:
-        raise ValueError(f"penalties and seeds must not be empty; got {penalties} and {seeds}")
+    penalties, seeds = asked(penalties, seeds, PENALTIES)
     check_folder(out)
     trajectories = {penalty: {seed: simulate(penalty, seed, settings) for seed in seeds} for penalty in penalties}
     return write_results("linear", trajectories, landscape(settings), out)

@@ -1,12 +1,12 @@
 """The neural environment: the reward model is a small network, retrained on what the policy does.
 
-The policy is an action mean θ ∈ R¹⁰, the reward model a softplus network, the oracle rewards the first two axes. Source:
-Gauthier, Bach, Jordan 2026, arXiv 2605.04266, the neural controlled environment.
+The policy is an action mean θ ∈ R¹⁰, the reward model a softplus network, the oracle rewards the first two axes.
+Source: Gauthier, Bach, Jordan 2026, arXiv 2605.04266, the neural controlled environment.
 
-Runs are rows: of each penalty at each seed, one after the other (the default), or all together (`vectorised`). Either way
-a row has the random numbers of the published order: one stream a seed, from which the baseline draws first; every other
-penalty goes on, anew each, from where the seed's baseline left the stream. Rows together differ from rows alone by
-rounding only, which a run of 60,000 steps may amplify.
+Runs are rows, one of each penalty and seed: played one after the other (the default), or all together (`vectorised`).
+Either way a row has the random numbers of the published order: one stream a seed, from which the baseline draws first;
+every other penalty goes on, anew each, from where the seed's baseline left the stream. Rows together differ from rows
+alone by rounding only, which a run of 60,000 steps may amplify.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fpo_train.residual import fit
 from fpo_train.simulate import mlp
-from fpo_train.simulate.results import Landscape, Summary, Trajectory, check_folder, write_results
+from fpo_train.simulate.results import Landscape, Summary, Trajectory, asked, check_folder, write_results
 
 PENALTIES = ("none", "practical", "relaxed", "tracin", "exact", "residual")
 
@@ -54,7 +54,7 @@ class NeuralSettings:
     lengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # `residual`: to choose ℓ from
     noises: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # `residual`: to choose λ from
     features: Literal["action", "gradient"] = "action"  # `residual`: what distances are between
-    length_unit: Literal["feature", "median"] = "feature"  # ℓ in the features' units, or in their median distance
+    relative: bool = True  # `residual`: ℓ in units of the median distance of the features, in place of their own
     kept: int = 10  # iterations between the points of a trajectory
 
     def __post_init__(self) -> None:
@@ -110,9 +110,7 @@ class Game:
     """R rows of (penalty, seed) played together."""
 
     def __init__(self, rows: Sequence[tuple[str, int]], settings: NeuralSettings) -> None:
-        unknown = [penalty for penalty, _ in rows if penalty not in PENALTIES]
-        if unknown:
-            raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}; got {unknown[0]!r}")
+        asked([penalty for penalty, _ in rows], [seed for _, seed in rows], PENALTIES)
         self.settings = settings
         self._streams = [Stream(penalty, seed, settings) for penalty, seed in rows]
         parts = zip(*(stream.weights for stream in self._streams), strict=True)
@@ -139,7 +137,7 @@ class Game:
         fresh = self.theta[:, None] + deviation * torch.stack([stream.labels() for stream in self._streams])
         self._points = torch.cat([self._points, fresh], 1)[:, -settings.buffer :]
         self._utility = torch.cat([self._utility, utility(fresh, settings)], 1)[:, -settings.buffer :]
-        asks = {"relaxed": settings.steps, "tracin": settings.steps, "exact": settings.steps}
+        asks = dict.fromkeys(("relaxed", "tracin"), settings.steps) | {"exact": settings.steps * ("exact" in held)}
         self.calls = [n + settings.labels + asks.get(k, 0) for n, k in zip(self.calls, self._kinds, strict=True)]
         for weight in self.weights:
             weight.requires_grad_(True)
@@ -184,6 +182,8 @@ class Game:
         mean = mlp.forward(self.weights, self.theta[:, None]).detached()
         return mean.with_all(passed)[:, 0, 0]
 
+    # what `exact` and `residual` take for constants between two trainings of the reward model
+
     def _hold(self) -> dict[str, tuple[Tensor, ...]]:
         """What `exact` and `residual` fit once an iteration; nothing while no point is labelled."""
         if not self._points.shape[1]:
@@ -210,7 +210,7 @@ class Game:
         passed = mlp.forward([w.double() for w in self.weights], self._points.double())
         square = self._distances(passed, passed)
         unit = torch.ones(len(square), dtype=square.dtype)
-        if settings.length_unit == "median" and square.shape[-1] > 1:
+        if settings.relative and square.shape[-1] > 1:
             m = square.shape[-1]
             apart = square[:, torch.ones(m, m, dtype=torch.bool).triu(1)].median(-1).values.sqrt()
             unit = torch.where(apart > 0, apart, 1.0)
@@ -285,12 +285,7 @@ def run(
 
     Raises as `linear.run`.
     """
-    penalties, seeds = list(dict.fromkeys(penalties)), list(dict.fromkeys(seeds))
-    if not penalties or not seeds:
-        raise ValueError(f"penalties and seeds must not be empty; got {penalties} and {seeds}")
-    unknown = [penalty for penalty in penalties if penalty not in PENALTIES]
-    if unknown:
-        raise ValueError(f"penalty must be one of {', '.join(PENALTIES)}; got {unknown[0]!r}")
+    penalties, seeds = asked(penalties, seeds, PENALTIES)
     check_folder(out)
     rows = [(penalty, seed) for penalty in penalties for seed in seeds]
     runs = simulate(rows, settings) if vectorised else [simulate([row], settings)[0] for row in rows]

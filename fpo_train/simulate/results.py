@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,17 @@ class Landscape:
 Trajectories = Mapping[str, Mapping[int, Trajectory]]  # penalty → seed → trajectory
 
 
+def asked(penalties: Iterable[str], seeds: Iterable[int], known: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Penalties and seeds without repetitions; raises ValueError where there are none, or a penalty is not known."""
+    names, numbers = list(dict.fromkeys(penalties)), list(dict.fromkeys(seeds))
+    if not names or not numbers:
+        raise ValueError(f"penalties and seeds must not be empty; got {names} and {numbers}")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"penalty must be one of {', '.join(known)}; got {name!r}")
+    return names, numbers
+
+
 def check_folder(out: str | Path) -> Path:
     """Returns `out` as a path; raises FileExistsError when it is a file or a folder with something in it."""
     out = Path(out)
@@ -100,7 +111,7 @@ def write_results(environment: str, trajectories: Trajectories, landscape: Lands
 
 
 def format_table(summary: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> str:
-    """The summary as aligned plain text: a row a penalty and seed, numbers with 4 decimals, medians where seeds differ."""
+    """The summary as aligned plain text: a row a penalty and seed, numbers with 4 decimals, and medians over seeds."""
     head = ["environment", "penalty", "seed", "signal", "noise", "utility", "best utility", "oracle calls"]
     keys = ("signal", "noise", "utility", "best_utility")
     rows = []
