@@ -1,4 +1,4 @@
-"""The command line: `fpo-train run | plan | simulate | fetch | doctor`.
+"""The command line: `fpo-train run | plan | study | simulate | fetch | doctor`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped early and resumable.
 """
@@ -49,10 +49,14 @@ def build(profile: str = "sound") -> Parser:
     for name, description in (
         ("run", "Train a policy by iterative RLHF with a steering penalty"),
         ("plan", "Show what a run will hold in memory, phase by phase, and whether the budget holds it"),
+        ("study", "Run penalties from the same starts over seeds, and say what can be told apart"),
     ):
         sub = command(name, description)
         sub.add_class_arguments(RunConfig, None, fail_untyped=True)
         sub.set_defaults(PROFILES[profile])
+        if name == "study":
+            sub.add_argument("--seeds", type=str, default="0,1,2,3,4", help="comma-separated whole numbers")
+            sub.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its part of the cores")
 
     simulate = command("simulate", "Run a controlled environment of the paper")
     simulate.add_argument("environment", choices=("linear", "neural"), help="which environment")
@@ -155,6 +159,26 @@ def _plan(options: Any) -> int:
     return plan_command(config)
 
 
+def _study(options: Any) -> int:
+    from .study import study
+
+    try:
+        config, seeds = _config(options.as_dict()), _whole_numbers("--seeds", options.seeds)
+        if options.jobs < 1:
+            raise ValueError(f"--jobs: wanted 1 or more, got {options.jobs}")
+    except ValueError as error:
+        print(f"fpo-train study: error: {error}", file=sys.stderr)
+        return USAGE
+    print(f"results: {study(config, seeds, options.jobs)}")
+    return DONE
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+    if not all(number.strip().isdigit() for number in text.split(",")):
+        raise ValueError(f"{name}: wanted comma-separated whole numbers, got {text!r}")
+    return [int(number) for number in text.split(",")]
+
+
 def _config(options: dict[str, Any]) -> RunConfig:
     values = {}
     for field in dataclasses.fields(RunConfig):
@@ -170,11 +194,9 @@ def _simulate(options: Any) -> int:
     from .simulate.results import format_table
 
     try:
-        if not all(seed.strip().isdigit() for seed in options.seeds.split(",")):
-            raise ValueError(f"--seeds: wanted comma-separated whole numbers, got {options.seeds!r}")
+        seeds = _whole_numbers("--seeds", options.seeds)
         if options.vectorised and options.environment != "neural":
             raise ValueError("--vectorised: only the neural environment has runs that are worth playing together")
-        seeds = [int(seed) for seed in options.seeds.split(",")]
         penalties, out = [name.strip() for name in options.penalties.split(",")], Path(options.out).expanduser()
         if options.environment == "linear":
             summary = linear.run(penalties, seeds, out)
@@ -230,7 +252,7 @@ def _kernels() -> dict[str, str]:
     return found
 
 
-COMMANDS = {"run": _run, "plan": _plan, "simulate": _simulate, "fetch": _fetch, "doctor": _doctor}
+COMMANDS = {"run": _run, "plan": _plan, "study": _study, "simulate": _simulate, "fetch": _fetch, "doctor": _doctor}
 
 
 if __name__ == "__main__":
