@@ -116,7 +116,8 @@ class Answerer:
     """One copy of the base with the adapters of all sides on it; `answer` lets one side speak, greedily."""
 
     def __init__(self, speakers: dict[str, Speaker], max_new_tokens: int, device: torch.device) -> None:
-        """
+        """Load the first speaker's base, which is all speakers', and put their adapters on it.
+
         Raises:
             RunError: a base that cannot be loaded, or an adapter that does not fit it.
         """
