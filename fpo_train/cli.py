@@ -1,4 +1,4 @@
-"""The command line: `fpo-train run | plan | study | simulate | fetch | doctor`.
+"""The command line: `fpo-train run | plan | study | simulate | eval | report | fetch | doctor`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped early and resumable.
 """
@@ -11,16 +11,18 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from .config import RunConfig
 from .errors import RunError
+from .evaluate_config import EvalConfig
 from .profiles import PROFILES
 
 CONFIGS = Path(__file__).parent / "configs"
+C = TypeVar("C", RunConfig, EvalConfig)
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 
 
@@ -64,6 +66,13 @@ def build(profile: str = "sound") -> Parser:
     simulate.add_argument("--seeds", type=str, default="0", help="comma-separated whole numbers")
     simulate.add_argument("--vectorised", type=bool, default=False, help="neural: play all runs together")
     simulate.add_argument("--out", type=str, default="runs/simulate", help="new or empty folder for the results")
+
+    sub = command("eval", "Let policies answer a set of questions, and a judge compare the answers")
+    sub.add_class_arguments(EvalConfig, None, fail_untyped=True)
+
+    report = command("report", "Say what a table of pairwise judgements shows: wins, an interval, a test")
+    report.add_argument("--judgements", type=str, required=True, help="CSV file with columns left, right and winner")
+    report.add_argument("--out", type=str, default="", help="folder for report.json; empty: the table's")
 
     fetch = command("fetch", "Download and verify a model into the cache")
     fetch.add_argument("model", choices=("smollm2", "minilm"), help="which model")
@@ -180,13 +189,42 @@ def _whole_numbers(name: str, text: str) -> list[int]:
 
 
 def _config(options: dict[str, Any]) -> RunConfig:
+    return _sections(RunConfig, options)
+
+
+def _sections(kind: type[C], options: dict[str, Any]) -> C:
     values = {}
-    for field in dataclasses.fields(RunConfig):
+    for field in dataclasses.fields(kind):
         section, value = field.default_factory, options[field.name]
         if section is not dataclasses.MISSING and not isinstance(value, dict):
             raise ValueError(f"{field.name}: wanted a section of settings, got {value!r}")
         values[field.name] = value if section is dataclasses.MISSING else section(**value)
-    return RunConfig(**values)
+    return kind(**values)
+
+
+def _eval(options: Any) -> int:
+    from .evaluate import evaluate
+    from .stopping import listening
+
+    try:
+        config = _sections(EvalConfig, options.as_dict())
+    except ValueError as error:
+        print(f"fpo-train eval: error: {error}", file=sys.stderr)
+        return USAGE
+    try:
+        with listening():
+            evaluate(config)
+    except KeyboardInterrupt:
+        print("fpo-train eval: stopped; the same command goes on", file=sys.stderr)
+        return STOPPED
+    return DONE
+
+
+def _report(options: Any) -> int:
+    from .judgements import report_command
+
+    report_command(Path(options.judgements).expanduser(), Path(options.out).expanduser() if options.out else None)
+    return DONE
 
 
 def _simulate(options: Any) -> int:
@@ -252,7 +290,16 @@ def _kernels() -> dict[str, str]:
     return found
 
 
-COMMANDS = {"run": _run, "plan": _plan, "study": _study, "simulate": _simulate, "fetch": _fetch, "doctor": _doctor}
+COMMANDS = {
+    "run": _run,
+    "plan": _plan,
+    "study": _study,
+    "simulate": _simulate,
+    "eval": _eval,
+    "report": _report,
+    "fetch": _fetch,
+    "doctor": _doctor,
+}
 
 
 if __name__ == "__main__":
