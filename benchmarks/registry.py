@@ -101,6 +101,7 @@ def cases() -> dict[str, Case]:
         grad_sketch,
         head,
         influence,
+        neural,
         products,
         sketch,
         store,
@@ -110,7 +111,7 @@ def cases() -> dict[str, Case]:
     )
 
     kernels = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
-    every = (*kernels, train_step)
+    every = (*kernels, train_step, neural)
     return {module.CASE.name: module.CASE for module in every}
 
 

@@ -1,4 +1,4 @@
-"""The command line: `fpo-train run | plan | simulate | fetch | doctor`.
+"""The command line: `fpo-train run | plan | study | simulate | eval | report | fetch | doctor`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped early and resumable.
 """
@@ -11,16 +11,18 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from .config import RunConfig
 from .errors import RunError
+from .evaluate_config import EvalConfig
 from .profiles import PROFILES
 
 CONFIGS = Path(__file__).parent / "configs"
+C = TypeVar("C", RunConfig, EvalConfig)
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 
 
@@ -49,16 +51,28 @@ def build(profile: str = "sound") -> Parser:
     for name, description in (
         ("run", "Train a policy by iterative RLHF with a steering penalty"),
         ("plan", "Show what a run will hold in memory, phase by phase, and whether the budget holds it"),
+        ("study", "Run penalties from the same starts over seeds, and say what can be told apart"),
     ):
         sub = command(name, description)
         sub.add_class_arguments(RunConfig, None, fail_untyped=True)
         sub.set_defaults(PROFILES[profile])
+        if name == "study":
+            sub.add_argument("--seeds", type=str, default="0,1,2,3,4", help="comma-separated whole numbers")
+            sub.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its part of the cores")
 
     simulate = command("simulate", "Run a controlled environment of the paper")
-    simulate.add_argument("environment", choices=("linear",), help="which environment")
+    simulate.add_argument("environment", choices=("linear", "neural"), help="which environment")
     simulate.add_argument("--penalties", type=str, default="none,relaxed,practical", help="comma-separated")
-    simulate.add_argument("--seeds", type=str, default="0", help="comma-separated; draw the first reward model")
+    simulate.add_argument("--seeds", type=str, default="0", help="comma-separated whole numbers")
+    simulate.add_argument("--vectorised", type=bool, default=False, help="neural: play all runs together")
     simulate.add_argument("--out", type=str, default="runs/simulate", help="new or empty folder for the results")
+
+    sub = command("eval", "Let policies answer a set of questions, and a judge compare the answers")
+    sub.add_class_arguments(EvalConfig, None, fail_untyped=True)
+
+    report = command("report", "Say what a table of pairwise judgements shows: wins, an interval, a test")
+    report.add_argument("--judgements", type=str, required=True, help="CSV file with columns left, right and winner")
+    report.add_argument("--out", type=str, default="", help="folder for report.json; empty: the table's")
 
     fetch = command("fetch", "Download and verify a model into the cache")
     fetch.add_argument("model", choices=("smollm2", "minilm"), help="which model")
@@ -154,29 +168,82 @@ def _plan(options: Any) -> int:
     return plan_command(config)
 
 
+def _study(options: Any) -> int:
+    from .study import study
+
+    try:
+        config, seeds = _config(options.as_dict()), _whole_numbers("--seeds", options.seeds)
+        if options.jobs < 1:
+            raise ValueError(f"--jobs: wanted 1 or more, got {options.jobs}")
+    except ValueError as error:
+        print(f"fpo-train study: error: {error}", file=sys.stderr)
+        return USAGE
+    print(f"results: {study(config, seeds, options.jobs)}")
+    return DONE
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+    if not all(number.strip().isdigit() for number in text.split(",")):
+        raise ValueError(f"{name}: wanted comma-separated whole numbers, got {text!r}")
+    return [int(number) for number in text.split(",")]
+
+
 def _config(options: dict[str, Any]) -> RunConfig:
+    return _sections(RunConfig, options)
+
+
+def _sections(kind: type[C], options: dict[str, Any]) -> C:
     values = {}
-    for field in dataclasses.fields(RunConfig):
+    for field in dataclasses.fields(kind):
         section, value = field.default_factory, options[field.name]
         if section is not dataclasses.MISSING and not isinstance(value, dict):
             raise ValueError(f"{field.name}: wanted a section of settings, got {value!r}")
         values[field.name] = value if section is dataclasses.MISSING else section(**value)
-    return RunConfig(**values)
+    return kind(**values)
+
+
+def _eval(options: Any) -> int:
+    from .evaluate import evaluate
+    from .stopping import listening
+
+    try:
+        config = _sections(EvalConfig, options.as_dict())
+    except ValueError as error:
+        print(f"fpo-train eval: error: {error}", file=sys.stderr)
+        return USAGE
+    try:
+        with listening():
+            evaluate(config)
+    except KeyboardInterrupt:
+        print("fpo-train eval: stopped; the same command goes on", file=sys.stderr)
+        return STOPPED
+    return DONE
+
+
+def _report(options: Any) -> int:
+    from .judgements import report_command
+
+    report_command(Path(options.judgements).expanduser(), Path(options.out).expanduser() if options.out else None)
+    return DONE
 
 
 def _simulate(options: Any) -> int:
-    from .simulate import linear
+    from .simulate import linear, neural
+    from .simulate.results import format_table
 
     try:
-        if not all(seed.strip().isdigit() for seed in options.seeds.split(",")):
-            raise ValueError(f"--seeds: wanted comma-separated whole numbers, got {options.seeds!r}")
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-        penalties = [name.strip() for name in options.penalties.split(",")]
-        summary = linear.run(penalties, seeds, Path(options.out).expanduser())
+        seeds = _whole_numbers("--seeds", options.seeds)
+        if options.vectorised and options.environment != "neural":
+            raise ValueError("--vectorised: only the neural environment has runs that are worth playing together")
+        penalties, out = [name.strip() for name in options.penalties.split(",")], Path(options.out).expanduser()
+        if options.environment == "linear":
+            summary = linear.run(penalties, seeds, out)
+        else:
+            summary = neural.run(penalties, seeds, out, vectorised=options.vectorised)
     except ValueError as error:
         print(f"fpo-train simulate: error: {error}", file=sys.stderr)
         return USAGE
-    print(linear.format_table(summary))
+    print(format_table(summary))
     print(f"results: {options.out}")
     return DONE
 
@@ -223,7 +290,16 @@ def _kernels() -> dict[str, str]:
     return found
 
 
-COMMANDS = {"run": _run, "plan": _plan, "simulate": _simulate, "fetch": _fetch, "doctor": _doctor}
+COMMANDS = {
+    "run": _run,
+    "plan": _plan,
+    "study": _study,
+    "simulate": _simulate,
+    "eval": _eval,
+    "report": _report,
+    "fetch": _fetch,
+    "doctor": _doctor,
+}
 
 
 if __name__ == "__main__":

@@ -334,6 +334,8 @@ class LoggingConfig:
     """The tracker's project."""
     window: int = 10
     """Iterations over which the reward must rise while the oracle's utility falls for a warning of collapse."""
+    audit: bool = False
+    """Ask the oracle about every candidate, for the metrics alone: `audit_utility`; counted as `audit_calls`."""
     controlled: bool = False
     """Show the paper's linear environment (a second of work) in the report, beside the language model."""
 

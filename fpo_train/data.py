@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,20 +75,30 @@ def read_prompts(name: str, split: str = "train", limit: int = 0) -> list[tuple[
 
 
 def _read_file(path: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for number, row in json_lines(path, "data.prompts"):
+        _keep(found, row, number, f"{path} line {number}")
+    return found
+
+
+def json_lines(path: Path, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and content of each line of a JSONL file that is not blank; what is JSON but no object comes as {}.
+
+    Raises:
+        RunError: the file is not UTF-8, or a line of it is not JSON; `setting` is what the complaint begins with.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise RunError(f"data.prompts: {path} is not UTF-8 text") from error
-    found: dict[str, str] = {}
+        raise RunError(f"{setting}: {path} is not UTF-8 text") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise RunError(f"data.prompts: {path} line {number} is not JSON ({error.msg})") from error
-        _keep(found, row if isinstance(row, dict) else {}, number, f"{path} line {number}")
-    return found
+            raise RunError(f"{setting}: {path} line {number} is not JSON ({error.msg})") from error
+        yield number, row if isinstance(row, dict) else {}
 
 
 def _read_dataset(name: str, split: str) -> dict[str, str]:

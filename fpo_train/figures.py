@@ -82,15 +82,18 @@ def legend_below(figure: Figure, axes: Axes, *, columns: int = 5) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(entries)))
 
 
-def save(figure: Figure, folder: str | Path, name: str) -> Path:
-    """Writes `folder/name.png` (the folder is made when missing) and returns its path.
+def save(figure: Figure, folder: str | Path, name: str, pdf: bool = False) -> Path:
+    """Writes `folder/name.png` (the folder is made when missing) and returns its path; with `pdf` a `name.pdf` too.
 
-    Version stamps are left out of the file, so the same figure gives the same bytes.
+    Version stamps and dates are left out of the files, so the same figure gives the same bytes.
     """
     path = Path(folder) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     with style():
         figure.savefig(path, format="png", metadata={"Software": None})
+        if pdf:
+            stamps = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+            figure.savefig(path.with_suffix(".pdf"), format="pdf", metadata=stamps)
     return path
 
 

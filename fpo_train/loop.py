@@ -85,6 +85,7 @@ def iterate(parts: Parts, iteration: int) -> tuple[Row, list[Sample]]:
         peak=peak_memory(parts.policy.device),
         memory_planned=parts.memory.planned,
         memory_measured=parts.memory.measured,
+        audit=config.logging.audit,
     )
     return row, samples_of(rollout, judged, best, iteration, engine)
 

@@ -78,6 +78,7 @@ def measure(
     peak: int = 0,
     memory_planned: dict[str, int] | None = None,
     memory_measured: dict[str, int] | None = None,
+    audit: bool = False,
 ) -> Row:
     """The figures of one iteration, over the prompts of all ranks; what is no finite number is None.
 
@@ -90,6 +91,7 @@ def measure(
         oracle_scale    = "utility"                                  or "preference"
         overconfidence  = c(best) = σ(r(best) − r(ref)) − p*
         steering        = c(best) · ⟨ḡ, u(best)⟩, None where the penalty had no use for ḡ
+        audit_utility   = U, or p*, of the candidates that could be judged, with `audit`: the policy's own worth
 
     Prompts without a candidate that could be judged are learnt from by nothing: they are counted as prompts_left_out.
     oracle_calls and oracle_failures are sums over ranks; seconds and the bytes of memory are the largest of any rank's.
@@ -98,6 +100,7 @@ def measure(
         best: (B,) int64, the candidate of each of this rank's prompts that was learnt.
         learnt, grad_norm, learning_rate, reward_model_loss, reward_model_drift: the same on all ranks already.
         seconds, memory_planned, memory_measured: by phase. peak: bytes. They are this rank's own.
+        audit: ask the oracle about all candidates; what that takes beyond the labels bought is audit_calls.
     """
     own: dict[str, Any] = {
         "calls": labels.calls,  # before this function asks: labels not bought for the learning would be audits
@@ -108,6 +111,9 @@ def measure(
         "peak": max([peak, *(memory_measured or {}).values()]),
     }
     columns, scale = _columns(judged, labels, best, rollout)
+    if audit:
+        columns["audit"] = _audit(judged, labels)
+        own["audit"] = labels.calls - own["calls"]
     ranks = engine.gather_objects([own])
     table = dict(zip(columns, engine.gather(torch.stack(list(columns.values()), 1)).T.cpu(), strict=True))
     counted, candidates = table["counted"].sum(), len(table["counted"]) * rollout.candidates
@@ -129,6 +135,7 @@ def measure(
         "repetition": table["repetition"].sum() / candidates,
         "prompts_left_out": int((table["counted"] == 0).sum()),
         "oracle_calls": sum(rank["calls"] for rank in ranks),
+        **_audited(table, ranks),
         "oracle_failures": sum(rank["failures"] for rank in ranks),
         "seconds": _largest([rank["seconds"] for rank in ranks]),
         "peak_memory_bytes": max(rank["peak"] for rank in ranks),
@@ -179,6 +186,19 @@ def _columns(judged: Judged, labels: Labels, best: Tensor, rollout: Rollout) -> 
         "repetition": chosen.new_tensor([sum(map(repetition, some)) for some in replies]),
     }
     return columns | dict(zip(PAIRED, (chosen, utility, gap, overconfidence, steering), strict=True)), scale
+
+
+def _audit(judged: Judged, labels: Labels) -> Tensor:
+    """Mean U, or p*, of each prompt's judged candidates whose label could be had, (B,) float64; NaN without any."""
+    counted = judged.effective.isfinite()
+    utilities = labels.utilities(counted)
+    return (labels.preferences(counted) if utilities is None else utilities[0]).double().nanmean(1)
+
+
+def _audited(table: dict[str, Tensor], ranks: list[dict[str, Any]]) -> Row:
+    if "audit" not in table:
+        return {}
+    return {"audit_utility": table["audit"].nanmean(), "audit_calls": sum(rank["audit"] for rank in ranks)}
 
 
 def repetition(reply: Sequence[int]) -> float:

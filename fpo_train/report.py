@@ -187,12 +187,12 @@ def _controlled(out: Path) -> list[str]:
     folder = out / "simulate"
     if not (folder / "summary.json").is_file():
         return []
-    from .simulate import linear
+    from .simulate.results import format_table
 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return [
         "<h2>The paper's linear environment</h2>",
-        f"<pre>{escape(linear.format_table(summary))}</pre>",
+        f"<pre>{escape(format_table(summary))}</pre>",
         _figure(
             folder / "figures" / "phase.png",
             "Actions over iterations, by their norm on the axes that matter "

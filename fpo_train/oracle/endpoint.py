@@ -19,6 +19,7 @@ import httpx
 
 from fpo_train.config import OracleConfig
 from fpo_train.errors import RunError
+from fpo_train.evaluate_config import JudgeConfig
 
 T = TypeVar("T")
 FIRST_WAIT = 1.0  # seconds before the first repetition; each later wait is twice the one before
@@ -80,13 +81,22 @@ class Endpoint:
     http_<status>, timeout, connect, disconnect, network, too_long, wrong_json, wrong_answer.
     """
 
-    def __init__(self, config: OracleConfig, counts: Counter[str], seed: int, share: int, time: Time) -> None:
-        """`share`: how many processes ask the endpoint; each takes its part of the rate.
+    def __init__(
+        self,
+        config: OracleConfig | JudgeConfig,
+        counts: Counter[str],
+        seed: int,
+        share: int,
+        time: Time,
+        section: str = "oracle",
+    ) -> None:
+        """`share`: how many processes ask the endpoint; each takes its part of the rate. `section`: the config's name.
 
         Raises:
             RunError: a url that is none, or a key that no header can carry.
         """
         self._config = config
+        self._section = section
         self._counts = counts
         self._lock = threading.Lock()
         self._seed = seed
@@ -96,11 +106,13 @@ class Endpoint:
         parts = urlsplit(config.url)
         shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         if parts.username or parts.password or parts.query or parts.fragment:  # it is logged and kept in config.yaml
-            raise RunError(f"oracle.url: wanted {shown} alone; a key belongs into the variable {config.key_variable}")
+            raise RunError(f"{section}.url: wanted {shown} alone; a key belongs into {config.key_variable}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RunError(f"oracle.url: wanted an address such as http://localhost:8000/v1, got {config.url}")
+            raise RunError(f"{section}.url: wanted an address such as http://localhost:8000/v1, got {config.url}")
         limits = httpx.Limits(max_connections=config.concurrency)
-        self._client = httpx.Client(headers=_headers(config.key_variable), timeout=config.timeout, limits=limits)
+        self._client = httpx.Client(
+            headers=_headers(config.key_variable, section), timeout=config.timeout, limits=limits
+        )
 
     def ask(self, messages: list[dict[str, str]], read: Callable[[str], T]) -> T | None:
         """`read` of the answer's text, or None after `retries` repetitions in vain.
@@ -150,8 +162,8 @@ class Endpoint:
         status = response.status_code
         if status in REFUSED:
             raise RunError(
-                f"oracle.url: {self._url} answered {status}: it {REFUSED[status]} "
-                f"(oracle.model {self._config.model}, key from {self._config.key_variable})"
+                f"{self._section}.url: {self._url} answered {status}: it {REFUSED[status]} "
+                f"({self._section}.model {self._config.model}, key from {self._config.key_variable})"
             )
         if not 200 <= status < 300:
             wait = _retry_after(response.headers.get("Retry-After", ""))
@@ -184,12 +196,12 @@ def _content(body: bytes) -> str:
     return text
 
 
-def _headers(key_variable: str) -> dict[str, str]:
+def _headers(key_variable: str, section: str) -> dict[str, str]:
     key = os.environ.get(key_variable, "").strip()
     if not key:
         return {}
     if not (key.isascii() and key.isprintable()):  # httpx would refuse it too, and print it
-        raise RunError(f"oracle.key_variable: the key in {key_variable} holds characters that no header can carry")
+        raise RunError(f"{section}.key_variable: the key in {key_variable} holds characters that no header can carry")
     return {"Authorization": f"Bearer {key}"}
 
 

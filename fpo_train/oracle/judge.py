@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import escape
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fpo_train.config import OracleConfig
 from fpo_train.errors import RunError
+from fpo_train.evaluate_config import JudgeConfig
 from fpo_train.rollout import Readings, Rollout
 
 from .base import Oracle, owner
@@ -30,6 +32,9 @@ SYSTEM = (
     'and nothing else: {"winner": "A"}, {"winner": "B"}, or {"winner": "tie"} where neither is better.'
 )
 WINNERS = {"a": "A", "b": "B", "tie": "tie"}
+LEFT_FIRST = {"A": "left", "B": "right", "tie": "tie"}
+RIGHT_FIRST = {"A": "right", "B": "left", "tie": "tie"}
+SCORES = {"left": 1.0, "right": 0.0, "tie": 0.5}
 
 
 class Question(NamedTuple):
@@ -49,75 +54,85 @@ class Question(NamedTuple):
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
 
 
-class JudgeOracle(Oracle):
-    """p* = mean over the orders (z, ref) and (ref, z) of 1 where z wins, 0 where ref wins, ½ for a tie.
+class Verdict(NamedTuple):
+    """What the judge says of a left and a right reply to one message."""
 
-    Orders that contradict each other make 0.5: that was measured, and is counted as `inconsistent`. A pair of which
-    either order stays unanswered after all repetitions is NaN and counted as `failed`: neither a preference nor a
-    tie. Equal replies are 0.5 without asking (`identical`). Also counted: `pairs`, `cached` (answers that were on
-    disk) and what `Endpoint` counts. Only usable answers are kept on disk.
+    score: float  # 1 left is better, 0 right is, 0.5 neither; NaN: it did not say
+    orders: tuple[str, str] | None = None  # "left", "right" or "tie": with left shown first, with right shown first
+
+
+class Judge:
+    """score = mean over the orders (left, right) and (right, left) of 1 where left wins, 0 where right does, else ½.
+
+    The replies are shown as A and B. Orders that contradict each other make 0.5: that was measured, and is counted as
+    `inconsistent`. A pair of which either order stays unanswered after all repetitions is NaN and counted as `failed`:
+    neither a preference nor a tie. Equal replies are 0.5 without asking (`identical`). Also counted: `pairs`, `cached`
+    (answers that were on disk) and what `Endpoint` counts. Only usable answers are kept on disk.
     """
 
     def __init__(
-        self, config: OracleConfig, cache: Path, seed: int = 0, rank: int = 0, world: int = 1, time: Time | None = None
+        self,
+        config: OracleConfig | JudgeConfig,
+        cache: Path,
+        counts: Counter[str],
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        time: Time | None = None,
+        section: str = "oracle",
     ) -> None:
         """`cache` is read with those of all other processes; a process of several writes one of its own.
+
+        Args:
+            counts: what is counted into. section: the config's name in complaints.
 
         Raises:
             RunError: a cache that is none, or a url or key that cannot be used.
         """
-        super().__init__()
-        self._config = config
+        self._model = config.model
+        self._counts = counts
         own = cache.with_name(f"{cache.stem}.rank{rank}{cache.suffix}") if world > 1 else cache
-        self._cache = Lines(own)
+        self._cache = Lines(own, section)
         self._known: dict[str, str] = {}
         for path in {own, cache, *cache.parent.glob(f"{escape(cache.stem)}.rank*{escape(cache.suffix)}")}:
-            self._known |= _answers(path)
+            self._known |= _answers(path, section)
         self._threads = max(config.concurrency // world, 1)
-        self._endpoint = Endpoint(config, self.counts, seed, world, time or Time())
+        self._endpoint = Endpoint(config, counts, seed, world, time or Time(), section)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting from there."""
-        self.counts.clear()  # the endpoint counts into this very object
-        self.counts.update(state["counts"])
-
-    def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
-        """p* of rows (n,) against `references` (n,), fp32 (n,); NaN: the judge did not say.
+    def compare(self, pairs: Sequence[tuple[str, str, str]]) -> list[Verdict]:
+        """A verdict on each (message, left reply, right reply).
 
         Raises:
             RunError: the endpoint refuses the key, the address or the model.
         """
-        pairs = []
-        for row, reference in zip(rows.tolist(), references.tolist(), strict=True):
-            message = rollout.prompts[owner(rollout, row)].text
-            pairs.append((message, rollout.texts[row].strip(), rollout.texts[reference].strip()))
         asked = [question for pair in pairs if pair[1] != pair[2] for question in _both_orders(*pair)]
         winners = self._ask(asked)
-        return torch.tensor([self._one(pair, winners) for pair in pairs], dtype=torch.float32, device=rows.device)
+        return [self._one(pair, winners) for pair in pairs]
 
-    def _one(self, pair: tuple[str, str, str], winners: dict[Question, str | None]) -> float:
-        self.counts["pairs"] += 1
+    def _one(self, pair: tuple[str, str, str], winners: dict[Question, str | None]) -> Verdict:
+        self._counts["pairs"] += 1
         if pair[1] == pair[2]:
-            self.counts["identical"] += 1
-            return 0.5
+            self._counts["identical"] += 1
+            return Verdict(0.5)
         first, second = (winners[question] for question in _both_orders(*pair))
         if first is None or second is None:
-            self.counts["failed"] += 1
-            return math.nan
+            self._counts["failed"] += 1
+            return Verdict(math.nan)
         if first == second != "tie":  # the same letter is another reply each time
-            self.counts["inconsistent"] += 1
-        return ({"A": 1.0, "B": 0.0, "tie": 0.5}[first] + {"A": 0.0, "B": 1.0, "tie": 0.5}[second]) / 2
+            self._counts["inconsistent"] += 1
+        orders = LEFT_FIRST[first], RIGHT_FIRST[second]
+        return Verdict(sum(SCORES[winner] for winner in orders) / 2, orders)
 
     def _ask(self, questions: Iterable[Question]) -> dict[Question, str | None]:
         """The winner of each question, None where there was no answer; the same question is put once."""
         winners: dict[Question, str | None] = {}
         new = []
         for question in dict.fromkeys(questions):
-            winners[question] = self._known.get(question.key(self._config.model))
+            winners[question] = self._known.get(question.key(self._model))
             if winners[question] is None:
                 new.append(question)
             else:
-                self.counts["cached"] += 1
+                self._counts["cached"] += 1
         if new:
             with ThreadPoolExecutor(min(self._threads, len(new)), "judge") as pool:
                 running = {question: pool.submit(self._put, question) for question in new}
@@ -131,14 +146,43 @@ class JudgeOracle(Oracle):
     def _put(self, question: Question) -> str | None:
         winner = self._endpoint.ask(question.messages(), _winner)
         if winner is not None:
-            key = question.key(self._config.model)
+            key = question.key(self._model)
             self._known[key] = winner
-            self._cache.append({"key": key, "model": self._config.model, "winner": winner})
+            self._cache.append({"key": key, "model": self._model, "winner": winner})
         return winner
 
 
-def _both_orders(message: str, reply: str, reference: str) -> tuple[Question, Question]:
-    return Question(message, reply, reference), Question(message, reference, reply)
+class JudgeOracle(Oracle):
+    """p* = the score that a `Judge` gives z, on the left, against its reference; it counts what the judge counts."""
+
+    def __init__(
+        self, config: OracleConfig, cache: Path, seed: int = 0, rank: int = 0, world: int = 1, time: Time | None = None
+    ) -> None:
+        """See `Judge`."""
+        super().__init__()
+        self._judge = Judge(config, cache, self.counts, seed, rank, world, time)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        self.counts.clear()  # the judge counts into this very object
+        self.counts.update(state["counts"])
+
+    def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
+        """p* of rows (n,) against `references` (n,), fp32 (n,); NaN: the judge did not say.
+
+        Raises:
+            RunError: the endpoint refuses the key, the address or the model.
+        """
+        pairs = []
+        for row, reference in zip(rows.tolist(), references.tolist(), strict=True):
+            message = rollout.prompts[owner(rollout, row)].text
+            pairs.append((message, rollout.texts[row].strip(), rollout.texts[reference].strip()))
+        scores = [verdict.score for verdict in self._judge.compare(pairs)]
+        return torch.tensor(scores, dtype=torch.float32, device=rows.device)
+
+
+def _both_orders(message: str, left: str, right: str) -> tuple[Question, Question]:
+    return Question(message, left, right), Question(message, right, left)
 
 
 def _winner(text: str) -> str:
@@ -160,10 +204,10 @@ def _winner(text: str) -> str:
     return WINNERS[winner.strip().lower()]
 
 
-def _answers(path: Path) -> dict[str, str]:
+def _answers(path: Path, section: str) -> dict[str, str]:
     found = {}
-    for number, row in enumerate(Lines(path).read(), start=1):
+    for number, row in enumerate(Lines(path, section).read(), start=1):
         if not (isinstance(row, dict) and isinstance(row.get("key"), str) and row.get("winner") in WINNERS.values()):
-            raise RunError(f"oracle.cache: {path} row {number} is no judge's answer")
+            raise RunError(f"{section}.cache: {path} row {number} is no judge's answer")
         found[row["key"]] = row["winner"]
     return found

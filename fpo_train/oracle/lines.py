@@ -13,8 +13,10 @@ from fpo_train.errors import RunError
 class Lines:
     """Rows appended one by one, each on disk before the next; safe to append to from several threads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, setting: str = "oracle") -> None:
+        """`setting`: what complaints about the file begin with."""
         self.path = path
+        self._setting = setting
         self._lock = threading.Lock()
         self._mended = False
 
@@ -29,13 +31,13 @@ class Lines:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise RunError(f"oracle: {self.path} cannot be read: {error.strerror}") from error
+            raise RunError(f"{self._setting}: {self.path} cannot be read: {error.strerror}") from error
         rows = []
         for number, line in enumerate(whole.split(b"\n"), start=1):
             if line.strip():
                 row = _parsed(line)
                 if row is None:
-                    raise RunError(f"oracle: {self.path} line {number} is not JSON")
+                    raise RunError(f"{self._setting}: {self.path} line {number} is not JSON")
                 rows.append(row)
         if (row := _parsed(last)) is not None:  # an editor may have left the last line without its break
             rows.append(row)

@@ -8,24 +8,16 @@ Source: Gauthier, Bach, Jordan 2026, arXiv 2605.04266, the linear controlled env
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from fpo_train.simulate import (
-    Array,
-    Landscape,
-    Summary,
-    Trajectory,
-    check_folder,
-    format_table,
-    write_results,
-)
+from fpo_train.residual import fit
+from fpo_train.simulate.results import Array, Landscape, Summary, Trajectory, asked, check_folder, write_results
 
-__all__ = ["PENALTIES", "LinearSettings", "Trajectory", "format_table", "run", "simulate", "utility"]
-
-PENALTIES = ("none", "relaxed", "practical")
+PENALTIES = ("none", "practical", "relaxed", "tracin", "exact", "residual")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +38,12 @@ class LinearSettings:
     reward_step: float = 0.005  # the reward model's learning rate on (U − w·y)²
     reward_decay: float = 1e-4  # share of w lost at each reward-model step
     iterations: int = 300  # policy steps, each followed by one reward-model step
+    buffer: int = 50  # `exact`, `residual`: newest labelled actions read
+    exact_weight: float = 1.0  # of `exact`, whose steering has a weight of its own: 1
+    exact_ridge: float = 0.1  # of its curvature
+    lengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # `residual`: to choose ℓ from
+    noises: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)  # `residual`: to choose λ from
+    relative: bool = True  # `residual`: ℓ in units of the median distance of the actions, in place of the axes'
 
     def __post_init__(self) -> None:
         if not 1 <= self.signal_axes <= self.dimension:
@@ -66,80 +64,147 @@ def utility(actions: Array, settings: LinearSettings = DEFAULTS) -> Array:
     return settings.utility_peak * np.exp(-settings.utility_rate * (offset**2).sum(-1))
 
 
+@dataclass
+class Played:
+    """The actions so far and what the oracle said of them."""
+
+    actions: list[Array] = field(default_factory=list)
+    utilities: list[float] = field(default_factory=list)
+    calls: int = 0
+
+    def newest(self, count: int) -> tuple[Array, Array]:
+        """Actions (m, d) and utilities (m,)."""
+        return np.stack(self.actions[-count:]), np.array(self.utilities[-count:])
+
+
 def simulate(penalty: str, seed: int = 0, settings: LinearSettings = DEFAULTS) -> Trajectory:
     """One run from y = 0: a policy step on the penalised proxy, then a reward-model step on the new action.
 
-    y ← y + policy_step · ∇̂_y J,  J(y) = w·y − c · b(y) · ‖y‖² − decay · ‖y‖²,
+    y ← y + policy_step · ∇̂_y J,  J(y) = w·y − penalty(y) − decay · ‖y‖²,
     w ← w (1 − reward_decay) + reward_step · 2 (U(y) − w·y) y,
 
-    with b = 0 (`none`), w·y − U(y) (`relaxed`) or 1 (`practical`), and ∇̂ the forward difference, U included.
-    `seed` draws the first w, by numpy's legacy generator. Deterministic, float64.
-    Raises ValueError for any other penalty.
+    and ∇̂ the forward difference, U included; for the penalties see `penalties`. `seed` draws the first w, by numpy's
+    legacy generator. Deterministic, float64.
+    Raises ValueError for a penalty that there is none of.
     """
-    if penalty not in PENALTIES:
-        raise ValueError(f"penalty must be one of {', '.join(PENALTIES)} in the linear environment; got {penalty!r}")
+    asked([penalty], [seed], PENALTIES)
     y = np.zeros(settings.dimension)
     w = np.random.RandomState(seed).normal(0.0, settings.reward_init_std, settings.dimension)
     w[: settings.signal_axes] += settings.reward_init
     probes = settings.difference_step * np.vstack([np.zeros_like(y), np.eye(len(y))])  # (dimension + 1, dimension)
-    actions, rewards = [y], [float(w @ y)]
+    path, rewards, played = [y], [float(w @ y)], Played()
     for _ in range(settings.iterations):
-        objective = _objective(penalty, y + probes, w, settings)
+        actions = y + probes
+        objective = actions @ w - settings.action_decay * (actions**2).sum(-1)
+        if penalty != "none":
+            objective -= penalties(penalty, actions, w, played, settings)
         y = y + settings.policy_step * (objective[1:] - objective[0]) / settings.difference_step
-        error = float(utility(y, settings) - w @ y)
-        w = w * (1 - settings.reward_decay) + settings.reward_step * 2 * error * y
-        actions.append(y)
+        u = float(utility(y, settings))
+        played.actions.append(y)
+        played.utilities.append(u)
+        played.calls += 1
+        w = w * (1 - settings.reward_decay) + settings.reward_step * 2 * (u - w @ y) * y
+        path.append(y)
         rewards.append(float(w @ y))
-    path = np.stack(actions)  # (iterations + 1, dimension)
+    positions = np.stack(path)  # (iterations + 1, dimension)
     return Trajectory(
-        signal=np.linalg.norm(path[:, : settings.signal_axes], axis=-1),
-        noise=np.linalg.norm(path[:, settings.signal_axes :], axis=-1),
-        utility=utility(path, settings),
+        path=positions,
+        signal=np.linalg.norm(positions[:, : settings.signal_axes], axis=-1),
+        noise=np.linalg.norm(positions[:, settings.signal_axes :], axis=-1),
+        utility=utility(positions, settings),
         proxy_reward=np.array(rewards),
+        oracle_calls=played.calls,
     )
 
 
-def _objective(penalty: str, actions: Array, w: Array, settings: LinearSettings) -> Array:
-    """J(y) of `simulate` for each row of actions (n, dimension) → (n,). Here ∇_w r = y, so ‖∇r‖² = ‖y‖²."""
-    reward = actions @ w
+def penalties(kind: str, actions: Array, w: Array, played: Played, settings: LinearSettings) -> Array:
+    """The weighted penalty of each action (n, dimension) → (n,); actions[0] is the policy's own, the rest probe it.
+
+    Here ∇_w r = y and ℓ = (r − U)², so that u = y, c = r − U (with ℓ's factor 2 left to the weight) and ḡ = actions[0]:
+
+    | practical | ‖y‖²                |
+    | relaxed   | c(y) · ‖y‖²         |
+    | tracin    | c(y) · ⟨ḡ, y⟩       |
+    | exact     | c(y) · ⟨ḡ, H⁻¹y⟩    | H = mean of yyᵀ over the newest labelled actions + ridge: `steering` says why
+    | residual  | ĉ(y) · ‖y‖²         | ĉ by a Gaussian process through the residuals of the newest labelled actions
+
+    `exact` and `residual` are 0 while no action is labelled.
+    """
     square = (actions**2).sum(-1)
-    objective = reward - settings.action_decay * square
-    if penalty == "relaxed":
-        objective -= settings.penalty_weight * (reward - utility(actions, settings)) * square
-    elif penalty == "practical":
-        objective -= settings.penalty_weight * square
-    return objective
+    if kind == "practical":
+        return settings.penalty_weight * square
+    if kind == "residual":
+        return settings.penalty_weight * _expected(actions, w, played, settings) * square
+    if kind == "exact" and not played.actions:
+        return np.zeros(len(actions))
+    played.calls += len(actions)
+    over = actions @ w - utility(actions, settings)
+    if kind == "relaxed":
+        return settings.penalty_weight * over * square
+    if kind == "tracin":
+        return settings.penalty_weight * over * (actions @ actions[0])
+    labelled, _ = played.newest(settings.buffer)
+    return settings.exact_weight * over * (actions @ np.linalg.solve(curvature(labelled, settings), actions[0]))
+
+
+def curvature(actions: Array, settings: LinearSettings = DEFAULTS) -> Array:
+    """H = mean yyᵀ + ridge of actions (m, d), (d, d): half the Hessian of the ridge refit's mean loss."""
+    return actions.T @ actions / len(actions) + settings.exact_ridge * np.eye(actions.shape[1])
+
+
+def refit(actions: Array, utilities: Array, settings: LinearSettings = DEFAULTS) -> Array:
+    """The follower that `exact` takes: argmin_w of mean (U − w·y)² + ridge · ‖w‖² over actions (m, d), (d,)."""
+    return np.linalg.solve(curvature(actions, settings), actions.T @ utilities / len(actions))
+
+
+def steering(
+    own: Array, at: int, actions: Array, utilities: Array, slope: Array, settings: LinearSettings = DEFAULTS
+) -> Array:
+    """d(own · w*)/dy of moving the labelled action y = actions[at], w* = `refit`, times m; (d,).
+
+    With v = H⁻¹·own and U's gradient `slope` at y:  (∇U − w*)(v·y) − (w*·y − U)v, which is the gradient of
+    −c(y) · ⟨own, H⁻¹y⟩, H held: the penalty `exact`. A policy that stays where it is moves all m actions it has made,
+    hence the factor m, and hence the mean in H and the weight 1.
+    """
+    w, v, y = refit(actions, utilities, settings), np.linalg.solve(curvature(actions, settings), own), actions[at]
+    return (slope - w) * (v @ y) - (w @ y - utilities[at]) * v
+
+
+def _expected(actions: Array, w: Array, played: Played, settings: LinearSettings) -> Array:
+    """ĉ of each action, (n,)."""
+    if not played.actions:
+        return np.zeros(len(actions))
+    labelled, utilities = played.newest(settings.buffer)
+    square = ((labelled[:, None] - labelled) ** 2).sum(-1)
+    apart = np.median(np.sqrt(square[np.triu_indices(len(square), 1)])) if len(square) > 1 else 0.0
+    unit = float(apart) if settings.relative and apart > 0 else 1.0
+    residuals = torch.from_numpy(labelled @ w - utilities)
+    found = fit(torch.from_numpy(square / unit**2), residuals, settings.lengths, settings.noises)
+    across = ((actions[:, None] - labelled) ** 2).sum(-1)
+    return np.exp(-across / (2 * (float(found.length) * unit) ** 2)) @ found.weights.numpy()
 
 
 def run(
     penalties: Iterable[str], seeds: Iterable[int], out: str | Path, settings: LinearSettings = DEFAULTS
 ) -> Summary:
-    """Every penalty at every seed; writes `summary.json`, `curves.csv` and `figures/*.png` under `out`.
+    """Every penalty at every seed; writes `summary.json`, `curves.csv` and `figures/` under `out`.
 
-    Returns what `summary.json` holds: "linear" → penalty → seed → {signal, noise, utility, best_utility}.
+    Returns what `summary.json` holds: "linear" → penalty → seed → {signal, noise, utility, best_utility, oracle_calls}.
     Raises ValueError for an unsupported penalty or an empty list, FileExistsError when `out` is not a new or
     empty folder; in either case nothing has been written.
     """
-    penalties, seeds = list(dict.fromkeys(penalties)), list(dict.fromkeys(seeds))
-    if not penalties or not seeds:
-        raise ValueError(f"penalties and seeds must not be empty; got {penalties} and {seeds}")
+    penalties, seeds = asked(penalties, seeds, PENALTIES)
     check_folder(out)
     trajectories = {penalty: {seed: simulate(penalty, seed, settings) for seed in seeds} for penalty in penalties}
-    return write_results("linear", trajectories, _landscape(settings), out)
+    return write_results("linear", trajectories, landscape(settings), out)
 
 
-def _landscape(settings: LinearSettings) -> Landscape:
-    """Utility as a function of the two norms: of the actions that have them, the one along the target."""
-    optimum = settings.target * settings.signal_axes**0.5
-
-    def by_norms(signal: Array, noise: Array) -> Array:
-        square = (signal - optimum) ** 2 + noise**2
-        return settings.utility_peak * np.exp(-settings.utility_rate * square)
-
+def landscape(settings: LinearSettings) -> Landscape:
+    """What the figures draw behind the trajectories."""
     return Landscape(
-        utility=by_norms,
-        optimum=optimum,
+        optimum=settings.target * settings.signal_axes**0.5,
         peak=settings.utility_peak,
+        rate=settings.utility_rate,
         signal_axes=settings.signal_axes,
         title="Linear environment: where each penalty takes the policy",
     )

@@ -1,4 +1,4 @@
-"""The configuration: documented, frozen, light to import."""
+"""The configuration, of runs and of evaluations: documented, frozen, light to import."""
 
 import ast
 import dataclasses
@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from fpo_train import config
+from fpo_train import config, evaluate_config
 
 
 def sections():
-    return [c for c in vars(config).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+    found = {**vars(config), **vars(evaluate_config)}.values()
+    return [c for c in found if isinstance(c, type) and dataclasses.is_dataclass(c)]
 
 
 def test_importing_it_loads_neither_torch_nor_triton():
-    code = "import sys, fpo_train.config; sys.exit(bool({'torch', 'triton', 'transformers'} & set(sys.modules)))"
+    loaded = "{'torch', 'triton', 'transformers'} & set(sys.modules)"
+    code = f"import sys, fpo_train.config, fpo_train.evaluate_config; sys.exit(bool({loaded}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -24,7 +26,7 @@ def test_importing_it_loads_neither_torch_nor_triton():
 def test_frozen_keyword_only_and_every_field_has_its_line(section):
     assert section.__dataclass_params__.frozen
     assert all(field.kw_only for field in dataclasses.fields(section))
-    tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(sys.modules[section.__module__].__file__).read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section.__name__)
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign):

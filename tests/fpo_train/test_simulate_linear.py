@@ -11,6 +11,7 @@ import pytest
 
 from fpo_train import figures
 from fpo_train.simulate import linear
+from fpo_train.simulate.results import format_table
 
 # linear environment, seed 0: signal, noise, final U, best U
 REFERENCE = {
@@ -21,13 +22,14 @@ REFERENCE = {
 # the table of `residual`: final utility at seeds 0, 1, 2
 BY_SEED = {"none": (3.93, 4.01, 3.69), "practical": (5.53, 5.66, 4.99), "relaxed": (9.81, 9.81, 9.81)}
 KEYS = ["signal", "noise", "utility", "best_utility"]
+PUBLISHED = ("none", "relaxed", "practical")
 SHORT = linear.LinearSettings(iterations=20)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("linear") / "new" / "folder"
-    return out, linear.run(linear.PENALTIES, [0, 1, 2], out)
+    return out, linear.run(PUBLISHED, [0, 1, 2], out)
 
 
 @pytest.mark.parametrize("penalty", REFERENCE)
@@ -50,7 +52,7 @@ def test_simulate_agrees_with_a_plain_loop():
     def score(y):
         return 10 * np.exp(-0.3 * np.sum((y - target) ** 2))
 
-    for penalty in linear.PENALTIES:
+    for penalty in PUBLISHED:
         w = np.array([1.0] * 3 + [0.0] * 47) + np.random.RandomState(5).normal(0, 0.1, 50)
         y = np.zeros(50)
         expected = [[0.0, 0.0, score(y), 0.0]]
@@ -77,10 +79,10 @@ def test_summary_file_holds_what_run_returns(results):
     out, summary = results
     assert json.loads((out / "summary.json").read_text()) == summary
     assert set(summary) == {"linear"}
-    assert list(summary["linear"]) == list(linear.PENALTIES)
+    assert list(summary["linear"]) == list(PUBLISHED)
     for by_seed in summary["linear"].values():
         assert list(by_seed) == ["0", "1", "2"]
-        assert all(list(final) == KEYS for final in by_seed.values())
+        assert all(list(final) == [*KEYS, "oracle_calls"] for final in by_seed.values())
 
 
 def test_curves_file_has_every_iteration(results):
@@ -98,12 +100,12 @@ def test_curves_file_has_every_iteration(results):
             assert max(float(row["utility"]) for row in curve) == final["best_utility"]
 
 
-@pytest.mark.parametrize("name", ["phase", "utility"])
+@pytest.mark.parametrize("name", ["phase", "utility", "pca"])
 def test_figures_show_every_penalty_in_its_colour(results, name):
     path = results[0] / "figures" / f"{name}.png"
     image = matplotlib.image.imread(path)[..., :3]
     assert min(image.shape[:2]) >= 400
-    for penalty in linear.PENALTIES:
+    for penalty in PUBLISHED:
         hexadecimal = figures.penalty_style(penalty)["color"].lstrip("#")
         color = np.array([int(hexadecimal[i : i + 2], 16) for i in (0, 2, 4)]) / 255
         assert (np.abs(image - color).max(-1) < 0.01).sum() > 200, penalty
@@ -116,8 +118,7 @@ def test_same_call_gives_the_same_bytes(tmp_path):
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
     assert [str(file) for file in files] == [
         "curves.csv",
-        "figures/phase.png",
-        "figures/utility.png",
+        *[f"figures/{name}.{kind}" for name in ("pca", "phase", "utility") for kind in ("pdf", "png")],
         "summary.json",
     ]
     for file in files:
@@ -141,9 +142,9 @@ def test_empty_folder_is_used(tmp_path):
 
 
 def test_unknown_penalty_names_the_supported_ones_and_writes_nothing(tmp_path):
-    with pytest.raises(ValueError, match=r"none, relaxed, practical.*got 'exact'"):
-        linear.simulate("exact")
-    for penalties, seeds in ((["none", "residual"], [0]), ([], [0]), (["none"], []), (["none"], [-1])):
+    with pytest.raises(ValueError, match=r"none, practical, relaxed.*got 'brave'"):
+        linear.simulate("brave")
+    for penalties, seeds in ((["none", "brave"], [0]), ([], [0]), (["none"], []), (["none"], [-1])):
         with pytest.raises(ValueError):
             linear.run(penalties, seeds, tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -162,9 +163,10 @@ def test_settings_change_the_run():
 
 
 def test_table_is_aligned_with_four_decimals(results):
-    lines = linear.format_table(results[1]).splitlines()
-    assert len(lines) == 1 + 9
-    assert len({len(line) for line in lines}) == 1
+    lines = format_table(results[1]).splitlines()
+    assert len(lines) == 1 + 3 * 4
+    assert len({len(line) for line in lines if "median" not in line}) == 1
+    assert lines[4].split() == ["linear", "none", "median", "4.0634", "1.6480", "3.9322", "5.9665"]
     assert lines[0].split() == [
         "environment",
         "penalty",
@@ -174,8 +176,10 @@ def test_table_is_aligned_with_four_decimals(results):
         "utility",
         "best",
         "utility",
+        "oracle",
+        "calls",
     ]
-    assert lines[1].split() == ["linear", "none", "0", "4.0634", "1.6480", "3.9322", "5.9665"]
+    assert lines[1].split() == ["linear", "none", "0", "4.0634", "1.6480", "3.9322", "5.9665", "300"]
 
 
 def test_every_penalty_has_a_style_of_its_own():
@@ -200,3 +204,52 @@ def test_figures_leave_matplotlib_as_it_was(tmp_path):
         [sys.executable, "-W", "error", "-c", code, str(tmp_path / "out")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_residual_needs_no_label_beyond_the_baseline_s():
+    """Five first reward models, by the default rule."""
+    for seed in range(5):
+        none, residual = linear.simulate("none", seed), linear.simulate("residual", seed)
+        assert residual.oracle_calls == none.oracle_calls == 300
+        assert residual.utility[-1] >= 9.5
+
+
+@pytest.mark.parametrize(("penalty", "least"), [("tracin", 9.8), ("exact", 9.8)])
+def test_the_other_penalties_that_ask_the_oracle(penalty, least):
+    run = linear.simulate(penalty)
+    assert run.utility[-1] >= least
+    assert run.oracle_calls > 15_000
+
+
+def test_exact_steering_is_the_derivative_through_retraining():
+    """How the refitted reward of an action changes as a labelled one moves, by central differences of the refit."""
+    rng = np.random.default_rng(4)
+    actions, own = rng.normal(size=(7, 50)), rng.normal(size=50)
+    utilities, at, step = linear.utility(actions), 3, 1e-5
+    target = np.array([2.0] * 3 + [0.0] * 47)
+    slope = -2 * 0.3 * utilities[at] * (actions[at] - target)  # ∇U
+
+    def reward(moved):
+        labelled = actions.copy()
+        labelled[at] = moved
+        return own @ linear.refit(labelled, linear.utility(labelled))
+
+    axes = step * np.eye(50)
+    numeric = np.array([(reward(actions[at] + axis) - reward(actions[at] - axis)) / (2 * step) for axis in axes])
+    analytic = linear.steering(own, at, actions, utilities, slope)
+    assert np.linalg.norm(analytic - 7 * numeric) <= 1e-7 * np.linalg.norm(analytic)
+
+
+def test_exact_is_minus_the_steering_it_stands_for():
+    """The gradient of the penalty at the action just labelled, with the refit as reward model."""
+    rng = np.random.default_rng(5)
+    actions = rng.normal(size=(6, 50))
+    utilities = linear.utility(actions)
+    played = linear.Played(actions=list(actions), utilities=list(utilities))
+    w, y = linear.refit(actions, utilities), actions[-1]
+    probes = 1e-6 * np.vstack([np.zeros(50), np.eye(50), -np.eye(50)])
+    penalty = linear.penalties("exact", y + probes, w, played, linear.DEFAULTS)
+    numeric = (penalty[1:51] - penalty[51:]) / 2e-6
+    slope = -2 * 0.3 * utilities[-1] * (y - np.array([2.0] * 3 + [0.0] * 47))
+    analytic = linear.steering(y, 5, actions, utilities, slope)
+    assert np.linalg.norm(numeric + analytic) <= 1e-6 * np.linalg.norm(analytic)

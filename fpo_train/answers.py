@@ -1,0 +1,199 @@
+"""Greedy answers of policies that share one copy of their base: who they are, and what they say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .config import PolicyConfig
+from .data import render
+from .errors import RunError
+from .evaluate_config import EvalConfig
+from .folder import CONFIG
+from .questions import Question
+from .sources import load_causal_lm
+
+ADAPTER, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+FORMATS = {"dtype": ("float32", "bfloat16"), "quantization": ("none", "nf4", "int8")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speaker:
+    """Who answers: a base model as it is loaded, and the folder of the adapter on it, if there is one."""
+
+    model: str
+    dtype: str
+    quantization: str
+    adapter: Path | None
+
+    def facts(self) -> dict[str, Any]:
+        """What its answers depend on; the adapter by its content, so that it may be moved."""
+        known: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "quantization": self.quantization}
+        digest = hashlib.sha256()
+        for name in (ADAPTER, *WEIGHTS) if self.adapter else ():
+            if self.adapter and (self.adapter / name).is_file():
+                digest.update((self.adapter / name).read_bytes())
+        return known | {"adapter_sha256": digest.hexdigest() if self.adapter else None}
+
+
+def find_speakers(config: EvalConfig) -> dict[str, Speaker]:
+    """The policies that `config.left` and `config.right` name, by side, all on one base.
+
+    Raises:
+        RunError: a folder with neither a finished run nor an adapter in it, or two bases.
+    """
+    found = {side: _find(side, name) for side, name in config.sides.items()}
+    named = {side: policy for side, (policy, adapter) in found.items() if adapter is not None}
+    models = {policy.model for policy in named.values()}
+    if len(models) > 1 and not config.model:
+        told = " and ".join(f"{side} on {policy.model}" for side, policy in named.items())
+        raise RunError(f"model: {told}; name the one base that both are to be put on")
+    base = next(iter(named.values()), PolicyConfig())
+    return {
+        side: Speaker(
+            model=config.model or base.model,
+            dtype=base.dtype if config.dtype == "run" else config.dtype,
+            quantization=base.quantization if config.quantization == "run" else config.quantization,
+            adapter=adapter,
+        )
+        for side, (_, adapter) in found.items()
+    }
+
+
+def _find(side: str, name: str) -> tuple[PolicyConfig, Path | None]:
+    """The base as a run or an adapter names it, and the adapter's folder."""
+    if name == "base":
+        return PolicyConfig(), None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise RunError(f"{side}: wanted base, a run's folder or an adapter's; there is no folder {name}")
+    if (folder / ADAPTER).is_file():
+        return PolicyConfig(model=_base_of(side, folder)), folder
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"{side}: {name} holds neither a run ({CONFIG}) nor an adapter ({ADAPTER})")
+    run = _settings(side, folder / CONFIG)
+    parts = [kind.strip() for kind in str(run.get("compare") or "").split(",") if kind.strip()]
+    if parts:
+        raise RunError(f"{side}: {name} compares several runs; name one of them, such as {folder / parts[-1]}")
+    if not (folder / "policy" / ADAPTER).is_file():
+        raise RunError(f"{side}: {name} has no policy/{ADAPTER}; the run has not finished")
+    policy = run.get("policy")
+    known: dict[str, Any] = {key: policy.get(key) for key in ("model", *FORMATS)} if isinstance(policy, dict) else {}
+    if not isinstance(known.get("model"), str) or any(known[key] not in values for key, values in FORMATS.items()):
+        raise RunError(f"{side}: {folder / CONFIG} does not say which base the policy has")
+    return PolicyConfig(**known), folder / "policy"
+
+
+def _settings(side: str, path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{side}: {path} is no run's configuration") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{side}: {path} is no run's configuration")
+    return found
+
+
+def _base_of(side: str, folder: Path) -> str:
+    try:
+        name = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{side}: {folder / ADAPTER} does not name the adapter's base") from error
+    if not isinstance(name, str) or not name:
+        raise RunError(f"{side}: {folder / ADAPTER} does not name the adapter's base; add it there")
+    return name
+
+
+class Answerer:
+    """One copy of the base with the adapters of all sides on it; `answer` lets one side speak, greedily."""
+
+    def __init__(self, speakers: dict[str, Speaker], max_new_tokens: int, device: torch.device) -> None:
+        """Load the first speaker's base, which is all speakers', and put their adapters on it.
+
+        Raises:
+            RunError: a base that cannot be loaded, or an adapter that does not fit it.
+        """
+        from transformers import GenerationConfig
+
+        first = next(iter(speakers.values()))
+        lm, self.tokenizer = load_causal_lm(first.model, getattr(torch, first.dtype), first.quantization)
+        if first.quantization == "none":  # quantised weights are put where they belong while they are loaded
+            lm.to(device)
+        eos = self.tokenizer.eos_token_id
+        # Greedy, whatever the model's folder says about sampling, penalties and lengths.
+        lm.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos
+        )
+        self._eos, self._device = eos, device
+        self._room = (getattr(lm.config, "max_position_embeddings", None) or 2048) - max_new_tokens
+        self._model = lm.eval().requires_grad_(False)
+        for side, speaker in speakers.items():
+            if speaker.adapter is not None:
+                self._put_on(side, speaker)
+
+    def _put_on(self, side: str, speaker: Speaker) -> None:
+        from peft import PeftModel
+        from safetensors import SafetensorError
+
+        try:
+            if isinstance(self._model, PeftModel):
+                self._model.load_adapter(str(speaker.adapter), adapter_name=side)
+            else:
+                self._model = PeftModel.from_pretrained(self._model, str(speaker.adapter), adapter_name=side)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RunError(f"{side}: the adapter {speaker.adapter} does not fit {speaker.model}: {first}") from error
+        self._model.eval()
+
+    def render(self, question: Question) -> list[int]:
+        """The question's tokens, up to where the answer begins.
+
+        Raises:
+            RunError: the longest answer would not fit behind it.
+        """
+        ids = render(self.tokenizer, question.text)
+        if len(ids) > self._room:
+            raise RunError(
+                f"questions: {question.name} takes {len(ids)} tokens, but the model's context leaves {self._room} "
+                "beside the longest answer"
+            )
+        return ids
+
+    @torch.no_grad()
+    def answer(self, side: str, prompts: list[list[int]]) -> list[list[int]]:
+        """The tokens with which `side` answers each prompt, its EOS left out."""
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self._eos)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # generation needs its padding on the left
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        with self._speaking(side):
+            out = self._model.generate(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
+        replies = out[:, width:].tolist()
+        return [reply[: reply.index(self._eos)] if self._eos in reply else reply for reply in replies]
+
+    def decode(self, reply: list[int]) -> str:
+        """An answer as text, special tokens left out."""
+        return self.tokenizer.decode(reply, skip_special_tokens=True).strip()
+
+    @contextmanager
+    def _speaking(self, side: str) -> Iterator[None]:
+        """With the side's adapter on, or with none where it has none."""
+        adapters = getattr(self._model, "peft_config", {})
+        if side in adapters:
+            self._model.set_adapter(side)
+            yield
+        elif adapters:
+            with self._model.disable_adapter():
+                yield
+        else:
+            yield

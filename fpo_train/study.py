@@ -1,0 +1,234 @@
+"""The collapse study: every penalty from the same starts, over seeds, a process a run, and what can be said of them.
+
+A study's folder holds `<penalty>/seed-<n>/`, a run each. Finished runs are kept and a broken one goes on, so a study
+that was cut off is asked for again. Runs of one seed share prompts, first adapter, first reward model and the random
+stream of each reply: penalties are compared within a seed.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import checkpoint, metrics
+from .config import PENALTY_KINDS, PenaltyKind, RunConfig
+from .errors import RunError
+from .folder import CHECKPOINTS, plain, write_text
+from .study_figures import draw
+
+GOLD, PROXY, GAP = "audit_utility", "reward", "proxy_gap"
+COLUMNS = (GAP, GOLD, PROXY, "oracle_utility", "overconfidence", "kl", "reply_tokens", "repetition")
+BASELINE: PenaltyKind = "none"
+Table = dict[str, dict[int, list[metrics.Row]]]  # penalty → seed → rows
+
+
+def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
+    """Run `config` with each penalty of `config.compare` (empty: all) at each seed; returns the page it writes.
+
+    Args:
+        config: what all runs share. `out` is the study's folder.
+        jobs: runs at a time, each with its part of the machine's cores.
+
+    Raises:
+        RunError: a folder that holds another study, or a run that failed; the others are kept.
+    """
+    out = Path(config.out).expanduser()
+    kinds = config.compared or PENALTY_KINDS
+    config = dataclasses.replace(
+        config, compare="", logging=dataclasses.replace(config.logging, audit=True, controlled=False)
+    )
+    _claim(out, config, seeds, kinds)
+    todo = [
+        dataclasses.replace(
+            config,
+            out=str(_folder(out, kind, seed)),
+            seed=seed,
+            resume=True,
+            penalty=dataclasses.replace(config.penalty, kind=kind),
+        )
+        for seed in seeds  # a study that is cut off has whole seeds
+        for kind in kinds
+    ]
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        failed = [message for message in pool.map(lambda one: _run(one, jobs), todo) if message]
+    if failed:
+        raise RunError(f"study: {len(failed)} of {len(todo)} runs failed, the others are kept; the first: {failed[0]}")
+    return write_study(out)
+
+
+def _claim(out: Path, config: RunConfig, seeds: Sequence[int], kinds: Sequence[str]) -> None:
+    """Write what the study is, or see that it is this one that the folder holds."""
+    wanted = {"seeds": list(seeds), "penalties": list(kinds), "run": plain(dataclasses.replace(config, out="", seed=0))}
+    path = out / "study.yaml"
+    if path.is_file():
+        if yaml.safe_load(path.read_text(encoding="utf-8")) != wanted:
+            raise RunError(f"study: {out} holds a study of other settings; choose another folder")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"out: {out} is not an empty folder and holds no study")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(path, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+
+
+def _folder(out: Path, kind: str, seed: int) -> Path:
+    return out / kind / f"seed-{seed}"
+
+
+def _run(config: RunConfig, jobs: int) -> str | None:
+    """One run in a process of its own, unless it is done; what went wrong, if something did."""
+    out = Path(config.out)
+    if checkpoint.latest(out / CHECKPOINTS) == config.iterations and (out / "report.html").is_file():
+        return None
+    out.mkdir(parents=True, exist_ok=True)
+    settings = out.with_name(out.name + ".yaml")
+    write_text(settings, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    done = subprocess.run(
+        [sys.executable, "-m", "fpo_train.cli", "run", "--config", str(settings)],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"{config.penalty.kind}, seed {config.seed}: {last}"
+    print(f"{config.penalty.kind:>9}, seed {config.seed}: done", file=sys.stderr)
+    return None
+
+
+def read_table(out: Path) -> Table:
+    """The rows of every run of a study's folder."""
+    asked = yaml.safe_load((out / "study.yaml").read_text(encoding="utf-8"))
+    return {
+        kind: {seed: metrics.read(_folder(out, kind, seed) / metrics.METRICS) for seed in asked["seeds"]}
+        for kind in asked["penalties"]
+    }
+
+
+def write_study(out: Path) -> Path:
+    """`study.json`, `curves.csv`, `figures/` and the page `study.md` of a study whose runs are done."""
+    table = read_table(out)
+    summary = summarise(table)
+    write_text(out / "study.json", json.dumps(summary, indent=2) + "\n")
+    with (out / "curves.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["penalty", "seed", "iteration", *COLUMNS])
+        for kind, by_seed in table.items():
+            for seed, rows in by_seed.items():
+                writer.writerows([kind, seed, row["iteration"], *(row.get(key) for key in COLUMNS)] for row in rows)
+    draw(table, out / "figures", {"gold": GOLD, "proxy": PROXY, "gap": GAP})
+    page = out / "study.md"
+    write_text(page, _page(summary))
+    return page
+
+
+def summarise(table: Table) -> dict[str, Any]:
+    """Final values of each run (means over the last quarter of its iterations), and paired differences from `none`.
+
+    penalty → {final: {seed: {gold, proxy, gap}}, oracle_calls: {seed: n}, against_none: {gold: {...}, …}}
+    """
+    summary: dict[str, Any] = {}
+    for kind, by_seed in table.items():
+        final = {seed: _final(rows) for seed, rows in by_seed.items()}
+        calls = {seed: sum(row["oracle_calls"] for row in rows) for seed, rows in by_seed.items()}
+        summary[kind] = {"final": final, "oracle_calls": calls}
+    for kind, found in summary.items():
+        if kind != BASELINE and BASELINE in summary:
+            baseline = summary[BASELINE]["final"]
+            found["against_none"] = {
+                key: paired([found["final"][seed][key] - baseline[seed][key] for seed in baseline])
+                for key in ("gold", "proxy", "gap")
+            }
+    return summary
+
+
+def _final(rows: Sequence[metrics.Row]) -> dict[str, float]:
+    last = rows[-max(1, len(rows) // 4) :]
+    keys = {"gold": GOLD, "proxy": PROXY, "gap": GAP}
+    return {name: statistics.fmean(row[key] for row in last if row[key] is not None) for name, key in keys.items()}
+
+
+def paired(differences: Sequence[float]) -> dict[str, float]:
+    """Mean of paired differences, its 95 % interval and two-sided p by Student's t with n − 1 degrees of freedom."""
+    n, mean = len(differences), statistics.fmean(differences)
+    if n < 2:
+        return {"mean": mean, "low": -math.inf, "high": math.inf, "p": 1.0}
+    error = statistics.stdev(differences) / math.sqrt(n)
+    reach = student_quantile(0.975, n - 1) * error
+    p = 2 * (1 - student(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    return {"mean": mean, "low": mean - reach, "high": mean + reach, "p": p}
+
+
+def student(t: float, degrees: int) -> float:
+    """P(T ≤ t) of Student's distribution with whole degrees of freedom ν.
+
+    In closed form, with θ = atan(t/√ν): Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+    """
+    theta = math.atan(t / math.sqrt(degrees))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    term, total = (cosine if degrees % 2 else 1.0), 0.0
+    for k in range(1 + degrees % 2, degrees, 2):
+        total += term
+        term *= cosine**2 * k / (k + 1)
+    inside = 2 / math.pi * (theta + sine * total) if degrees % 2 else sine * total
+    return 0.5 + inside / 2
+
+
+def student_quantile(p: float, degrees: int) -> float:
+    """t with `student`(t, ν) = p, for p > ½, by bisection."""
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, degrees) < p else (low, middle)
+    return high
+
+
+def _page(summary: dict[str, Any]) -> str:
+    """A table of final values and differences, and in words which differences are told apart from chance."""
+    seeds = len(next(iter(summary.values()))["final"])
+    lines = [
+        "# Collapse study",
+        "",
+        f"Means over the last quarter of the iterations, over {seeds} seeds; differences from `none` are paired by "
+        "seed, with 95 % intervals by Student's t.",
+        "",
+        "| penalty | gold utility | proxy reward | gap | oracle calls | gold − none | gap − none |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    said = []
+    for kind, found in summary.items():
+        means = [statistics.fmean(run[key] for run in found["final"].values()) for key in ("gold", "proxy", "gap")]
+        calls = statistics.fmean(found["oracle_calls"].values())
+        against = found.get("against_none")
+        cells = [_interval(against[key]) if against else "–" for key in ("gold", "gap")]
+        lines.append(
+            f"| {kind} | {' | '.join(f'{value:+.3f}' for value in means)} | {calls:.0f} | {' | '.join(cells)} |"
+        )
+        if against:
+            said.append(f"- `{kind}`: {_verdict(against['gold'])}")
+    return "\n".join([*lines, "", "## What can be said of the gold utility", "", *said, ""])
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
+def _verdict(found: dict[str, float]) -> str:
+    if found["low"] > 0:
+        return f"higher than `none` by {_interval(found)}, p = {found['p']:.3g}."
+    if found["high"] < 0:
+        return f"lower than `none` by {_interval(found)}, p = {found['p']:.3g}: it does harm here."
+    return f"not told apart from `none`: {_interval(found)}, p = {found['p']:.3g}."

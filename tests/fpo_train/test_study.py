@@ -1,0 +1,116 @@
+"""The study on a tiny model: runs a process each, kept and gone on with, and what is said of them."""
+
+import csv
+import json
+import math
+import shutil
+
+import pytest
+
+from fpo_train.cli import main
+from fpo_train.study import paired, student, student_quantile, summarise, write_study
+from tests.fpo_train.runs import arguments
+
+
+def words(tiny, out, *more):
+    return ["study", *arguments(tiny, out, "--compare", "none,residual", "--seeds", "0,3", *more)[1:]]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "s"
+    assert main(words(tiny, out, "--jobs", "2")) == 0
+    return out
+
+
+def test_what_a_study_leaves(folder):
+    summary = json.loads((folder / "study.json").read_text())
+    assert list(summary) == ["none", "residual"]
+    for kind in summary:
+        assert set(summary[kind]["final"]) == {"0", "3"}
+        assert summary[kind]["oracle_calls"] == {"0": 6, "3": 6}  # an audit is no label that was bought
+        for seed in "03":
+            rows = [json.loads(line) for line in (folder / kind / f"seed-{seed}" / "metrics.jsonl").open()]
+            assert [row["audit_calls"] for row in rows] == [4, 4, 4]
+            assert summary[kind]["final"][seed]["gold"] == pytest.approx(rows[-1]["audit_utility"])
+    with (folder / "curves.csv").open(newline="") as file:
+        curves = list(csv.DictReader(file))
+    assert len(curves) == 2 * 2 * 3
+    assert {row["seed"] for row in curves} == {"0", "3"}
+    first = {row["penalty"]: row["audit_utility"] for row in curves if (row["seed"], row["iteration"]) == ("3", "1")}
+    assert first["none"] == first["residual"]  # the same start and the same first replies
+    page = (folder / "study.md").read_text()
+    assert "| none |" in page
+    assert "- `residual`: " in page
+    for kind in ("png", "pdf"):
+        assert (folder / "figures" / f"study.{kind}").stat().st_size > 1000
+
+
+def test_finished_runs_are_kept_and_broken_ones_go_on(folder, tiny, tmp_path):
+    out = tmp_path / "s"
+    shutil.copytree(folder, out)
+    untouched = {p: p.stat().st_mtime_ns for p in (out / "none").rglob("metrics.jsonl")}
+    broken = out / "residual" / "seed-3"
+    whole = (broken / "metrics.jsonl").read_text()
+    shutil.rmtree(broken / "checkpoints" / "3")
+    (broken / "report.html").unlink()
+    page = (out / "study.md").read_text()
+    assert main(words(tiny, out)) == 0
+    assert untouched == {p: p.stat().st_mtime_ns for p in untouched}
+    keys = ("audit_utility", "reward", "kl")
+    before, after = (
+        [json.loads(line) for line in text.splitlines()] for text in (whole, (broken / "metrics.jsonl").read_text())
+    )
+    assert [[row[key] for key in keys] for row in after] == [[row[key] for key in keys] for row in before]
+    assert (out / "study.md").read_text() == page
+
+
+def test_other_settings_and_other_folders_are_refused(folder, tiny, tmp_path, capfd):
+    assert main([*words(tiny, folder), "--penalty.gamma", "3"]) == 1
+    assert "holds a study of other settings" in capfd.readouterr().err
+    (tmp_path / "mine.txt").write_text("x")
+    assert main(words(tiny, tmp_path)) == 1
+    assert "is not an empty folder" in capfd.readouterr().err
+    assert main(words(tiny, tmp_path / "a", "--seeds", "x")) == 2
+    assert main(words(tiny, tmp_path / "a", "--jobs", "0")) == 2
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_that_fails_is_named(tiny, tmp_path, capfd):
+    assert main(words(tiny, tmp_path / "s", "--data.prompts", "nowhere.jsonl")) == 1
+    message = capfd.readouterr().err
+    assert "4 of 4 runs failed" in message
+    assert "nowhere.jsonl" in message
+
+
+def test_student(folder):
+    for degrees, quantile in ((1, 12.706), (2, 4.303), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042)):
+        assert student_quantile(0.975, degrees) == pytest.approx(quantile, abs=6e-4)
+        assert student(-quantile, degrees) == pytest.approx(0.025, abs=1e-4)
+    found = paired([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found["mean"] == 3
+    assert found["low"] == pytest.approx(3 - 2.776 * math.sqrt(0.5), abs=1e-3)
+    assert found["p"] == pytest.approx(0.0132, abs=1e-4)
+    assert paired([1.0])["p"] == 1
+    assert paired([0.0, 0.0])["p"] == 1
+
+
+def test_what_is_told_apart(folder, tmp_path):
+    def rows(gold):
+        return [
+            {"iteration": n, "audit_utility": gold + n / 10, "reward": 1.0, "proxy_gap": -gold, "oracle_calls": 2}
+            for n in range(1, 9)
+        ]
+
+    table = {
+        "none": {seed: rows(0.1 * seed) for seed in range(5)},
+        "practical": {seed: rows(0.1 * seed + 1 + 0.01 * (seed % 2)) for seed in range(5)},
+        "relaxed": {seed: rows(0.1 * seed + (seed - 2)) for seed in range(5)},
+    }
+    summary = summarise(table)
+    assert summary["none"]["final"][2]["gold"] == pytest.approx(0.2 + 0.75)  # the last two of eight
+    assert summary["practical"]["against_none"]["gold"]["low"] > 0.98
+    assert summary["practical"]["against_none"]["gap"]["high"] < -0.98
+    relaxed = summary["relaxed"]["against_none"]["gold"]
+    assert relaxed["low"] < 0 < relaxed["high"]
+    assert write_study(folder).name == "study.md"
