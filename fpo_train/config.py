@@ -312,8 +312,7 @@ class MemoryConfig:
     """Sequences on one tape while the reward model learns; 0: by the plan."""
 
     def __post_init__(self) -> None:
-        _not_negative("memory", generate_rows=self.generate_rows, score_rows=self.score_rows)
-        _not_negative("memory", update_rows=self.update_rows, retrain_rows=self.retrain_rows)
+        _not_negative("memory", **{name: rows for name, rows in vars(self).items() if name != "budget"})
         if self.budget:
             parse_bytes(self.budget, "memory.budget")
 
@@ -390,8 +389,7 @@ class RunConfig:
             raise ValueError(f"compare: {self.compare!r} names no penalty; wanted {', '.join(PENALTY_KINDS)}")
         if not self.out:
             raise ValueError("out: wanted a folder, got an empty name")
-        unknown = [kind for kind in self.compared if kind not in PENALTY_KINDS]
-        if unknown:
+        if unknown := [kind for kind in self.compared if kind not in PENALTY_KINDS]:
             raise ValueError(f"compare: unknown penalty {unknown[0]!r}; wanted {', '.join(PENALTY_KINDS)}")
         if len(set(self.compared)) < len(self.compared):
             raise ValueError(f"compare: {self.compare!r} names a penalty twice")

@@ -70,7 +70,11 @@ def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
 
 def _claim(out: Path, config: RunConfig, seeds: Sequence[int], kinds: Sequence[str]) -> None:
     """Write what the study is, or see that it is this one that the folder holds."""
-    wanted = {"seeds": list(seeds), "penalties": list(kinds), "run": plain(dataclasses.replace(config, out="", seed=0))}
+    wanted = {
+        "seeds": list(seeds),
+        "penalties": list(kinds),
+        "run": plain(dataclasses.replace(config, out="-", seed=0)),
+    }
     path = out / "study.yaml"
     if path.is_file():
         if yaml.safe_load(path.read_text(encoding="utf-8")) != wanted:
