@@ -6,7 +6,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test slow lint bench clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -24,8 +24,11 @@ demo: $(STAMP) ## train SmolLM2 by plain RLHF and by FPO, side by side; the repo
 	rm -rf runs/demo
 	$(BIN)/fpo-train run --config demo.yaml --compare none,practical,relaxed --out runs/demo
 
-test: $(STAMP) ## run the tests
+test: $(STAMP) ## run the tests, but for those on the real model
 	$(BIN)/python -m pytest tests
+
+slow: $(STAMP) ## run the tests on the real model (SmolLM2), some minutes
+	$(BIN)/python -m pytest tests -m slow
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

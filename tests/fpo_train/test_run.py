@@ -294,6 +294,7 @@ def test_a_polite_stop_finishes_the_iteration_and_saves_it(tiny, tmp_path, signa
     assert rows(out)[:-1] == stopped
 
 
+@pytest.mark.slow
 def test_a_rehearsal_of_the_published_run(tmp_path, capsys):
     """SmolLM2 and MiniLM stand in; an iteration is one step of each optimizer."""
     out = tmp_path / "out"
