@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -24,6 +25,19 @@ from .profiles import PROFILES
 CONFIGS = Path(__file__).parent / "configs"
 C = TypeVar("C", RunConfig, EvalConfig)
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
+
+
+class UsageError(Exception):
+    """What was asked for makes no sense; the message is the one sentence that says so."""
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """A ValueError in here is the user's."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 class Parser(ArgumentParser):
@@ -97,6 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     command = options.subcommand
     try:
         return COMMANDS[command](options[command])
+    except UsageError as error:
+        print(f"fpo-train {command}: error: {error}", file=sys.stderr)
+        return USAGE
     except (RunError, OSError) as error:
         print(f"fpo-train {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
@@ -136,11 +153,7 @@ def _run(options: Any) -> int:
     from .run import run
     from .stopping import Stopped
 
-    try:
-        config = _config(options.as_dict())
-    except ValueError as error:
-        print(f"fpo-train run: error: {error}", file=sys.stderr)
-        return USAGE
+    config = _config(RunConfig, options)
     try:
         if config.dry_run:
             rehearse(config)
@@ -160,42 +173,30 @@ def _run(options: Any) -> int:
 def _plan(options: Any) -> int:
     from .plan import plan_command
 
-    try:
-        config = _config(options.as_dict())
-    except ValueError as error:
-        print(f"fpo-train plan: error: {error}", file=sys.stderr)
-        return USAGE
-    return plan_command(config)
+    return plan_command(_config(RunConfig, options))
 
 
 def _study(options: Any) -> int:
     from .study import study
 
-    try:
-        config, seeds = _config(options.as_dict()), _whole_numbers("--seeds", options.seeds)
-        if options.jobs < 1:
-            raise ValueError(f"--jobs: wanted 1 or more, got {options.jobs}")
-    except ValueError as error:
-        print(f"fpo-train study: error: {error}", file=sys.stderr)
-        return USAGE
+    config, seeds = _config(RunConfig, options), _whole_numbers("--seeds", options.seeds)
+    if options.jobs < 1:
+        raise UsageError(f"--jobs: wanted 1 or more, got {options.jobs}")
     print(f"results: {study(config, seeds, options.jobs)}")
     return DONE
 
 
 def _whole_numbers(name: str, text: str) -> list[int]:
     if not all(number.strip().isdigit() for number in text.split(",")):
-        raise ValueError(f"{name}: wanted comma-separated whole numbers, got {text!r}")
+        raise UsageError(f"{name}: wanted comma-separated whole numbers, got {text!r}")
     return [int(number) for number in text.split(",")]
 
 
-def _config(options: dict[str, Any]) -> RunConfig:
-    return _sections(RunConfig, options)
-
-
-def _sections(kind: type[C], options: dict[str, Any]) -> C:
-    values = {}
+@usage()
+def _config(kind: type[C], options: Any) -> C:
+    values, given = {}, options.as_dict()
     for field in dataclasses.fields(kind):
-        section, value = field.default_factory, options[field.name]
+        section, value = field.default_factory, given[field.name]
         if section is not dataclasses.MISSING and not isinstance(value, dict):
             raise ValueError(f"{field.name}: wanted a section of settings, got {value!r}")
         values[field.name] = value if section is dataclasses.MISSING else section(**value)
@@ -206,11 +207,7 @@ def _eval(options: Any) -> int:
     from .evaluate import evaluate
     from .stopping import listening
 
-    try:
-        config = _sections(EvalConfig, options.as_dict())
-    except ValueError as error:
-        print(f"fpo-train eval: error: {error}", file=sys.stderr)
-        return USAGE
+    config = _config(EvalConfig, options)
     try:
         with listening():
             evaluate(config)
@@ -231,18 +228,15 @@ def _simulate(options: Any) -> int:
     from .simulate import linear, neural
     from .simulate.results import format_table
 
-    try:
-        seeds = _whole_numbers("--seeds", options.seeds)
-        if options.vectorised and options.environment != "neural":
-            raise ValueError("--vectorised: only the neural environment has runs that are worth playing together")
-        penalties, out = [name.strip() for name in options.penalties.split(",")], Path(options.out).expanduser()
+    seeds = _whole_numbers("--seeds", options.seeds)
+    if options.vectorised and options.environment != "neural":
+        raise UsageError("--vectorised: only the neural environment has runs that are worth playing together")
+    penalties, out = [name.strip() for name in options.penalties.split(",")], Path(options.out).expanduser()
+    with usage():
         if options.environment == "linear":
             summary = linear.run(penalties, seeds, out)
         else:
             summary = neural.run(penalties, seeds, out, vectorised=options.vectorised)
-    except ValueError as error:
-        print(f"fpo-train simulate: error: {error}", file=sys.stderr)
-        return USAGE
     print(format_table(summary))
     print(f"results: {options.out}")
     return DONE

@@ -5,24 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
+from .checks import not_negative, positive
 from .units import parse_bytes
 
 PenaltyKind = Literal["none", "practical", "relaxed", "tracin", "exact", "residual"]
 PENALTY_KINDS: tuple[PenaltyKind, ...] = get_args(PenaltyKind)
 Optimizer = Literal["adamw", "paged_adamw_8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
-
-
-def _positive(section: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{section}.{name}: wanted a number above 0, got {value}")
-
-
-def _not_negative(section: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{section}.{name}: wanted 0 or more, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +36,7 @@ class PolicyConfig:
     """Names of the linear layers that carry the adapter."""
 
     def __post_init__(self) -> None:
-        _positive("policy", lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+        positive("policy", lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"policy.lora_dropout: wanted a rate in [0, 1), got {self.lora_dropout}")
 
@@ -104,11 +93,11 @@ class RewardModelConfig:
     """Kept pairs that join the new ones in each step, drawn at random."""
 
     def __post_init__(self) -> None:
-        _positive("reward_model", lora_rank=self.lora_rank, lora_alpha=self.lora_alpha, fit_ridge=self.fit_ridge)
-        _positive("reward_model", every=self.every, steps=self.steps, buffer=self.buffer)
-        _not_negative("reward_model", learning_rate=self.learning_rate, weight_decay=self.weight_decay)
-        _not_negative("reward_model", fit_pairs=self.fit_pairs, replay_pairs=self.replay_pairs)
-        _not_negative("reward_model", warmup=self.warmup, max_tokens=self.max_tokens)
+        positive("reward_model", lora_rank=self.lora_rank, lora_alpha=self.lora_alpha, fit_ridge=self.fit_ridge)
+        positive("reward_model", every=self.every, steps=self.steps, buffer=self.buffer)
+        not_negative("reward_model", learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        not_negative("reward_model", fit_pairs=self.fit_pairs, replay_pairs=self.replay_pairs)
+        not_negative("reward_model", warmup=self.warmup, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +139,9 @@ class OracleConfig:
     """`judge`: seconds an answer may take."""
 
     def __post_init__(self) -> None:
-        _positive("oracle", temperature=self.temperature, requests_per_minute=self.requests_per_minute)
-        _positive("oracle", concurrency=self.concurrency, timeout=self.timeout)
-        _not_negative("oracle", retries=self.retries)
+        positive("oracle", temperature=self.temperature, requests_per_minute=self.requests_per_minute)
+        positive("oracle", concurrency=self.concurrency, timeout=self.timeout)
+        not_negative("oracle", retries=self.retries)
         if self.utility_range is not None and not self.utility_range[0] < self.utility_range[1]:
             raise ValueError(f"oracle.utility_range: wanted low < high, got {list(self.utility_range)}")
         needed = {"gold": ("model",), "judge": ("model", "url"), "function": ("function",), "file": ("file",)}
@@ -180,7 +169,7 @@ class DataConfig:
     """Tokenise the rendered prompt with a second BOS (the paper)."""
 
     def __post_init__(self) -> None:
-        _not_negative("data", limit=self.limit, max_tokens=self.max_tokens)
+        not_negative("data", limit=self.limit, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +200,8 @@ class RolloutConfig:
     """False: the policy is given no attention mask, so it reads padding too (the paper)."""
 
     def __post_init__(self) -> None:
-        _positive("rollout", prompts=self.prompts, candidates=self.candidates, max_new_tokens=self.max_new_tokens)
-        _positive("rollout", temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        positive("rollout", prompts=self.prompts, candidates=self.candidates, max_new_tokens=self.max_new_tokens)
+        positive("rollout", temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             most = f"max_new_tokens={self.max_new_tokens}"
             raise ValueError(f"rollout.min_new_tokens: wanted 0 to {most}, got {self.min_new_tokens}")
@@ -249,8 +238,8 @@ class PenaltyConfig:
     """`residual`: label noise variances to choose from, relative to the signal's."""
 
     def __post_init__(self) -> None:
-        _not_negative("penalty", gamma=self.gamma, damping=self.damping)
-        _positive("penalty", checkpoints=self.checkpoints, pairs=self.pairs)
+        not_negative("penalty", gamma=self.gamma, damping=self.damping)
+        positive("penalty", checkpoints=self.checkpoints, pairs=self.pairs)
         if not 64 <= self.sketch_dim <= 16384 or self.sketch_dim & (self.sketch_dim - 1):
             raise ValueError(f"penalty.sketch_dim: wanted a power of two from 64 to 16384, got {self.sketch_dim}")
         for name, values in (("lengths", self.lengths), ("noises", self.noises)):
@@ -291,9 +280,9 @@ class UpdateConfig:
     """Tokens whose logits over the vocabulary exist at a time."""
 
     def __post_init__(self) -> None:
-        _not_negative("update", learning_rate=self.learning_rate, weight_decay=self.weight_decay)
-        _not_negative("update", warmup=self.warmup, kl_weight=self.kl_weight, max_grad_norm=self.max_grad_norm)
-        _positive("update", logits_at_once=self.logits_at_once)
+        not_negative("update", learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        not_negative("update", warmup=self.warmup, kl_weight=self.kl_weight, max_grad_norm=self.max_grad_norm)
+        positive("update", logits_at_once=self.logits_at_once)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +301,7 @@ class MemoryConfig:
     """Sequences on one tape while the reward model learns; 0: by the plan."""
 
     def __post_init__(self) -> None:
-        _not_negative("memory", **{name: rows for name, rows in vars(self).items() if name != "budget"})
+        not_negative("memory", **{name: rows for name, rows in vars(self).items() if name != "budget"})
         if self.budget:
             parse_bytes(self.budget, "memory.budget")
 
@@ -339,7 +328,7 @@ class LoggingConfig:
     """Show the paper's linear environment (a second of work) in the report, beside the language model."""
 
     def __post_init__(self) -> None:
-        _positive("logging", checkpoint_every=self.checkpoint_every, checkpoint_keep=self.checkpoint_keep)
+        positive("logging", checkpoint_every=self.checkpoint_every, checkpoint_keep=self.checkpoint_keep)
         if self.window < 4:
             raise ValueError(f"logging.window: wanted 4 iterations or more, got {self.window}")
 
@@ -382,7 +371,7 @@ class RunConfig:
     """What a run leaves behind."""
 
     def __post_init__(self) -> None:
-        _positive("run", iterations=self.iterations)
+        positive("run", iterations=self.iterations)
         if not 0 <= self.seed < 2**40:
             raise ValueError(f"run.seed: wanted 0 to 2**40 − 1, got {self.seed}")
         if self.compare and not self.compared:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .checks import not_negative, positive
+
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
@@ -28,11 +30,9 @@ class JudgeConfig:
     """Seconds an answer may take."""
 
     def __post_init__(self) -> None:
-        for name in ("requests_per_minute", "concurrency", "timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"judge.{name}: wanted a number above 0, got {getattr(self, name)}")
-        if self.retries < 0:
-            raise ValueError(f"judge.retries: wanted 0 or more, got {self.retries}")
+        positive("judge", requests_per_minute=self.requests_per_minute)
+        positive("judge", concurrency=self.concurrency, timeout=self.timeout)
+        not_negative("judge", retries=self.retries)
         for name, other in (("url", "model"), ("model", "url")):
             if getattr(self, name) and not getattr(self, other):
                 raise ValueError(f"judge.{other}: judge.{name} needs it")

@@ -139,12 +139,11 @@ class Ours:
         found = {"reward": judged.reward, "penalty": judged.penalty}
         if judged.product is not None:
             found["product"] = judged.product
-        is_best = torch.nn.functional.one_hot(judged.effective.argmax(1), count).bool()
-        pairs = label_pairs(rollout, reading, is_best, labels.preferences(is_best), 1)
+        pairs = label_pairs(rollout, reading, judged.is_best, labels.preferences(judged.is_best), 1)
         policy_loss = parts.update.gradient(rollout, readings, judged).loss
         found["policy_loss"] = torch.tensor([policy_loss])
         found["reward_loss"] = parts.reward_model.gradient(pairs)[None]
-        utilities = labels.utilities(torch.ones_like(is_best))
+        utilities = labels.utilities(torch.ones_like(judged.is_best))
         if utilities is not None:
             found["utility"] = torch.cat(utilities, 1) - parts.config.oracle.offset
         return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -149,7 +149,7 @@ class Game:
         for weight in self.weights:
             weight.requires_grad_(False)
 
-    def _objective(self, actions: Tensor, held: dict[str, tuple[Tensor, ...]]) -> Tensor:
+    def _objective(self, actions: Tensor, held: dict[str, tuple[Any, ...]]) -> Tensor:
         """r(y) − decay · ‖y‖² − weight · penalty(y) of each row, (R,)."""
         settings = self.settings
         passed = mlp.forward(self.weights, actions[:, None])
@@ -184,11 +184,11 @@ class Game:
 
     # what `exact` and `residual` take for constants between two trainings of the reward model
 
-    def _hold(self) -> dict[str, tuple[Tensor, ...]]:
+    def _hold(self) -> dict[str, tuple[Any, ...]]:
         """What `exact` and `residual` fit once an iteration; nothing while no point is labelled."""
         if not self._points.shape[1]:
             return {}
-        held: dict[str, tuple[Tensor, ...]] = {}
+        held: dict[str, tuple[Any, ...]] = {}
         if "exact" in self._of:
             held["exact"] = (self._preconditioned(),)
         if "residual" in self._of:
@@ -204,8 +204,8 @@ class Game:
         inside = torch.linalg.solve(small, G @ g.mT)  # (R, m, 1)
         return ((g - (G.mT @ inside).mT) / ridge)[:, 0].float()
 
-    def _foretell(self) -> tuple[Tensor, ...]:
-        """The process of each row: its weights (R, m), ℓ (R,), and what distances are taken to."""
+    def _foretell(self) -> tuple[Tensor, Tensor, mlp.Passed]:
+        """The process of each row: its weights (R, m), ℓ (R,), and the labelled points that distances are taken to."""
         settings = self.settings
         passed = mlp.forward([w.double() for w in self.weights], self._points.double())
         square = self._distances(passed, passed)
@@ -216,14 +216,14 @@ class Game:
             unit = torch.where(apart > 0, apart, 1.0)
         residuals = passed.reward - self._utility.double()
         fitted = fit(square / unit[:, None, None].square(), residuals, settings.lengths, settings.noises)
-        return fitted.weights, fitted.length * unit
+        return fitted.weights, fitted.length * unit, mlp.forward(self.weights, self._points)
 
-    def _expected(self, passed: mlp.Passed, weights: Tensor, length: Tensor) -> Tensor:
+    def _expected(self, passed: mlp.Passed, weights: Tensor, length: Tensor, known: mlp.Passed) -> Tensor:
         """ĉ(y), differentiable through the kernel."""
         if self.settings.features == "action":
             square = (passed.inputs[0].double() - self._points.double()).square().sum(-1)
         else:
-            square = self._distances(passed, mlp.forward(self.weights, self._points))[:, 0].double()
+            square = self._distances(passed, known)[:, 0].double()
         kernel = torch.exp(-square / (2 * length[:, None].square()))
         return (kernel * weights).sum(-1).float()
 

@@ -83,8 +83,7 @@ class Bench:
 
     def retrain(self, rows: int) -> None:
         """One step of the reward model."""
-        best = self.judged.effective.argmax(1)
-        is_best = torch.nn.functional.one_hot(best, self.rollout.candidates).bool()
+        is_best = self.judged.is_best
         pairs = loop.label_pairs(self.rollout, self.reading, is_best, self.labels.preferences(is_best), 1)
         self.parts.reward_model.gradient(pairs, rows)
         self.parts.reward_model.step()

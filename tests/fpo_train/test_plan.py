@@ -113,7 +113,7 @@ def shipped(name):
     from fpo_train.cli import CONFIGS, _config
 
     options = build().parse_args(["run", "--config", str(CONFIGS / name)])
-    return _config(options["run"].as_dict())
+    return _config(RunConfig, options["run"])
 
 
 @pytest.mark.parametrize(("name", "size"), [("llama3_8b_24gb.yaml", 24e9), ("llama3_8b_16gb.yaml", 16e9)])

@@ -351,11 +351,12 @@ def test_a_rehearsal_that_is_broken_off_is_nothing_to_go_on_with(tmp_path, monke
 def test_what_a_run_keeps_of_its_configuration_is_the_configuration(name, tmp_path):
     """A shipped file, and the config.yaml of its run, are read as the same settings."""
     from fpo_train.cli import _config, _profile, build
+    from fpo_train.config import RunConfig
     from fpo_train.folder import describe
 
     def read(path):
         words = ["run", "--config", str(path)]
-        return _config(build(_profile(words)).parse_args(words)["run"].as_dict())
+        return _config(RunConfig, build(_profile(words)).parse_args(words)["run"])
 
     config = dataclasses.replace(read(CONFIGS / name), out=str(tmp_path))
     describe(config, [])
