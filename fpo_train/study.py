@@ -28,9 +28,10 @@ from .errors import RunError
 from .folder import CHECKPOINTS, plain, write_text
 from .study_figures import draw
 
-GOLD, PROXY, GAP = "audit_utility", "reward", "proxy_gap"
-COLUMNS = (GAP, GOLD, PROXY, "oracle_utility", "overconfidence", "kl", "reply_tokens", "repetition")
+FINAL = {"gold": "audit_utility", "proxy": "reward", "gap": "proxy_gap"}  # what a run ends at → its key in the metrics
+COLUMNS = (*FINAL.values(), "oracle_utility", "overconfidence", "kl", "reply_tokens", "repetition")
 BASELINE: PenaltyKind = "none"
+QUESTION = {"practical", "relaxed", "residual"}  # kinds that the question of `nearer` is about
 Table = dict[str, dict[int, list[metrics.Row]]]  # penalty → seed → rows
 
 
@@ -133,16 +134,16 @@ def write_study(out: Path) -> Path:
         for kind, by_seed in table.items():
             for seed, rows in by_seed.items():
                 writer.writerows([kind, seed, row["iteration"], *(row.get(key) for key in COLUMNS)] for row in rows)
-    draw(table, out / "figures", {"gold": GOLD, "proxy": PROXY, "gap": GAP})
+    draw(table, out / "figures", FINAL)
     page = out / "study.md"
     write_text(page, _page(summary))
     return page
 
 
 def summarise(table: Table) -> dict[str, Any]:
-    """Final values of each run (means over the last quarter of its iterations), and paired differences from `none`.
+    """Final values of each run (means over the last quarter of its iterations), and paired differences of penalties.
 
-    penalty → {final: {seed: {gold, proxy, gap}}, oracle_calls: {seed: n}, against_none: {gold: {...}, …}}
+    penalty → {final: {seed: {gold, proxy, gap}}, oracle_calls: {seed: n}, against: {other: {gold: {…}, …}}}
     """
     summary: dict[str, Any] = {}
     for kind, by_seed in table.items():
@@ -150,19 +151,26 @@ def summarise(table: Table) -> dict[str, Any]:
         calls = {seed: sum(row["oracle_calls"] for row in rows) for seed, rows in by_seed.items()}
         summary[kind] = {"final": final, "oracle_calls": calls}
     for kind, found in summary.items():
-        if kind != BASELINE and BASELINE in summary:
-            baseline = summary[BASELINE]["final"]
-            found["against_none"] = {
-                key: paired([found["final"][seed][key] - baseline[seed][key] for seed in baseline])
-                for key in ("gold", "proxy", "gap")
+        found["against"] = {
+            other: {
+                key: paired([run[key] - than["final"][seed][key] for seed, run in found["final"].items()])
+                for key in FINAL
             }
+            for other, than in summary.items()
+            if other != kind
+        }
     return summary
+
+
+def nearer(summary: dict[str, Any], one: str, other: str, goal: str) -> dict[str, float]:
+    """How much nearer `one` ends to `goal` than `other`, in gold utility: |other − goal| − |one − goal|, paired."""
+    gold = {kind: {seed: run["gold"] for seed, run in summary[kind]["final"].items()} for kind in (one, other, goal)}
+    return paired([abs(gold[other][seed] - end) - abs(gold[one][seed] - end) for seed, end in gold[goal].items()])
 
 
 def _final(rows: Sequence[metrics.Row]) -> dict[str, float]:
     last = rows[-max(1, len(rows) // 4) :]
-    keys = {"gold": GOLD, "proxy": PROXY, "gap": GAP}
-    return {name: statistics.fmean(row[key] for row in last if row[key] is not None) for name, key in keys.items()}
+    return {name: statistics.fmean(row[key] for row in last if row[key] is not None) for name, key in FINAL.items()}
 
 
 def paired(differences: Sequence[float]) -> dict[str, float]:
@@ -201,28 +209,48 @@ def student_quantile(p: float, degrees: int) -> float:
 
 
 def _page(summary: dict[str, Any]) -> str:
-    """A table of final values and differences, and in words which differences are told apart from chance."""
+    """Tables of final values and differences, and in words which differences are told apart from chance."""
     seeds = len(next(iter(summary.values()))["final"])
     lines = [
         "# Collapse study",
         "",
-        f"Means over the last quarter of the iterations, over {seeds} seeds; differences from `none` are paired by "
-        "seed, with 95 % intervals by Student's t.",
+        f"Means over the last quarter of the iterations, over {seeds} seeds; differences are paired by seed, with 95 % "
+        "intervals by Student's t, each for itself: not widened for how many there are.",
         "",
         "| penalty | gold utility | proxy reward | gap | oracle calls | gold − none | gap − none |",
         "|---|---|---|---|---|---|---|",
     ]
-    said = []
     for kind, found in summary.items():
-        means = [statistics.fmean(run[key] for run in found["final"].values()) for key in ("gold", "proxy", "gap")]
+        means = [statistics.fmean(run[key] for run in found["final"].values()) for key in FINAL]
         calls = statistics.fmean(found["oracle_calls"].values())
-        against = found.get("against_none")
+        against = found["against"].get(BASELINE)
         cells = [_interval(against[key]) if against else "–" for key in ("gold", "gap")]
         lines.append(
             f"| {kind} | {' | '.join(f'{value:+.3f}' for value in means)} | {calls:.0f} | {' | '.join(cells)} |"
         )
-        if against:
-            said.append(f"- `{kind}`: {_verdict(against['gold'])}")
+    said = [
+        f"- `{kind}` against `{BASELINE}`: {_verdict(found['against'][BASELINE]['gold'], 'Higher', 'Lower')}"
+        for kind, found in summary.items()
+        if BASELINE in found["against"]
+    ]
+    if summary.keys() >= QUESTION:
+        said.append(
+            "- Does `residual` end nearer to `relaxed` than `practical` does? "
+            + _verdict(nearer(summary, "residual", "practical", "relaxed"), "Nearer", "Farther")
+        )
+    rivals = [kind for kind in summary if kind != BASELINE]
+    if len(rivals) > 1:
+        lines += [
+            "",
+            "Gold utility, row − column:",
+            "",
+            f"| | {' | '.join(rivals)} |",
+            "|---" * (len(rivals) + 1) + "|",
+        ]
+        for kind in rivals:
+            against = summary[kind]["against"]
+            cells = [_interval(against[other]["gold"]) if other != kind else "" for other in rivals]
+            lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "## What can be said of the gold utility", "", *said, ""])
 
 
@@ -230,9 +258,8 @@ def _interval(found: dict[str, float]) -> str:
     return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
 
 
-def _verdict(found: dict[str, float]) -> str:
+def _verdict(found: dict[str, float], more: str, less: str) -> str:
+    end = f"{_interval(found)}, p = {found['p']:.3g}."
     if found["low"] > 0:
-        return f"higher than `none` by {_interval(found)}, p = {found['p']:.3g}."
-    if found["high"] < 0:
-        return f"lower than `none` by {_interval(found)}, p = {found['p']:.3g}: it does harm here."
-    return f"not told apart from `none`: {_interval(found)}, p = {found['p']:.3g}."
+        return f"{more} by {end}"
+    return f"{less} by {end}" if found["high"] < 0 else f"Not told apart from chance: {end}"

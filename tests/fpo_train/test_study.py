@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from fpo_train.cli import main
-from fpo_train.study import paired, student, student_quantile, summarise, write_study
+from fpo_train.study import nearer, paired, student, student_quantile, summarise, write_study
 from tests.fpo_train.runs import arguments
 
 
@@ -83,7 +83,7 @@ def test_a_run_that_fails_is_named(tiny, tmp_path, capfd):
     assert "nowhere.jsonl" in message
 
 
-def test_student(folder):
+def test_student():
     for degrees, quantile in ((1, 12.706), (2, 4.303), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042)):
         assert student_quantile(0.975, degrees) == pytest.approx(quantile, abs=6e-4)
         assert student(-quantile, degrees) == pytest.approx(0.025, abs=1e-4)
@@ -95,13 +95,14 @@ def test_student(folder):
     assert paired([0.0, 0.0])["p"] == 1
 
 
-def test_what_is_told_apart(folder, tmp_path):
-    def rows(gold):
-        return [
-            {"iteration": n, "audit_utility": gold + n / 10, "reward": 1.0, "proxy_gap": -gold, "oracle_calls": 2}
-            for n in range(1, 9)
-        ]
+def rows(gold):
+    return [
+        {"iteration": n, "audit_utility": gold + n / 10, "reward": 1.0, "proxy_gap": -gold, "oracle_calls": 2}
+        for n in range(1, 9)
+    ]
 
+
+def test_what_is_told_apart():
     table = {
         "none": {seed: rows(0.1 * seed) for seed in range(5)},
         "practical": {seed: rows(0.1 * seed + 1 + 0.01 * (seed % 2)) for seed in range(5)},
@@ -109,8 +110,31 @@ def test_what_is_told_apart(folder, tmp_path):
     }
     summary = summarise(table)
     assert summary["none"]["final"][2]["gold"] == pytest.approx(0.2 + 0.75)  # the last two of eight
-    assert summary["practical"]["against_none"]["gold"]["low"] > 0.98
-    assert summary["practical"]["against_none"]["gap"]["high"] < -0.98
-    relaxed = summary["relaxed"]["against_none"]["gold"]
+    assert summary["practical"]["against"]["none"]["gold"]["low"] > 0.98
+    assert summary["practical"]["against"]["none"]["gap"]["high"] < -0.98
+    relaxed = summary["relaxed"]["against"]["none"]["gold"]
     assert relaxed["low"] < 0 < relaxed["high"]
-    assert write_study(folder).name == "study.md"
+    assert summary["none"]["against"]["relaxed"]["gold"]["low"] == pytest.approx(-relaxed["high"])
+
+
+def test_which_penalty_ends_nearer_to_which():
+    ends = {"relaxed": [0, 1, 2, 3], "practical": [-2, 3, 0, 1], "residual": [0.5, 0.4, 2.5, 2.6]}
+    summary = summarise({kind: dict(enumerate(map(rows, gold))) for kind, gold in ends.items()})
+    assert nearer(summary, "residual", "practical", "relaxed")["mean"] == pytest.approx(2 - 0.5, abs=1e-6)
+    assert nearer(summary, "practical", "residual", "relaxed")["mean"] == pytest.approx(0.5 - 2, abs=1e-6)
+
+
+def test_the_page_says_what_the_numbers_say(folder, tmp_path):
+    out = tmp_path / "s"
+    kinds = {"none": 0.0, "practical": 1.0, "relaxed": 3.0, "residual": 2.5}
+    for kind, gold in kinds.items():
+        for seed in (0, 3):
+            shutil.copytree(folder / "none" / f"seed-{seed}", out / kind / f"seed-{seed}")
+            lines = "\n".join(json.dumps(row | {"kl": 0.0}) for row in rows(gold + 0.01 * seed))
+            (out / kind / f"seed-{seed}" / "metrics.jsonl").write_text(lines)
+    (out / "study.yaml").write_text(f"seeds: [0, 3]\npenalties: [{', '.join(kinds)}]\n")
+    page = write_study(out).read_text()
+    assert "| none | +0.765 | +1.000 | -0.015 | 16 | – | – |" in page
+    assert "- `practical` against `none`: Higher by +1.000 [+1.000, +1.000]" in page
+    assert "| residual | +1.500 [+1.500, +1.500] | -0.500 [-0.500, -0.500] |  |" in page
+    assert "than `practical` does? Nearer by +1.500 [+1.500, +1.500]" in page
