@@ -74,12 +74,18 @@ def new_figure(columns: int = 1, *, width: float = 6.4, height: float = 4.8) -> 
 def legend_below(figure: Figure, axes: Axes, *, columns: int = 5) -> None:
     """One legend for the figure, of the entries of `axes`, under the panels where it covers no data.
 
-    Entries run along rows of at most `columns`; matplotlib alone would run them down the columns.
+    Entries run along rows of at most `columns`, and of as few as the figure is wide enough for; matplotlib alone would
+    run them down the columns, and over the figure's edges.
     """
     entries = list(zip(*axes.get_legend_handles_labels(), strict=True))
-    by_rows = [entry for first in range(columns) for entry in entries[first::columns]]
-    handles, labels = zip(*by_rows, strict=True)
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(entries)))
+    for few in range(min(columns, len(entries)), 0, -1):
+        by_rows = [entry for first in range(few) for entry in entries[first::few]]
+        handles, labels = zip(*by_rows, strict=True)
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=few)
+        figure.draw_without_rendering()
+        if legend.get_window_extent().width <= figure.bbox.width or few == 1:
+            return
+        legend.remove()
 
 
 def save(figure: Figure, folder: str | Path, name: str, pdf: bool = False) -> Path:
