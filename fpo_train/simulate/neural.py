@@ -158,7 +158,8 @@ class Game:
         if set(self._kinds) == {"none"}:
             return objective
         square = passed.square()[:, 0] if set(self._kinds) & {"practical", "relaxed", "residual"} else reward
-        over = reward - utility(actions, settings).detach()  # the oracle's answer is a number
+        truth = utility(actions, settings)
+        over = reward - truth.detach()  # the published script holds the oracle's answer fixed
         for kind, mine in self._of.items():
             weight = settings.penalty_weight
             if kind == "none" or (kind in ("exact", "residual") and kind not in held):
@@ -171,7 +172,8 @@ class Game:
                 penalty = over * self._with_mean(passed)
             elif kind == "exact":
                 weight = settings.exact_weight
-                penalty = over * mlp.along(self.weights, held["exact"][0], actions[:, None])[:, 0]
+                # a whole refit takes all of r's slope back, so what is left of it is U's, which is not held fixed here
+                penalty = (reward - truth) * mlp.along(self.weights, held["exact"][0], actions[:, None])[:, 0]
             else:
                 penalty = self._expected(passed, *held["residual"]) * square
             objective = objective - torch.where(mine, weight * penalty, 0.0)

@@ -113,6 +113,25 @@ def test_exact_takes_the_curvature_s_inverse():
     assert (game._preconditioned()[0] - truth).norm() <= 1e-5 * truth.norm()
 
 
+def test_exact_climbs_the_oracle_s_utility():
+    """Where one point is all that is labelled and the ridge is small, what r promises is taken back: U is left."""
+    settings = neural.NeuralSettings(iterations=20, exact_ridge=1e-6)
+    game = neural.Game([("exact", 0)], settings)
+    game.iterate(0)
+    game._points, game._utility = game.theta[:, None], score(game.theta)[:, None]
+    action = game.theta.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(game._objective(action, game._hold()).sum(), action)
+    (slope,) = torch.autograd.grad((score(action) - 0.01 * action.square().sum(-1)).sum(), action)
+    # c · ∂⟨ḡ, H⁻¹u⟩/∂y: how r's gradient turns along the action
+    turn = gradient - slope
+    over = (mlp.reward(game.weights, action[:, None])[0] - score(action)).detach()
+    ahead = [action.detach() + sign * 1e-2 * torch.eye(10) for sign in (1, -1)]
+    held = game._hold()["exact"][0]
+    up, down = (mlp.along(game.weights, held, at[None])[0] for at in ahead)
+    torch.testing.assert_close(turn[0], -over * (up - down) / 2e-2, rtol=0.05, atol=0.02)
+    assert float((gradient * slope).sum()) > 0
+
+
 @pytest.mark.parametrize("features", ["action", "gradient"])
 def test_residual_foretells_the_reward_model_s_errors(features):
     """At the labelled points themselves ĉ is close to r − U, and it is differentiable."""

@@ -1,0 +1,102 @@
+"""docs/reproduction.md and docs/collapse.md say what the result files say, and name options that exist."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fpo_train.config import PENALTY_KINDS
+from fpo_train.profiles import PROFILES
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+SHOWN = ("none", "practical", "relaxed", "tracin", "exact", "residual")
+
+# the published procedure, run: final utilities of seeds 0, 1, 2
+NEURAL = {"none": (2.308, 3.522, 2.790), "relaxed": (9.741, 9.722, 9.947), "practical": (8.448, 8.594, 7.372)}
+LINEAR = {"none": 3.9322, "relaxed": 9.8060, "practical": 5.5331}
+
+
+def final(folder):
+    """environment's penalty → seed → final numbers."""
+    (found,) = json.loads((RESULTS / folder / "summary.json").read_text()).values()
+    return found
+
+
+def test_the_linear_environment_is_reproduced():
+    found = final("linear")
+    for kind, reference in LINEAR.items():
+        assert found[kind]["0"]["utility"] == pytest.approx(reference, abs=5e-4)
+        assert f"{reference:.4f}" in PAGE
+        assert f"| {found[kind]['0']['utility']:.4f}" in PAGE
+    assert f"{found['none']['0']['best_utility']:.4f} |" in PAGE
+    for seed in range(5):
+        assert table_row(found, seed) in PAGE
+        assert found["residual"][str(seed)]["utility"] >= 9.5
+        assert found["residual"][str(seed)]["oracle_calls"] == found["none"][str(seed)]["oracle_calls"]
+
+
+def table_row(found, seed):
+    return f"| {seed} | " + " | ".join(f"{found[kind][str(seed)]['utility']:.3f}" for kind in SHOWN) + " |"
+
+
+def test_the_neural_environment_is_reproduced():
+    found = final("neural")
+    for kind, references in NEURAL.items():
+        ours = [found[kind][str(seed)]["utility"] for seed in range(3)]
+        assert ours == pytest.approx(references, abs=0.05 if kind == "none" else 0.1)
+        assert ", ".join(f"{end:.3f}" for end in references) in PAGE
+        assert ", ".join(f"{end:.3f}" for end in ours) in PAGE
+
+
+def test_ten_seeds_of_the_neural_environment():
+    found = final("neural")
+    for seed in range(10):
+        assert table_row(found, seed) in PAGE
+        assert found["residual"][str(seed)]["oracle_calls"] == found["none"][str(seed)]["oracle_calls"]
+    for name, of in (("median", statistics.median), ("least", min)):
+        ends = {kind: of(run["utility"] for run in found[kind].values()) for kind in SHOWN}
+        assert f"| {name} | " + " | ".join(f"{ends[kind]:.3f}" for kind in SHOWN) + " |" in PAGE
+    failed = {seed: run["utility"] for seed, run in found["relaxed"].items() if run["utility"] < 9}
+    assert f"≥ 9 on {10 - len(failed)} of ten seeds" in PAGE
+    for seed, end in failed.items():
+        assert f"seed {seed} ({end:.2f})" in PAGE
+
+
+def test_together_as_one_after_the_other():
+    apart, together = final("neural"), final("neural_together")
+    for kind in ("none", "practical", "relaxed"):
+        cells = [", ".join(f"{found[kind][str(s)]['utility']:.3f}" for s in range(5)) for found in (apart, together)]
+        assert f"| {kind} | {cells[0]} | {cells[1]} |" in PAGE
+    few, many = json.loads((RESULTS / "cpu-2threads" / "neural.json").read_text())["headlines"]
+    assert f"take {few['median']:.2f} of the time" in PAGE
+    assert f"all six at ten seeds {many['median']:.2f}" in PAGE
+
+
+def test_every_oddity_of_the_published_script_is_an_option_on_the_page():
+    table = PAGE.split("## What the published script does differently")[1]
+    named = re.findall(r"`([a-z_]+\.[a-z_]+)(?:: ([^`]+))?`", table)
+    for name, value in named:
+        assert name in PROFILES["paper"], name
+        if value:
+            assert yaml.safe_load(value) == PROFILES["paper"][name], name
+    assert len(named) >= 15
+
+
+def test_the_collapse_study():
+    page = (ROOT / "docs" / "collapse.md").read_text(encoding="utf-8")
+    said = (RESULTS / "collapse" / "study.md").read_text(encoding="utf-8")
+    for line in said.splitlines()[4:]:
+        assert line.removeprefix("#") in page
+    asked = yaml.safe_load((RESULTS / "collapse" / "study.yaml").read_text(encoding="utf-8"))
+    assert asked["penalties"] == list(PENALTY_KINDS)
+    assert f"--seeds {','.join(map(str, asked['seeds']))}" in page
+    shipped = yaml.safe_load((ROOT / "fpo_train" / "configs" / "study.yaml").read_text(encoding="utf-8"))
+    for group, settings in shipped.items():
+        if group not in ("out",):
+            run = asked["run"][group]
+            assert run == settings if not isinstance(settings, dict) else settings.items() <= run.items()
