@@ -16,9 +16,10 @@ SMOOTH = 5  # iterations that a curve's points are means over: an iteration has 
 
 TITLES = {
     "gold": ("True utility of the policy's replies", "gold utility of candidates"),
-    "proxy": ("What the reward model says of them", "reward of candidates (log-odds)"),
-    "gap": ("Gap between the two", "(r − r_ref) − (U − U_ref) of the learnt reply"),
+    "proxy": ("What the reward model says of them", "reward of candidates since the start (log-odds)"),
+    "gap": ("Gap between the two", "(r − r_ref) − (U − U_ref), learnt reply"),
 }
+SINCE_START = {"proxy"}  # less its first value: a seed's first reward model has a level of its own, which says nothing
 
 
 def draw(table: Mapping[str, Mapping[int, list[dict[str, Any]]]], folder: Path, keys: Mapping[str, str]) -> Path:
@@ -28,7 +29,7 @@ def draw(table: Mapping[str, Mapping[int, list[dict[str, Any]]]], folder: Path, 
         figure, axes = figures.new_figure(len(keys), width=5 * len(keys), height=4.2)
         for panel, (name, key) in zip(axes, keys.items(), strict=True):
             for kind, by_seed in table.items():
-                _band(panel, kind, by_seed, key)
+                _band(panel, kind, by_seed, key, name in SINCE_START)
             title, label = TITLES[name]
             panel.set(title=title, xlabel="iteration", ylabel=label)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -36,11 +37,13 @@ def draw(table: Mapping[str, Mapping[int, list[dict[str, Any]]]], folder: Path, 
         return figures.save(figure, folder, "study", pdf=True)
 
 
-def _band(panel: Axes, kind: str, by_seed: Mapping[int, list[dict[str, Any]]], key: str) -> None:
+def _band(panel: Axes, kind: str, by_seed: Mapping[int, list[dict[str, Any]]], key: str, since_start: bool) -> None:
     curves = np.array([[np.nan if row.get(key) is None else row[key] for row in rows] for rows in by_seed.values()])
     if not curves.size or np.isnan(curves).all():
         return
     smooth = np.stack([_running(curve) for curve in curves])
+    if since_start:
+        smooth = smooth - smooth[:, :1]
     x, mean = np.arange(1, smooth.shape[1] + 1), np.nanmean(smooth, axis=0)
     style = figures.penalty_style(kind)
     panel.plot(x, mean, label=kind, **style)
