@@ -16,7 +16,7 @@ SMOOTH = 5  # iterations that a curve's points are means over: an iteration has 
 
 TITLES = {
     "gold": ("True utility of the policy's replies", "gold utility of candidates"),
-    "proxy": ("What the reward model says of them", "reward of candidates since the start (log-odds)"),
+    "proxy": ("What the reward model says of them", "reward since the start (log-odds)"),
     "gap": ("Gap between the two", "(r − r_ref) − (U − U_ref), learnt reply"),
 }
 SINCE_START = {"proxy"}  # less its first value: a seed's first reward model has a level of its own, which says nothing
