@@ -35,6 +35,27 @@ def test_the_linear_environment():
     assert f"it ends at {relaxed['utility']:.2f} of 10" in readme
 
 
+def test_the_neural_environment():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    final = json.loads((RESULTS / "neural" / "summary.json").read_text())["neural"]
+    good = sum(run["utility"] > 9 for run in final["relaxed"].values())
+    assert f"`relaxed` ends above 9 on {good} of ten seeds" in readme
+    assert min(run["utility"] for run in final["residual"].values()) > 9.99
+    assert final["residual"]["0"]["oracle_calls"] == final["none"]["0"]["oracle_calls"]
+
+
+def test_the_collapse_study():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## Two commands")[0]
+    found = json.loads((RESULTS / "collapse" / "study.json").read_text())
+    gold = {kind: {seed: run["gold"] for seed, run in one["final"].items()} for kind, one in found.items()}
+    assert f"falls to {statistics.fmean(gold['none'].values()):.2f} nats a token" in readme
+    assert f"it ends at {statistics.fmean(gold['relaxed'].values()):.2f}, highest on every" in readme
+    assert all(max(gold, key=lambda kind, seed=seed: gold[kind][seed]) == "relaxed" for seed in gold["none"])
+    for other in ("practical", "none"):
+        against = found["relaxed"]["against"][other]["gold"]
+        assert f"{against['mean']:+.2f} [{against['low']:+.2f}, {against['high']:+.2f}] against" in readme
+
+
 def test_which_way_wins_where():
     page = (ROOT / "fpo_kernels" / "products" / "README.md").read_text(encoding="utf-8")
     assert "\n".join(ways.chart(rows("ways"))) in page
