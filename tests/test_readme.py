@@ -11,6 +11,11 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def prose(path):
+    """A page's text without its line breaks."""
+    return " ".join((ROOT / path).read_text(encoding="utf-8").split())
+
+
 def rows(case):
     return json.loads((RESULTS / "cpu-2threads" / f"{case}.json").read_text())["rows"]
 
@@ -28,7 +33,7 @@ def test_costs():
 
 
 def test_the_linear_environment():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = prose("README.md")
     final = json.loads((RESULTS / "linear" / "summary.json").read_text())["linear"]
     none, relaxed = final["none"]["0"], final["relaxed"]["0"]
     assert f"utility {none['best_utility']:.2f} and falls to {none['utility']:.2f}" in readme
@@ -36,7 +41,7 @@ def test_the_linear_environment():
 
 
 def test_the_neural_environment():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = prose("README.md")
     final = json.loads((RESULTS / "neural" / "summary.json").read_text())["neural"]
     good = sum(run["utility"] > 9 for run in final["relaxed"].values())
     assert f"`relaxed` ends above 9 on {good} of ten seeds" in readme
@@ -45,7 +50,7 @@ def test_the_neural_environment():
 
 
 def test_the_collapse_study():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## Two commands")[0]
+    readme = prose("README.md").split("## Two commands")[0]
     found = json.loads((RESULTS / "collapse" / "study.json").read_text())
     gold = {kind: {seed: run["gold"] for seed, run in one["final"].items()} for kind, one in found.items()}
     assert f"falls to {statistics.fmean(gold['none'].values()):.2f} nats a token" in readme

@@ -41,7 +41,7 @@ def test_what_a_study_leaves(folder):
     assert first["none"] == first["residual"]  # the same start and the same first replies
     page = (folder / "study.md").read_text()
     assert "| none |" in page
-    assert "- `residual`: " in page
+    assert "- `residual` against `none`: " in page
     for kind in ("png", "pdf"):
         assert (folder / "figures" / f"study.{kind}").stat().st_size > 1000
 
@@ -130,7 +130,7 @@ def test_the_page_says_what_the_numbers_say(folder, tmp_path):
     for kind, gold in kinds.items():
         for seed in (0, 3):
             shutil.copytree(folder / "none" / f"seed-{seed}", out / kind / f"seed-{seed}")
-            lines = "\n".join(json.dumps(row | {"kl": 0.0}) for row in rows(gold + 0.01 * seed))
+            lines = "".join(json.dumps(row | {"kl": 0.0}) + "\n" for row in rows(gold + 0.01 * seed))
             (out / kind / f"seed-{seed}" / "metrics.jsonl").write_text(lines)
     (out / "study.yaml").write_text(f"seeds: [0, 3]\npenalties: [{', '.join(kinds)}]\n")
     page = write_study(out).read_text()
