@@ -29,10 +29,11 @@ from .folder import CHECKPOINTS, plain, write_text
 from .study_figures import draw
 
 FINAL = {"gold": "audit_utility", "proxy": "reward", "gap": "proxy_gap"}  # what a run ends at → its key in the metrics
-COLUMNS = (*FINAL.values(), "oracle_utility", "overconfidence", "kl", "reply_tokens", "repetition")
+COLUMNS = (*FINAL.values(), "oracle_utility", "overconfidence", "kl", "reply_tokens", "repetition", "prompts_left_out")
 BASELINE: PenaltyKind = "none"
 QUESTION = {"practical", "relaxed", "residual"}  # kinds that the question of `nearer` is about
 Table = dict[str, dict[int, list[metrics.Row]]]  # penalty → seed → rows
+Paired = dict[str, Any]  # what `paired` returns
 
 
 def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
@@ -43,12 +44,15 @@ def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
         jobs: runs at a time, each with its part of the machine's cores.
 
     Raises:
-        RunError: a folder that holds another study, or a run that failed; the others are kept.
+        RunError: a folder that holds another study, a rehearsal (`dry_run`), or a run that failed; the others are kept.
     """
+    if config.dry_run:
+        raise RunError("study: dry_run leaves no runs to compare; rehearse with `fpo-train run`")
+    seeds = list(dict.fromkeys(seeds))
     out = Path(config.out).expanduser()
     kinds = config.compared or PENALTY_KINDS
     config = dataclasses.replace(
-        config, compare="", logging=dataclasses.replace(config.logging, audit=True, controlled=False)
+        config, compare="", resume=False, logging=dataclasses.replace(config.logging, audit=True, controlled=False)
     )
     _claim(out, config, seeds, kinds)
     todo = [
@@ -143,7 +147,8 @@ def write_study(out: Path) -> Path:
 def summarise(table: Table) -> dict[str, Any]:
     """Final values of each run (means over the last quarter of its iterations), and paired differences of penalties.
 
-    penalty → {final: {seed: {gold, proxy, gap}}, oracle_calls: {seed: n}, against: {other: {gold: {…}, …}}}
+    penalty → {final: {seed: {gold, proxy, gap}}, oracle_calls: {seed: n}, against: {other: {gold: {…}, …}}}. A value is
+    None where those iterations have none, and its seed is left out of the differences.
     """
     summary: dict[str, Any] = {}
     for kind, by_seed in table.items():
@@ -153,35 +158,49 @@ def summarise(table: Table) -> dict[str, Any]:
     for kind, found in summary.items():
         found["against"] = {
             other: {
-                key: paired([run[key] - than["final"][seed][key] for seed, run in found["final"].items()])
+                key: paired([a - b for a, b in _together(summary, key, kind, other) if a is not None and b is not None])
                 for key in FINAL
             }
-            for other, than in summary.items()
+            for other in summary
             if other != kind
         }
     return summary
 
 
-def nearer(summary: dict[str, Any], one: str, other: str, goal: str) -> dict[str, float]:
+def nearer(summary: dict[str, Any], one: str, other: str, goal: str) -> Paired:
     """How much nearer `one` ends to `goal` than `other`, in gold utility: |other − goal| − |one − goal|, paired."""
-    gold = {kind: {seed: run["gold"] for seed, run in summary[kind]["final"].items()} for kind in (one, other, goal)}
-    return paired([abs(gold[other][seed] - end) - abs(gold[one][seed] - end) for seed, end in gold[goal].items()])
+    ends = [values for values in _together(summary, "gold", one, other, goal) if None not in values]
+    return paired([abs(b - end) - abs(a - end) for a, b, end in ends])
 
 
-def _final(rows: Sequence[metrics.Row]) -> dict[str, float]:
+def _together(summary: dict[str, Any], key: str, *kinds: str) -> list[tuple[Any, ...]]:
+    """Final values of several penalties, a row a seed."""
+    finals = [summary[kind]["final"] for kind in kinds]
+    return [tuple(final[seed][key] for final in finals) for seed in finals[0]]
+
+
+def _final(rows: Sequence[metrics.Row]) -> dict[str, float | None]:
     last = rows[-max(1, len(rows) // 4) :]
-    return {name: statistics.fmean(row[key] for row in last if row[key] is not None) for name, key in FINAL.items()}
+    return {name: _mean([row[key] for row in last]) for name, key in FINAL.items()}
 
 
-def paired(differences: Sequence[float]) -> dict[str, float]:
-    """Mean of paired differences, its 95 % interval and two-sided p by Student's t with n − 1 degrees of freedom."""
-    n, mean = len(differences), statistics.fmean(differences)
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def paired(differences: Sequence[float]) -> Paired:
+    """Mean of paired differences, its 95 % interval and two-sided p by Student's t with n − 1 degrees of freedom.
+
+    {pairs: n, mean, low, high, p}; of one pair there is no interval and no p, of none no mean: they are None.
+    """
+    n = len(differences)
     if n < 2:
-        return {"mean": mean, "low": -math.inf, "high": math.inf, "p": 1.0}
-    error = statistics.stdev(differences) / math.sqrt(n)
+        return {"pairs": n, "mean": _mean(differences), "low": None, "high": None, "p": None}
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(n)
     reach = student_quantile(0.975, n - 1) * error
-    p = 2 * (1 - student(abs(mean) / error, n - 1)) if error else float(mean == 0)
-    return {"mean": mean, "low": mean - reach, "high": mean + reach, "p": p}
+    p = 2 * student(-abs(mean) / error, n - 1) if error else float(mean == 0)
+    return {"pairs": n, "mean": mean, "low": mean - reach, "high": mean + reach, "p": max(p, 0.0)}
 
 
 def student(t: float, degrees: int) -> float:
@@ -211,54 +230,55 @@ def student_quantile(p: float, degrees: int) -> float:
 def _page(summary: dict[str, Any]) -> str:
     """Tables of final values and differences, and in words which differences are told apart from chance."""
     seeds = len(next(iter(summary.values()))["final"])
+    rivals = [kind for kind in summary if kind != BASELINE]
     lines = [
         "# Collapse study",
         "",
-        f"Means over the last quarter of the iterations, over {seeds} seeds; differences are paired by seed, with 95 % "
-        "intervals by Student's t, each for itself: not widened for how many there are.",
+        f"Means over the last quarter of the iterations, over {seeds} seed{'s' * (seeds != 1)}; differences are paired by seed, with 95 % "
+        f"intervals by Student's t, each for itself: not widened for being one of {math.comb(len(summary), 2)}. The "
+        "gap is the best reply's, and a penalty that asks the oracle has a hand in which reply that is.",
         "",
         "| penalty | gold utility | proxy reward | gap | oracle calls | gold − none | gap − none |",
         "|---|---|---|---|---|---|---|",
     ]
     for kind, found in summary.items():
-        means = [statistics.fmean(run[key] for run in found["final"].values()) for key in FINAL]
+        means = [_number(_mean([run[key] for run in found["final"].values()])) for key in FINAL]
         calls = statistics.fmean(found["oracle_calls"].values())
         against = found["against"].get(BASELINE)
         cells = [_interval(against[key]) if against else "–" for key in ("gold", "gap")]
-        lines.append(
-            f"| {kind} | {' | '.join(f'{value:+.3f}' for value in means)} | {calls:.0f} | {' | '.join(cells)} |"
-        )
-    said = [
-        f"- `{kind}` against `{BASELINE}`: {_verdict(found['against'][BASELINE]['gold'], 'Higher', 'Lower')}"
-        for kind, found in summary.items()
-        if BASELINE in found["against"]
-    ]
-    if summary.keys() >= QUESTION:
-        said.append(
-            "- Does `residual` end nearer to `relaxed` than `practical` does? "
-            + _verdict(nearer(summary, "residual", "practical", "relaxed"), "Nearer", "Farther")
-        )
-    rivals = [kind for kind in summary if kind != BASELINE]
+        lines.append(f"| {kind} | {' | '.join(means)} | {calls:.0f} | {' | '.join(cells)} |")
     if len(rivals) > 1:
-        lines += [
-            "",
-            "Gold utility, row − column:",
-            "",
-            f"| | {' | '.join(rivals)} |",
-            "|---" * (len(rivals) + 1) + "|",
-        ]
+        lines += ["", "Gold utility, row − column:", "", f"| | {' | '.join(rivals)} |"]
+        lines.append("|---" * (len(rivals) + 1) + "|")
         for kind in rivals:
             against = summary[kind]["against"]
             cells = [_interval(against[other]["gold"]) if other != kind else "" for other in rivals]
             lines.append(f"| {kind} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "## What can be said of the gold utility", "", *said, ""])
+    said = []
+    if BASELINE in summary:
+        for kind in rivals:
+            verdict = _verdict(summary[kind]["against"][BASELINE]["gold"], "Higher", "Lower")
+            said.append(f"- `{kind}` against `{BASELINE}`: {verdict}")
+    if summary.keys() >= QUESTION:
+        verdict = _verdict(nearer(summary, "residual", "practical", "relaxed"), "Nearer", "Farther")
+        said.append(f"- Does `residual` end nearer to `relaxed` than `practical` does? {verdict}")
+    if said:
+        lines += ["", "## What can be said of the gold utility", "", *said]
+    return "\n".join([*lines, ""])
 
 
-def _interval(found: dict[str, float]) -> str:
-    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"
 
 
-def _verdict(found: dict[str, float], more: str, less: str) -> str:
+def _interval(found: Paired) -> str:
+    known = "" if found["low"] is None else f" [{_number(found['low'])}, {_number(found['high'])}]"
+    return _number(found["mean"]) + known
+
+
+def _verdict(found: Paired, more: str, less: str) -> str:
+    if found["low"] is None:
+        return f"{_interval(found)}; {found['pairs']} pair{'s' * (found['pairs'] != 1)} of runs give no interval."
     end = f"{_interval(found)}, p = {found['p']:.3g}."
     if found["low"] > 0:
         return f"{more} by {end}"

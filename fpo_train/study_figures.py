@@ -17,7 +17,7 @@ SMOOTH = 5  # iterations that a curve's points are means over: an iteration has 
 TITLES = {
     "gold": ("True utility of the policy's replies", "gold utility of candidates"),
     "proxy": ("What the reward model says of them", "reward since the start (log-odds)"),
-    "gap": ("Gap between the two", "(r − r_ref) − (U − U_ref), learnt reply"),
+    "gap": ("Gap between the two", "(r − r_ref) − (U − U_ref), best reply"),
 }
 SINCE_START = {"proxy"}  # less its first value: a seed's first reward model has a level of its own, which says nothing
 
@@ -43,12 +43,13 @@ def _band(panel: Axes, kind: str, by_seed: Mapping[int, list[dict[str, Any]]], k
         return
     smooth = np.stack([_running(curve) for curve in curves])
     if since_start:
-        smooth = smooth - smooth[:, :1]
+        firsts = [curve[~np.isnan(curve)][:1] for curve in smooth]
+        smooth = np.stack([curve - (first if first.size else 0) for curve, first in zip(smooth, firsts, strict=True)])
     x, mean = np.arange(1, smooth.shape[1] + 1), np.nanmean(smooth, axis=0)
     style = figures.penalty_style(kind)
     panel.plot(x, mean, label=kind, **style)
     if len(smooth) > 1:
-        error = np.nanstd(smooth, axis=0, ddof=1) / len(smooth) ** 0.5
+        error = np.nanstd(smooth, axis=0, ddof=1) / (~np.isnan(smooth)).sum(axis=0) ** 0.5
         panel.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.15, linewidth=0)
 
 

@@ -53,8 +53,13 @@ def test_the_collapse_study():
     readme = prose("README.md").split("## Two commands")[0]
     found = json.loads((RESULTS / "collapse" / "study.json").read_text())
     gold = {kind: {seed: run["gold"] for seed, run in one["final"].items()} for kind, one in found.items()}
-    assert f"falls to {statistics.fmean(gold['none'].values()):.2f} nats a token" in readme
+    rows = [
+        json.loads(path.read_text().splitlines()[0]) for path in (RESULTS / "collapse" / "none").rglob("metrics.jsonl")
+    ]
+    start = statistics.fmean(row["audit_utility"] for row in rows)
+    assert f"falls from {start:.2f} to {statistics.fmean(gold['none'].values()):.2f} nats a token" in readme
     assert f"it ends at {statistics.fmean(gold['relaxed'].values()):.2f}, highest on every" in readme
+    assert f"(p = {found['relaxed']['against']['none']['gold']['p']:.3f})" in readme
     assert all(max(gold, key=lambda kind, seed=seed: gold[kind][seed]) == "relaxed" for seed in gold["none"])
     for other in ("practical", "none"):
         against = found["relaxed"]["against"][other]["gold"]

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from fpo_train.cli import main
-from fpo_train.study import nearer, paired, student, student_quantile, summarise, write_study
+from fpo_train.study import _page, nearer, paired, student, student_quantile, summarise, write_study
 from tests.fpo_train.runs import arguments
 
 
@@ -73,6 +73,8 @@ def test_other_settings_and_other_folders_are_refused(folder, tiny, tmp_path, ca
     assert "is not an empty folder" in capfd.readouterr().err
     assert main(words(tiny, tmp_path / "a", "--seeds", "x")) == 2
     assert main(words(tiny, tmp_path / "a", "--jobs", "0")) == 2
+    assert main([*words(tiny, tmp_path / "a"), "--dry_run", "true"]) == 1
+    assert "rehearse with `fpo-train run`" in capfd.readouterr().err
     assert not (tmp_path / "a").exists()
 
 
@@ -91,7 +93,9 @@ def test_student():
     assert found["mean"] == 3
     assert found["low"] == pytest.approx(3 - 2.776 * math.sqrt(0.5), abs=1e-3)
     assert found["p"] == pytest.approx(0.0132, abs=1e-4)
-    assert paired([1.0])["p"] == 1
+    assert paired([1.0]) == {"pairs": 1, "mean": 1.0, "low": None, "high": None, "p": None}
+    assert paired([])["mean"] is None
+    assert 0 <= paired([1.0, 1.0, 1.0, 1.0, 1.0001])["p"] < 1e-9
     assert paired([0.0, 0.0])["p"] == 1
 
 
@@ -122,6 +126,30 @@ def test_which_penalty_ends_nearer_to_which():
     summary = summarise({kind: dict(enumerate(map(rows, gold))) for kind, gold in ends.items()})
     assert nearer(summary, "residual", "practical", "relaxed")["mean"] == pytest.approx(2 - 0.5, abs=1e-6)
     assert nearer(summary, "practical", "residual", "relaxed")["mean"] == pytest.approx(0.5 - 2, abs=1e-6)
+
+
+def test_a_run_without_a_last_value_is_left_out_of_the_differences():
+    table = {
+        "none": {0: rows(0.0), 1: rows(1.0), 2: [row | {"audit_utility": None} for row in rows(2.0)]},
+        "practical": {0: rows(1.0), 1: rows(2.5), 2: rows(9.0)},
+    }
+    summary = summarise(table)
+    assert summary["none"]["final"][2]["gold"] is None
+    against = summary["practical"]["against"]["none"]["gold"]
+    assert (against["pairs"], against["mean"]) == (2, pytest.approx(1.25))
+    json.dumps(summary, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "kinds", [("none",), ("practical",), ("none", "practical"), ("practical", "relaxed", "residual")]
+)
+def test_the_page_of_one_seed_and_of_few_penalties(kinds):
+    summary = summarise({kind: {7: rows(number)} for number, kind in enumerate(kinds)})
+    json.dumps(summary, allow_nan=False)
+    page = _page(summary)
+    assert "inf" not in page.replace("influence", "")
+    assert ("- `practical` against `none`: +1.000; 1 pair of runs" in page) == (kinds == ("none", "practical"))
+    assert ("than `practical` does? +0.000; 1 pair of runs" in page) == ("residual" in kinds)
 
 
 def test_the_page_says_what_the_numbers_say(folder, tmp_path):
