@@ -234,8 +234,8 @@ def _page(summary: dict[str, Any]) -> str:
     lines = [
         "# Collapse study",
         "",
-        f"Means over the last quarter of the iterations, over {seeds} seed{'s' * (seeds != 1)}; differences are paired by "
-        "seed, with 95 % intervals by Student's t, each for itself: not widened for being one of "
+        f"Means over the last quarter of the iterations, over {seeds} seed{'s' * (seeds != 1)}; differences are paired "
+        "by seed, with 95 % intervals by Student's t, each for itself: not widened for being one of "
         f"{math.comb(len(summary), 2)}. The gap is the best reply's, and a penalty that asks the oracle has a hand in "
         "which reply that is.",
         "",
