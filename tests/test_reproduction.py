@@ -10,6 +10,7 @@ import yaml
 
 from fpo_train.config import PENALTY_KINDS, RunConfig
 from fpo_train.profiles import PROFILES
+from fpo_train.study import paired
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -124,3 +125,19 @@ def test_the_collapse_study():
         if group != "out":
             run = asked["run"][group]
             assert settings.items() <= run.items() if isinstance(settings, dict) else settings == run
+
+
+def test_the_study_once_more():
+    page = " ".join((ROOT / "docs" / "collapse.md").read_text(encoding="utf-8").split())
+    first, again = (json.loads((RESULTS / name / "study.json").read_text()) for name in ("collapse", "collapse_again"))
+    gains = [
+        [found["relaxed"]["final"][seed]["gold"] - run["gold"] for seed, run in found["none"]["final"].items()]
+        for found in (first, again)
+    ]
+    assert f"`relaxed` is higher on {sum(gain > 0 for gain in gains[1])} of 5" in page
+    against = paired(gains[1])
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"alone give {against['mean']:+.2f} [{against['low']:+.2f}, {against['high']:+.2f}]" in readme
+    for found, where in ((against, "of 5: "), (paired(gains[0] + gains[1]), "All ten seeds together: ")):
+        interval = f"[{found['low']:+.3f}, {found['high']:+.3f}], p = {found['p']:.3g}"
+        assert f"{where}{found['mean']:+.3f} {interval}" in page
