@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunError
+from .weights import ADAPTER_CONFIG, damaged_file, is_json, refuse_missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,8 @@ def resolve(name: str) -> Source:
 
 
 def _folder(path: Path) -> Source:
+    if (path / ADAPTER_CONFIG).is_file():  # transformers would put it on its base, and train a second one on top
+        raise RunError(f"model {path}: the folder holds an adapter; wanted a whole model, such as the adapter's base")
     if (path / "config.json").is_file():
         return Source(location=str(path))
     files = sorted(path.glob("*.gguf"))
@@ -170,12 +173,13 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
         quantization: "none", "nf4" (4 bits, double quantisation) or "int8".
 
     Raises:
-        RunError: nothing loadable under that name, or quantisation without bitsandbytes.
+        RunError: nothing loadable under that name, weights that its files lack, or quantisation without bitsandbytes.
     """
     from transformers import AutoModelForCausalLM
 
     source = resolve(name)
-    model, tokenizer = _load(AutoModelForCausalLM, name, source, dtype=dtype, **quantized(quantization, dtype))
+    model, tokenizer, info = _load(AutoModelForCausalLM, name, source, dtype=dtype, **quantized(quantization, dtype))
+    refuse_missing(name, model, info)
     if source.gguf_file:
         for token, index in (
             ("eos_token", model.config.eos_token_id),
@@ -194,10 +198,12 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
 def load_sequence_classifier(name: str, dtype: Any) -> Any:
     """A sequence-classification model with one label, and its tokenizer; a head that the files lack is drawn anew.
 
-    It is drawn from a fixed seed, so that the same name gives the same model; torch's stream is left as it was.
+    It is drawn from a fixed seed, so that the same name gives the same model; torch's stream is left as it was. The
+    head is what stands on the body that other heads share, and files of a trained classifier have to hold it.
 
     Raises:
-        RunError: nothing loadable under that name, or a trained classifier with more outputs than one.
+        RunError: nothing loadable under that name, weights that its files lack, or a trained classifier with more
+            outputs than one.
     """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -211,7 +217,11 @@ def load_sequence_classifier(name: str, dtype: Any) -> Any:
         raise RunError(f"model {name}: has {config.num_labels} outputs; wanted a reward model with one")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, tokenizer = _load(AutoModelForSequenceClassification, name, resolve(name), dtype=dtype, num_labels=1)
+        kind = AutoModelForSequenceClassification
+        model, tokenizer, info = _load(kind, name, resolve(name), dtype=dtype, num_labels=1)
+    body = f"{model.base_model_prefix}."
+    head = frozenset(key for key in model.state_dict() if not key.startswith(body))
+    refuse_missing(name, model, info, frozenset() if trained else head)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -235,17 +245,35 @@ def quantized(quantization: str, dtype: Any) -> dict[str, Any]:
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four)}
 
 
-def _load(kind: Any, name: str, source: Source, **options: Any) -> Any:
-    from safetensors import SafetensorError
+def _load(kind: Any, name: str, source: Source, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer, and what transformers says of the weights that it found and did not find."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     if not sys.stderr.isatty():  # a log is no place for bars
         logging.disable_progress_bar()
+    folder, said = Path(source.location), logging.get_verbosity()
+    generation = folder / "generation_config.json"
+    if generation.is_file() and not is_json(generation):  # transformers would do as if it were not there
+        raise RunError(_cut_short(name, generation))
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # of which `refuse_missing` complains
+    logging.set_verbosity_error()  # in one sentence, in place of a table
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
-        model = kind.from_pretrained(source.location, **options, **source.arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        model, info = kind.from_pretrained(source.location, **options, **source.arguments)
+    except Exception as error:  # of packages of their own, whose errors over a damaged file are of all kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"model {name}: cannot be loaded: {first}") from error
-    return model, tokenizer
+        if source.gguf_file:
+            first += f"; if {folder / source.gguf_file} is cut short, put the whole file back"
+        path = damaged_file(folder)
+        raise RunError(_cut_short(name, path, first) if path else f"model {name}: cannot be loaded: {first}") from error
+    finally:
+        logging.set_verbosity(said)
+    if tokenizer.chat_template == "":
+        raise RunError(f"model {name}: cannot be loaded: its chat template is empty; put the whole file back")
+    return model, tokenizer, info
+
+
+def _cut_short(name: str, path: Path, why: str = "") -> str:
+    told = f" ({why})" if why else ""
+    return f"model {name}: cannot be loaded: {path} is damaged or cut short{told}; put the whole file back"
