@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,12 +220,17 @@ def load_sequence_classifier(name: str, dtype: Any) -> Any:
         torch.manual_seed(0)
         kind = AutoModelForSequenceClassification
         model, tokenizer, info = _load(kind, name, resolve(name), dtype=dtype, num_labels=1)
-    body = f"{model.base_model_prefix}."
-    head = frozenset(key for key in model.state_dict() if not key.startswith(body))
-    refuse_missing(name, model, info, frozenset() if trained else head)
+    refuse_missing(name, model, info, frozenset() if trained else _head_to_draw(model, info["missing_keys"]))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _head_to_draw(model: Any, missing: Collection[str]) -> frozenset[str]:
+    """Names in a classifier's head of layers that the files have nothing of: half of one is not honestly left out."""
+    head = [name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")]
+    there = {name.rpartition(".")[0] for name in head if name not in missing}
+    return frozenset(name for name in head if name.rpartition(".")[0] not in there)
 
 
 def quantized(quantization: str, dtype: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def refuse_missing(name: str, model: Any, info: Mapping[str, Any], may_draw: fro
         RunError: weights that are not there, or not in the shape that the configuration asks for.
     """
     reshaped = {key for key, *_ in info["mismatched_keys"]}
-    missing = sorted((set(info["missing_keys"]) | reshaped) - may_draw)
+    missing = sorted(set(info["missing_keys"]) - may_draw | reshaped)
     if missing:
         total = len(model.state_dict())
         raise RunError(

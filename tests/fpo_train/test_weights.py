@@ -137,6 +137,29 @@ def test_what_a_classifier_s_files_have_to_hold(encoders, tmp_path, kind, parts,
     assert f": {names}; wanted a whole BertForSequenceClassification" in str(caught.value)
 
 
+def test_a_head_that_is_there_is_not_drawn_over(encoders, tmp_path):
+    """Whatever the configuration says of how the model was trained."""
+
+    def untold(to, change):
+        folder = changed(encoders["BertForSequenceClassification"], tmp_path / to, change)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": None}))
+        return str(folder)
+
+    load_sequence_classifier(untold("whole", dict), torch.float32)
+    load_sequence_classifier(untold("none", without("classifier")), torch.float32)
+    for to, change, name in (
+        ("half", without("classifier.bias"), "classifier.bias"),
+        (
+            "wide",
+            lambda found: {n: w.repeat(3, 1) if n == "classifier.weight" else w for n, w in found.items()},
+            "classifier.weight",
+        ),
+    ):
+        with pytest.raises(RunError, match=rf"1 of its \d+ weights are missing from its files: {name};"):
+            load_sequence_classifier(untold(to, change), torch.float32)
+
+
 def test_reward_models_and_oracles_are_named_by_their_settings_and_nothing_is_written(encoders, tiny, tmp_path, capfd):
     bert = changed(encoders["BertForSequenceClassification"], tmp_path / "bert", without("attention.self.query"))
     config = AutoModelForCausalLM.from_pretrained(tiny).config
