@@ -186,8 +186,7 @@ def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
 
     def begin(parts: Parts) -> None:
         """What is written comes after all that can be refused."""
-        if set(workshop.config.compared or (config.penalty.kind,)) != {"none"}:
-            parts.reward_model.names(config.penalty.parameters)
+        parts.reward_model.names(config.penalty.parameters)
         facts = workshop.facts(parts)
         asked = (workshop.config, config)  # of a comparison, its folder and this run's
         for one in asked:

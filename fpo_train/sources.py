@@ -209,17 +209,18 @@ def load_sequence_classifier(name: str, dtype: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    source = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(resolve(name).location, **resolve(name).arguments)
-    except (OSError, ValueError) as error:
-        raise RunError(f"model {name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        config = AutoConfig.from_pretrained(source.location, **source.arguments)
+    except Exception as error:  # as in `_load`
+        raise _unloadable(name, source, error) from error
     trained = any("SequenceClassification" in kind for kind in config.architectures or [])
     if trained and config.num_labels != 1:
         raise RunError(f"model {name}: has {config.num_labels} outputs; wanted a reward model with one")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         kind = AutoModelForSequenceClassification
-        model, tokenizer, info = _load(kind, name, resolve(name), dtype=dtype, num_labels=1)
+        model, tokenizer, info = _load(kind, name, source, dtype=dtype, num_labels=1)
     refuse_missing(name, model, info, frozenset() if trained else _head_to_draw(model, info["missing_keys"]))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -268,16 +269,21 @@ def _load(kind: Any, name: str, source: Source, **options: Any) -> tuple[Any, An
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
         model, info = kind.from_pretrained(source.location, **options, **source.arguments)
     except Exception as error:  # of packages of their own, whose errors over a damaged file are of all kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if source.gguf_file:
-            first += f"; if {folder / source.gguf_file} is cut short, put the whole file back"
-        path = damaged_file(folder)
-        raise RunError(_cut_short(name, path, first) if path else f"model {name}: cannot be loaded: {first}") from error
+        raise _unloadable(name, source, error) from error
     finally:
         logging.set_verbosity(said)
     if tokenizer.chat_template == "":
         raise RunError(f"model {name}: cannot be loaded: its chat template is empty; put the whole file back")
     return model, tokenizer, info
+
+
+def _unloadable(name: str, source: Source, error: Exception) -> RunError:
+    """A complaint that names the damaged file, where one can be told to be."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if source.gguf_file:
+        first += f"; if {Path(source.location) / source.gguf_file} is cut short, put the whole file back"
+    path = damaged_file(Path(source.location))
+    return RunError(_cut_short(name, path, first) if path else f"model {name}: cannot be loaded: {first}")
 
 
 def _cut_short(name: str, path: Path, why: str = "") -> str:

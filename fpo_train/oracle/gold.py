@@ -38,7 +38,9 @@ class HeadOracle(UtilityOracle):
         try:
             weight = load_file(folder / "head.safetensors")["score.weight"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise RunError(f"oracle.model: {folder} has no score.weight in its head.safetensors") from error
+            raise RunError(
+                f"oracle.model: {folder} has no score.weight in its head.safetensors, or that is cut short"
+            ) from error
         if weight.shape != (1, width):
             raise RunError(f"oracle.model: {folder} has a head of shape {tuple(weight.shape)}; wanted {(1, width)}")
         self._weight = weight[0].float().to(policy.device)

@@ -233,9 +233,11 @@ def test_files_of_a_run_that_are_cut_short(begun, models, tmp_path, monkeypatch)
     assert f"{path} line 1 is not JSON; put the whole file back" in told()
 
 
-def test_a_misspelt_parameter_of_the_penalty_writes_nothing(tiny, tmp_path, capfd):
+@pytest.mark.parametrize("kind", ["none", "practical"])
+def test_a_misspelt_parameter_of_the_penalty_writes_nothing(kind, tiny, tmp_path, capfd):
     out = tmp_path / "out"
-    assert main(arguments(tiny, out, "--compare", "none,practical", "--penalty.parameters", "score.*,scor.weight")) == 1
+    more = "--penalty.kind", kind, "--penalty.parameters", "score.*,scor.weight"
+    assert main(arguments(tiny, out, *more)) == 1
     assert "penalty.parameters: 'scor.weight' names no weight" in capfd.readouterr().err
     assert not out.exists()
 
