@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 from transformers import LlamaForSequenceClassification as LlamaScores
@@ -199,8 +200,11 @@ def test_the_runs_of_a_comparison_begin_on_one_model(tiny, tmp_path, capfd):
     shutil.copy(tiny / "model.safetensors", model)
     facts = json.loads((out / "environment.json").read_text())
     assert facts["models"].keys() == {"policy.model"}
-    for folder in (out, out / "none"):  # of a version that knew nothing of models
+    for folder in (out, out / "none"):  # of a version that knew nothing of models and days
         (folder / "environment.json").write_text(json.dumps({"prompts_sha256": facts["prompts_sha256"]}))
+        asked = yaml.safe_load((folder / "config.yaml").read_text())
+        del asked["data"]["date"]
+        (folder / "config.yaml").write_text(yaml.safe_dump(asked))
     assert main(arguments(model, out, *more, "--resume", "true")) == 0
     assert "models" not in json.loads((out / "environment.json").read_text())
 
