@@ -74,7 +74,7 @@ def evaluate(config: EvalConfig) -> None:
     judge, counts = _judge(config, out)
     missing = _missing(config, questions, answers)
     began = _began(out)
-    began.setdefault("date", templates.now())  # a template that writes the day writes one in all questions
+    began["date"] = templates.known(began.get("date")) or templates.now()  # one day in all questions
     answerer = _answerer(out, config, speakers, began) if missing else None
     prompts = {question.name: answerer.render(question) for question in questions} if answerer else {}
     _describe(out, config, speakers, began)  # nothing is written before all that can be refused has been read

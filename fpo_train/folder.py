@@ -34,7 +34,7 @@ def dated(config: RunConfig) -> RunConfig:
     began = ""
     if config.resume and not config.data.date:
         with contextlib.suppress(RunError, OSError):  # `check` says what is wrong with the folder
-            began = _stored(Path(config.out)).get("data.date") or ""
+            began = templates.known(_stored(Path(config.out)).get("data.date"))
     date = config.data.date or began or templates.now()
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
 

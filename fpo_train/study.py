@@ -80,7 +80,8 @@ def _dated(out: Path, config: RunConfig) -> RunConfig:
     path = out / STUDY
     run = _asked(path).get("run") if path.is_file() else None
     data = run.get("data") if isinstance(run, dict) else None
-    date = config.data.date or (data.get("date") if isinstance(data, dict) else "") or templates.now()
+    before = templates.known(data.get("date")) if isinstance(data, dict) else ""
+    date = config.data.date or before or templates.now()
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
 
 

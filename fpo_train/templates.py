@@ -18,6 +18,15 @@ def now() -> str:
     return str(rendered[0][0])
 
 
+def known(moment: Any) -> str:
+    """A moment that a file was found to hold, or nothing where it is none."""
+    try:
+        datetime.fromisoformat(str(moment))
+    except ValueError:
+        return ""
+    return str(moment)
+
+
 def pin(tokenizer: Any, moment: str) -> None:
     """Let the tokenizer's chat template take `moment` (ISO 8601) for now, whoever has it rendered from here on."""
     if tokenizer is not None and "strftime_now" in json.dumps(tokenizer.chat_template):

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fpo_train.answers import Answerer
@@ -160,31 +159,6 @@ def test_what_was_answered_is_not_answered_again(runs, answered, tmp_path, monke
     assert main(command) == 0
     assert main(words(out, left=runs / "none", right=runs / "relaxed", limit=2)) == 0
     assert path.read_bytes() == whole
-
-
-def test_answers_go_on_with_the_day_and_the_base_that_they_began_with(tiny, tmp_path, capfd):
-    model, out = shutil.copytree(tiny, tmp_path / "model"), tmp_path / "eval"
-    template = (model / "chat_template.jinja").read_text()
-    (model / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d %H:%M:%S') }}" + template)
-    command = words(out, "--model", model, limit=4)
-    assert main(command) == 0
-    path, environment = out / "answers.jsonl", out / "environment.json"
-    whole, facts = path.read_bytes(), json.loads(environment.read_text())
-    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
-    environment.write_text(json.dumps(facts | {"date": "2001-02-03T04:05:06"}))
-    assert main(command) == 0
-    assert path.read_bytes() != whole  # another second would have been read
-    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
-    environment.write_text(json.dumps(facts))
-    assert main(command) == 0
-    assert path.read_bytes() == whole
-    weights = load_file(model / "model.safetensors")
-    save_file({name: 2 * w for name, w in weights.items()}, model / "model.safetensors", {"format": "pt"})
-    path.write_bytes(b"")
-    capfd.readouterr()
-    assert main(command) == 1
-    assert f"out: {model} has other weights or another tokenizer than when the answers" in capfd.readouterr().err
-    assert path.read_bytes() == b""
 
 
 def test_judging_in_both_orders(runs, answered, tmp_path, capsys):

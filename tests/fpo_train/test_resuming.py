@@ -15,9 +15,11 @@ from fpo_train.cli import _config, build, main
 from fpo_train.config import DataConfig, RunConfig
 from fpo_train.data import read_prompts, render
 from fpo_train.errors import RunError
+from fpo_train.report import _controlled as controlled
 from fpo_train.run import run
 from fpo_train.study import _dated as dated_study
-from fpo_train.templates import now, pin
+from fpo_train.study import read_table
+from fpo_train.templates import known, now, pin
 from tests.fpo_train.conftest import TEMPLATE
 from tests.fpo_train.runs import arguments, contents, rows
 
@@ -139,7 +141,23 @@ def test_runs_of_a_study_share_a_day(tmp_path, monkeypatch):
     )
     at(LATER, monkeypatch)
     assert dated_study(tmp_path, RunConfig()) == first
+    assert [known(text) for text in ("2026-02-03", "31 Jan", "", None)] == ["2026-02-03", "", "", ""]
     assert dated_study(tmp_path, RunConfig(data=DataConfig(date="2026-02-03"))).data.date == "2026-02-03"
+
+
+@pytest.mark.parametrize("told", ["", "seeds: [0]\npenal", "seeds: [0]\npenalties: [no", "- seeds"])
+def test_a_study_s_description_cut_short(told, tmp_path):
+    (tmp_path / "study.yaml").write_text(told)
+    for ask in (lambda: dated_study(tmp_path, RunConfig()), lambda: read_table(tmp_path)):
+        with pytest.raises(RunError, match=r"study\.yaml is damaged or cut short; put the whole file back"):
+            ask()
+
+
+def test_an_environment_s_summary_cut_short(tmp_path):
+    (tmp_path / "simulate").mkdir()
+    (tmp_path / "simulate" / "summary.json").write_text('{"linear": {')
+    with pytest.raises(RunError, match=r"summary\.json is damaged; delete .*simulate, it will be made again"):
+        controlled(tmp_path)
 
 
 def refused(words, out, capfd):
@@ -244,6 +262,31 @@ def test_a_misspelt_parameter_of_the_penalty_writes_nothing(kind, tiny, tmp_path
     assert main(arguments(tiny, out, *more)) == 1
     assert "penalty.parameters: 'scor.weight' names no weight" in capfd.readouterr().err
     assert not out.exists()
+
+
+def test_answers_go_on_with_the_day_and_the_base_that_they_began_with(tiny, tmp_path, capfd):
+    model, out = shutil.copytree(tiny, tmp_path / "model"), tmp_path / "eval"
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d %H:%M:%S') }}" + template)
+    settings = {"out": out, "model": model, "max_new_tokens": 6, "limit": 4, "rows_at_once": 3}
+    command = ["eval", *[word for key, value in settings.items() for word in (f"--{key}", str(value))]]
+    assert main(command) == 0
+    path, environment = out / "answers.jsonl", out / "environment.json"
+    whole, facts = path.read_bytes(), json.loads(environment.read_text())
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    environment.write_text(json.dumps(facts | {"date": "2001-02-03T04:05:06"}))
+    assert main(command) == 0
+    assert path.read_bytes() != whole  # another second would have been read
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    environment.write_text(json.dumps(facts))
+    assert main(command) == 0
+    assert path.read_bytes() == whole
+    doubled(model / "model.safetensors")
+    path.write_bytes(b"")
+    capfd.readouterr()
+    assert main(command) == 1
+    assert f"out: {model} has other weights or another tokenizer than when the answers" in capfd.readouterr().err
+    assert path.read_bytes() == b""
 
 
 def test_prompts_are_iterated_in_their_order(prompts):
