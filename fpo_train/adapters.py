@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from .errors import RunError
+
 POLICY, REWARD = "default", "reward"
+EMBEDDING_A = "lora_embedding_A"
 
 
 @contextmanager
@@ -52,3 +55,34 @@ def only_in(model: Any, name: str, rows: Tensor) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def refuse_unmatched(model: nn.Module, adapter: str, targets: Sequence[str], setting: str) -> None:
+    """See that each target name chose a layer that `adapter` now sits on; PEFT complains only where none does.
+
+    A name chooses the modules whose path is it, or ends with it behind a dot.
+
+    Raises:
+        RunError: names that chose nothing, with the linear layers that there are.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.pytorch_utils import Conv1D
+
+    paths = {path.removeprefix("base_model.model."): module for path, module in model.named_modules()}
+    layers = {path: module for path, module in paths.items() if isinstance(module, BaseTunerLayer)}
+    carriers = [
+        path for path, m in layers.items() if any(adapter in getattr(m, kind, {}) for kind in ("lora_A", EMBEDDING_A))
+    ]
+    lost = [name for name in targets if not any(f".{path}".endswith(f".{name}") for path in carriers)]
+    if lost:
+        beneath = {path for path in paths if any(path.startswith(f"{layer}.") for layer in layers)}
+        linear = {path for path, module in paths.items() if isinstance(module, (nn.Linear, Conv1D))}
+        known = linear - beneath | layers.keys()
+        there = ", ".join(sorted({path.rpartition(".")[2] for path in known}))
+        raise RunError(f"{setting}: {', '.join(map(repr, lost))} names no layer of the model; its layers are {there}")
+
+
+def complaint(error: ValueError) -> str:
+    """What PEFT says of the layers that it was to adapt, without the whole of a module that it prints."""
+    first, rest, _ = str(error).partition("\n")
+    return f"{first.rstrip('(')} is not supported" if rest else first

@@ -18,10 +18,13 @@ from .data import render
 from .errors import RunError
 from .evaluate_config import EvalConfig
 from .folder import CONFIG
+from .identity import of_model
 from .questions import Question
 from .sources import load_causal_lm
+from .weights import ADAPTER_CONFIG as ADAPTER
+from .weights import listed
 
-ADAPTER, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FORMATS = {"dtype": ("float32", "bfloat16"), "quantization": ("none", "nf4", "int8")}
 
 
@@ -135,22 +138,31 @@ class Answerer:
         self._eos, self._device = eos, device
         self._room = (getattr(lm.config, "max_position_embeddings", None) or 2048) - max_new_tokens
         self._model = lm.eval().requires_grad_(False)
+        self.base = of_model(lm, self.tokenizer)
         for side, speaker in speakers.items():
             if speaker.adapter is not None:
                 self._put_on(side, speaker)
 
     def _put_on(self, side: str, speaker: Speaker) -> None:
-        from peft import PeftModel
-        from safetensors import SafetensorError
+        from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
+        where = f"{side}: the adapter {speaker.adapter} does not fit {speaker.model}"
         try:
             if isinstance(self._model, PeftModel):
                 self._model.load_adapter(str(speaker.adapter), adapter_name=side)
             else:
                 self._model = PeftModel.from_pretrained(self._model, str(speaker.adapter), adapter_name=side)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            given = load_peft_weights(str(speaker.adapter), device="cpu").keys()
+        except Exception as error:  # of packages of their own, whose errors over a damaged file are of all kinds
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RunError(f"{side}: the adapter {speaker.adapter} does not fit {speaker.model}: {first}") from error
+            raise RunError(f"{where}, or a file of it is cut short: {first}") from error
+        wanted = get_peft_model_state_dict(self._model, adapter_name=side, save_embedding_layers=False).keys()
+        if missing := sorted(wanted - given):  # PEFT draws them and warns
+            raise RunError(f"{where}: {len(missing)} of {len(wanted)} weights are missing from it: {listed(missing)}")
+        if unknown := sorted(
+            given - wanted - self._model.state_dict().keys()
+        ):  # base layers may be saved with an adapter
+            raise RunError(f"{where}: {len(unknown)} of its weights have no place there: {listed(unknown)}")
         self._model.eval()
 
     def render(self, question: Question) -> list[int]:

@@ -183,8 +183,9 @@ def _gguf(name: str, folder: str, file: str) -> dict[str, Any]:
 
     try:
         return AutoConfig.from_pretrained(folder, gguf_file=file).to_dict()
-    except (OSError, ValueError) as error:
-        raise RunError(f"model {name}: its metadata cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of the reader's own, over a file cut short of all kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"model {name}: its metadata cannot be read: {first}; put the whole file back") from error
 
 
 def _in_cache(identifier: str) -> Path:

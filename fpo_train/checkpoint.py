@@ -46,7 +46,7 @@ def restore(parts: Parts, state: dict[str, Any]) -> None:
     """Put a `state_of` back."""
     with torch.no_grad():
         for name, parameter in parts.policy.trainable.items():
-            parameter.copy_(state["adapter"][name])
+            parameter.copy_(state["adapter"][name].view(parameter.shape))  # never one number for many
     parts.update.load_state_dict(state["update"])
     parts.reward_model.load_state_dict(state["reward_model"])
     parts.replay.load_state_dict(state["replay"])
@@ -81,9 +81,16 @@ def save(folder: Path, iteration: int, parts: Parts, keep: int) -> None:
 
 
 def counts(folder: Path) -> dict[str, int]:
-    """What the newest checkpoint says of the oracle's questions; nothing without one."""
+    """What the newest checkpoint says of the oracle's questions; nothing without one.
+
+    Raises:
+        RunError: a damaged file.
+    """
     path = folder / str(latest(folder)) / COUNTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged; delete it, the state beside it has the counts too") from error
 
 
 def latest(folder: Path) -> int:
@@ -95,14 +102,21 @@ def load(folder: Path, iteration: int, parts: Parts) -> None:
     """Bring `parts` to the state after `iteration`.
 
     Raises:
-        RunError: a damaged file.
+        RunError: a damaged file, or one that lacks what this run has.
     """
     path = folder / str(iteration) / STATE
+    advice = "delete its folder to go on from the checkpoint before, or, where there is none, from the beginning"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise RunError(f"resume: {path} is damaged; delete its folder to go on from the checkpoint before") from error
-    restore(parts, state)
+    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, AttributeError, ValueError) as error:
+        if isinstance(error, OSError) and error.filename:  # it could not be opened; a seek past its end names no file
+            raise
+        raise RunError(f"resume: {path} is damaged; {advice}") from error
+    try:
+        restore(parts, state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        lacks = f"lacks {error}" if isinstance(error, KeyError) else f"does not fit this run: {error}"
+        raise RunError(f"resume: {path} {lacks}; {advice}") from error
 
 
 def _whole(folder: Path) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 
 def positive(section: str, **values: float) -> None:
     """Raises ValueError, with the setting's full name, for a value that is not above 0."""
@@ -15,3 +17,20 @@ def not_negative(section: str, **values: float) -> None:
     for name, value in values.items():
         if not value >= 0:
             raise ValueError(f"{section}.{name}: wanted 0 or more, got {value}")
+
+
+def named(section: str, **values: tuple[str, ...]) -> None:
+    """Raises ValueError, with the setting's full name, for a list of names that is empty or has an empty one."""
+    for name, value in values.items():
+        if not all(value) or not value:
+            raise ValueError(f"{section}.{name}: wanted one name or more, got {list(value)}")
+
+
+def moment(section: str, **values: str) -> None:
+    """Raises ValueError, with the setting's full name, for what is neither empty nor a moment in ISO 8601."""
+    for name, value in values.items():
+        try:
+            datetime.fromisoformat(value or "2000-01-01")
+        except ValueError:
+            wanted = "wanted a day as 2026-01-31, or a moment as 2026-01-31T18:30:00"
+            raise ValueError(f"{section}.{name}: {wanted}, got {value!r}") from None

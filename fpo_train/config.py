@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
-from .checks import not_negative, positive
+from .checks import moment, named, not_negative, positive
 from .units import parse_bytes
 
 PenaltyKind = Literal["none", "practical", "relaxed", "tracin", "exact", "residual"]
@@ -39,6 +39,7 @@ class PolicyConfig:
         positive("policy", lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"policy.lora_dropout: wanted a rate in [0, 1), got {self.lora_dropout}")
+        named("policy", lora_targets=self.lora_targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,7 @@ class RewardModelConfig:
         not_negative("reward_model", learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         not_negative("reward_model", fit_pairs=self.fit_pairs, replay_pairs=self.replay_pairs)
         not_negative("reward_model", warmup=self.warmup, max_tokens=self.max_tokens)
+        named("reward_model", lora_targets=self.lora_targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +169,12 @@ class DataConfig:
     """What becomes of a longer one: refused, shortened with the assistant's header kept, or cut off (the paper)."""
     double_bos: bool = False
     """Tokenise the rendered prompt with a second BOS (the paper)."""
+    date: str = ""
+    """What chat templates take for now, as 2026-01-31; empty: when the run began, also after a resume."""
 
     def __post_init__(self) -> None:
         not_negative("data", limit=self.limit, max_tokens=self.max_tokens)
+        moment("data", date=self.date)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,9 @@ class Prompts:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self._prompts)
+
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""

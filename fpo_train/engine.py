@@ -239,7 +239,7 @@ def _tracker_options(tracker: str, folder: Path, done: int) -> dict[str, Any]:
     """What each tracker needs to take a resumed run for the one it knows (the id is drawn at the first start)."""
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / RUN_ID
-    if not known.is_file():
+    if not (known.is_file() and known.stat().st_size):  # not there, or cut off before it was written
         known.write_text(secrets.token_hex(4), encoding="ascii")
     name, run_id = folder.resolve().parent.name, known.read_text(encoding="ascii")
     if tracker == "tensorboard":

@@ -1,5 +1,19 @@
 """What a user can mend: the command line prints such an error as its one sentence, without a traceback."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RunError(Exception):
     """A run cannot start or go on; the message says what was given and what is wanted."""
+
+
+@contextmanager
+def about(section: str) -> Iterator[None]:
+    """A complaint about a `model` in here is one about the setting `<section>.model`."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{section}.{error}") from error

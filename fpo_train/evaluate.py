@@ -20,6 +20,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from . import templates
 from .answers import Answerer, Speaker, find_speakers
 from .errors import RunError
 from .evaluate_config import EvalConfig
@@ -72,9 +73,11 @@ def evaluate(config: EvalConfig) -> None:
     answers = _given(lines, questions)
     judge, counts = _judge(config, out)
     missing = _missing(config, questions, answers)
-    answerer = Answerer(speakers, config.max_new_tokens, _device()) if missing else None
+    began = _began(out)
+    began["date"] = templates.known(began.get("date")) or templates.now()  # one day in all questions
+    answerer = _answerer(out, config, speakers, began) if missing else None
     prompts = {question.name: answerer.render(question) for question in questions} if answerer else {}
-    _describe(out, config, speakers)  # nothing is written before all that can be refused has been read
+    _describe(out, config, speakers, began)  # nothing is written before all that can be refused has been read
     if answerer:
         _answer(answerer, missing, prompts, answers, lines)
     for side, name in config.sides.items():
@@ -116,12 +119,31 @@ def _facts(config: EvalConfig, speakers: dict[str, Speaker]) -> dict[str, dict[s
     return {side: {**speaker.facts(), "max_new_tokens": config.max_new_tokens} for side, speaker in speakers.items()}
 
 
-def _describe(out: Path, config: EvalConfig, speakers: dict[str, Speaker]) -> None:
+def _began(out: Path) -> dict[str, Any]:
+    """Beside whose answers they are, what those in `out` depend on: the moment of the templates, the base's digests."""
+    path = out / ENVIRONMENT
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # `_check` has read it
+    return {key: before[key] for key in ("answers_of", "date", "base") if key in before}
+
+
+def _answerer(out: Path, config: EvalConfig, speakers: dict[str, Speaker], began: dict[str, Any]) -> Answerer:
+    """Who answers, with the base that has answered so far."""
+    answerer = Answerer(speakers, config.max_new_tokens, _device())
+    templates.pin(answerer.tokenizer, began["date"])
+    if began.setdefault("base", answerer.base) != answerer.base:
+        model = next(iter(speakers.values())).model
+        raise RunError(
+            f"out: {model} has other weights or another tokenizer than when the answers in {out} began; put the former "
+            "model back, or choose another folder"
+        )
+    return answerer
+
+
+def _describe(out: Path, config: EvalConfig, speakers: dict[str, Speaker], began: dict[str, Any]) -> None:
     """Write whose answers these are, and what was asked for, ready to be asked for again."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / ENVIRONMENT
-    before = json.loads(path.read_text(encoding="utf-8"))["answers_of"] if path.is_file() else {}
-    facts = {**environment(), "answers_of": before | _facts(config, speakers)}
+    facts = {**environment(), **began, "answers_of": began.get("answers_of", {}) | _facts(config, speakers)}
     write_text(path, json.dumps(facts, indent=2) + "\n")
     asked = dataclasses.asdict(config)
     write_text(out / CONFIG, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))

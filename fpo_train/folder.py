@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import platform
 import sys
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,26 @@ from typing import Any
 import torch
 import yaml
 
+from . import metrics, templates
 from .checkpoint import latest
 from .config import RunConfig
 from .errors import RunError
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.yaml", "environment.json", "checkpoints"
+Facts = dict[str, Any]  # what `identity` says of a run's models and rendered prompts
+
+
+def dated(config: RunConfig) -> RunConfig:
+    """The configuration with the moment that chat templates take for now: the one asked for, else the run's, else now.
+
+    A resumed run reads what it began with, whatever its templates write of the day.
+    """
+    began = ""
+    if config.resume and not config.data.date:
+        with contextlib.suppress(RunError, OSError):  # `check` says what is wrong with the folder
+            began = templates.known(_stored(Path(config.out)).get("data.date"))
+    date = config.data.date or began or templates.now()
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
 
 
 def check(config: RunConfig, prompts: list[tuple[str, str]]) -> None:
@@ -27,7 +44,7 @@ def check(config: RunConfig, prompts: list[tuple[str, str]]) -> None:
 
     Raises:
         RunError: a file, a folder with something in it that is no run, a missing folder to resume, settings or
-            prompts that are not those the run began with, or more iterations done than asked for.
+            prompts that are not those the run began with, more iterations done than asked for, or files cut short.
     """
     out = Path(config.out)
     if out.exists() and not out.is_dir():
@@ -44,36 +61,91 @@ def check(config: RunConfig, prompts: list[tuple[str, str]]) -> None:
     if not (out / CONFIG).is_file():
         raise RunError(f"out: {out} holds something, but no run to resume (there is no {CONFIG} in it)")
     _check_settings(out, config)
-    began = _began(out / ENVIRONMENT)
-    if began and began != digest(prompts):
+    if _facts(out / ENVIRONMENT).get("prompts_sha256", digest(prompts)) != digest(prompts):
         raise RunError(f"resume: the prompts in {config.data.prompts} are not those that {out} began with")
     done = latest(out / CHECKPOINTS)
     if done > config.iterations:
         raise RunError(f"resume: {out} has done {done} iterations already; {config.iterations} were asked for")
+    if done:
+        _check_rows(out, done)
+
+
+def _stored(out: Path) -> dict[str, Any]:
+    """The settings that a run began with, flat."""
+    try:
+        return _flat(yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise RunError(
+            f"resume: {out / CONFIG} is no run's configuration; put the whole file back, or begin a new run"
+        ) from error
 
 
 def _check_settings(out: Path, config: RunConfig) -> None:
-    try:
-        stored = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8"))
-        before = _flat(stored)
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-        raise RunError(f"resume: {out / CONFIG} is no run's configuration") from error
-    now = _flat(plain(config))
+    before, now = _stored(out), _flat(plain(config))
     free: tuple[str, ...] = ("out", "resume", "logging.", "memory.")
     if config.update.schedule == config.reward_model.schedule == "constant":  # the others fall over a known number
         free += ("iterations",)
+    if "data.date" not in before:  # a run of a version that had no such setting
+        free += ("data.date",)
     for key in (k for k in now if before.get(k) != now[k] and not k.startswith(free)):
-        raise RunError(f"resume: {key} was {before.get(key)!r} when {out} began and is {now[key]!r} now")
+        if key not in before:
+            raise RunError(f"resume: {out / CONFIG} does not say what {key} was; put the whole file back")
+        raise RunError(f"resume: {key} was {before[key]!r} when {out} began and is {now[key]!r} now")
 
 
-def describe(config: RunConfig, prompts: list[tuple[str, str]]) -> None:
-    """Write what was asked for, ready to be asked for again, and what the run began on."""
+def _check_rows(out: Path, done: int) -> None:
+    """See that no row before the last checkpoint is lost; those after it are cut off and made again.
+
+    Every iteration has a row in the metrics, which says how many prompts have none in the samples.
+    """
+    rows = [row for row in metrics.read(out / metrics.METRICS) if row["iteration"] <= done]
+    samples = Counter(row["iteration"] for row in metrics.read(out / metrics.SAMPLES))
+    metrics.read(out / metrics.MEMORY)
+    if [row["iteration"] for row in rows] != list(range(1, done + 1)):
+        raise _cut_short(out, metrics.METRICS, done)
+    prompts = _stored(out).get("rollout.prompts")
+    if any(samples[row["iteration"]] != prompts - row["prompts_left_out"] for row in rows if "prompts_left_out" in row):
+        raise _cut_short(out, metrics.SAMPLES, done)
+
+
+def _cut_short(out: Path, name: str, done: int) -> RunError:
+    return RunError(
+        f"resume: {out / name} lacks rows of the {done} iterations that are done; put the whole file back, or begin a "
+        "new run"
+    )
+
+
+def check_identity(config: RunConfig, facts: Facts) -> None:
+    """See that the models and the rendered prompts are those that the run in `config.out` began with.
+
+    A folder that says nothing of them, a new one or one of an earlier version, is gone on with.
+
+    Raises:
+        RunError: they are others.
+    """
+    out = Path(config.out)
+    before = _facts(out / ENVIRONMENT)
+    if before.get("rendered_sha256", facts["rendered_sha256"]) != facts["rendered_sha256"]:
+        raise RunError(
+            f"resume: the prompts are rendered otherwise than when {out} began; put the chat template and tokenizer of "
+            f"policy.model {config.policy.model} back"
+        )
+    for setting, now in facts["models"].items():
+        for kind, digest in before.get("models", {}).get(setting, now).items():
+            if now.get(kind) != digest:
+                name = getattr(config, setting.partition(".")[0]).model
+                what = "other weights" if kind == "weights" else "another tokenizer or chat template"
+                raise RunError(f"resume: {setting} {name} has {what} than when {out} began; put the former model back")
+
+
+def describe(config: RunConfig, prompts: list[tuple[str, str]], known: Facts | None = None) -> None:
+    """Write what was asked for, ready to be asked for again, and what the run began on, `known` of it by `identity`."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     asked = plain(dataclasses.replace(config, resume=False))
     write_text(out / CONFIG, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
     if not (out / ENVIRONMENT).is_file():
-        facts = {**environment(), "prompts_sha256": digest(prompts)}
+        facts = {**environment(), "prompts_sha256": digest(prompts), **(known or {})}
         write_text(out / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
 
 
@@ -104,14 +176,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _began(path: Path) -> str:
-    """The digest of the prompts that a run began with; empty where it was killed before it wrote that down."""
+def _facts(path: Path) -> dict[str, Any]:
+    """What a run began on; empty where it was killed before it wrote that down."""
     if not path.is_file():
-        return ""
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["prompts_sha256"]
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {"prompts_sha256": facts["prompts_sha256"], **facts}
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"resume: {path} does not say which prompts the run began with") from error
+        raise RunError(
+            f"resume: {path} does not say which prompts the run began with; put the whole file back"
+        ) from error
 
 
 def environment() -> dict[str, Any]:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .errors import RunError
+
 if TYPE_CHECKING:
     from .engine import Engine
     from .oracle import Labels
@@ -262,11 +264,20 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a JSONL file; a last line without its line break is left out."""
+    """The whole rows of a JSONL file; a last line without its line break is left out.
+
+    Raises:
+        RunError: another line is not JSON.
+    """
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n")[:-1]]  # other line breaks may stand inside a reply
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):  # others may stand inside a reply
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path} line {number} is not JSON; put the whole file back") from error
+    return rows
 
 
 def split_memory(row: Row) -> tuple[Row, Row]:

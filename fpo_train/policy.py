@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import POLICY, active
+from .adapters import POLICY, active, complaint, refuse_unmatched
 from .config import PolicyConfig
 from .data import Prompt
 from .decoding import group_heads
-from .errors import RunError
+from .errors import RunError, about
 from .sources import load_causal_lm
 
 
@@ -178,7 +178,8 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy
     Raises:
         RunError: the model cannot be loaded, or its logits are not a plain projection of its last hidden states.
     """
-    lm, tokenizer = load_causal_lm(config.model, getattr(torch, config.dtype), config.quantization)
+    with about("policy"):
+        lm, tokenizer = load_causal_lm(config.model, getattr(torch, config.dtype), config.quantization)
     if config.quantization == "none":  # quantised weights are put where they belong while they are loaded
         lm.to(device)
     lm.eval().requires_grad_(False)
@@ -194,7 +195,7 @@ def add_adapter(lm: Any, config: PolicyConfig) -> Any:
     """A PEFT model with a fresh LoRA adapter, its factors in fp32.
 
     Raises:
-        RunError: the model has no layers of the names in `policy.lora_targets`, or some that are not linear.
+        RunError: a name in `policy.lora_targets` that no layer of the model has, or layers that are not linear.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -208,9 +209,10 @@ def add_adapter(lm: Any, config: PolicyConfig) -> Any:
     try:
         model = get_peft_model(lm, lora)
     except ValueError as error:
-        raise RunError(f"policy.lora_targets {list(config.lora_targets)}: {str(error).splitlines()[0]}") from error
+        raise RunError(f"policy.lora_targets {list(config.lora_targets)}: {complaint(error)}") from error
     if any(".lora_embedding_" in name for name, _ in model.named_parameters()):
         raise RunError(f"policy.lora_targets {list(config.lora_targets)}: an embedding is no linear layer")
+    refuse_unmatched(model, POLICY, config.lora_targets, "policy.lora_targets")
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from . import checkpoint, figures, metrics, panels
+from .errors import RunError
 from .folder import CHECKPOINTS
 from .panels import Rows, Runs, mean
 from .progress import number
@@ -189,7 +190,10 @@ def _controlled(out: Path) -> list[str]:
         return []
     from .simulate.results import format_table
 
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{folder / 'summary.json'} is damaged; delete {folder}, it will be made again") from error
     return [
         "<h2>The paper's linear environment</h2>",
         f"<pre>{escape(format_table(summary))}</pre>",

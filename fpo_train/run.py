@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, folder, metrics
+from . import checkpoint, folder, identity, metrics, templates
 from .config import PenaltyKind, RunConfig
 from .data import Prompt, read_prompts, render, render_prompts
 from .engine import Engine
@@ -35,10 +36,10 @@ def run(config: RunConfig) -> Path:
 
     Raises:
         RunError: a folder that holds something else, prompts or models that cannot be used, a resumed run
-            whose configuration has changed. Nothing has been written or removed then.
+            whose configuration, prompts or models have changed. Nothing has been written or removed then.
         Stopped: an end was asked for by a signal; the run is saved behind the iteration that it was in.
     """
-    config = dataclasses.replace(config, out=str(Path(config.out).expanduser()))
+    config = folder.dated(dataclasses.replace(config, out=str(Path(config.out).expanduser())))
     out = Path(config.out)
     configs = [_part(config, kind) for kind in config.compared] or [config]
     texts = read_prompts(
@@ -52,8 +53,6 @@ def run(config: RunConfig) -> Path:
         workshop = Workshop(config, texts)
         engine = workshop.engine
         try:
-            if engine.main:
-                folder.describe(config, texts)
             for one in configs:
                 _run_one(one, workshop, request)
             if engine.main and config.logging.controlled:
@@ -74,16 +73,24 @@ class Workshop:
     """What runs from one start share: the base weights, the prompts, the first adapter and the first reward model."""
 
     def __init__(self, config: RunConfig, texts: list[tuple[str, str]]) -> None:
-        self.texts = texts
+        self.config, self.texts = folder.dated(config), texts
         self.engine = Engine()
+        self._date = self.engine.gather_objects([self.config.data.date])[0]  # one moment for all processes
         self.policy = load_policy(config.policy, config.seed, self.engine.device)
+        templates.pin(self.policy.tokenizer, self._date)
         room = self.policy.context - config.rollout.max_new_tokens - 1  # and the closing token
         self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data)
+        self._base = identity.of_model(self.policy.lm, self.policy.tokenizer)
         self._adapter = {name: p.detach().clone() for name, p in self.policy.trainable.items()}
         self._fitted: dict[str, Any] | None = None
 
-    def parts(self, config: RunConfig, resumed: bool = False) -> Parts:
-        """A fresh start: first adapter, fitted reward model (a resumed run has its own), new optimizers."""
+    def parts(
+        self, config: RunConfig, resumed: bool = False, ready: Callable[[Parts], None] = lambda parts: None
+    ) -> Parts:
+        """A fresh start: first adapter, fitted reward model (a resumed run has its own), new optimizers.
+
+        `ready` is called when all is loaded, before anything is asked, learnt or written.
+        """
         for name, parameter in self.policy.trainable.items():
             parameter.data.copy_(self._adapter[name])
         policy, engine = self.policy, self.engine
@@ -100,10 +107,22 @@ class Workshop:
             penalty=Penalty(config.penalty, engine, config.seed, config.reward_model.dropout_when_scoring),
             update=load_update(policy, config, engine),
         )
+        for loaded in filter(None, (parts.reward_model.loaded, parts.oracle.loaded)):
+            templates.pin(loaded[1], self._date)
+        ready(parts)
         if not resumed:
             parts.replay.add(human_pairs(parts.oracle, policy))
             self._fit(parts)
         return parts
+
+    def facts(self, parts: Parts) -> folder.Facts:
+        """What a run that goes on has to find as it was; of models that are loaded and have not learnt."""
+        own = {"reward_model.model": parts.reward_model.loaded, "oracle.model": parts.oracle.loaded}
+        known = {setting: identity.of_model(*loaded) for setting, loaded in own.items() if loaded}
+        return {
+            "rendered_sha256": identity.of_prompts(self.prompts),
+            "models": {"policy.model": self._base, **known},
+        }
 
     def _fit(self, parts: Parts) -> None:
         """Fit the score head once; what else starts from here takes the same."""
@@ -164,11 +183,20 @@ def human_pairs(oracle: Oracle, policy: Policy) -> list[Pair]:
 def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
     out, main = Path(config.out), workshop.engine.main
     done = checkpoint.latest(out / CHECKPOINTS)
-    parts = workshop.parts(config, resumed=done > 0)
-    if main:
-        folder.describe(config, workshop.texts)
-    if done:
-        checkpoint.load(out / CHECKPOINTS, done, parts)
+
+    def begin(parts: Parts) -> None:
+        """What is written comes after all that can be refused."""
+        parts.reward_model.names(config.penalty.parameters)
+        facts = workshop.facts(parts)
+        asked = (workshop.config, config)  # of a comparison, its folder and this run's
+        for one in asked:
+            folder.check_identity(one, facts)
+        if done:
+            checkpoint.load(out / CHECKPOINTS, done, parts)
+        for one in asked if main else ():
+            folder.describe(one, workshop.texts, facts)
+
+    parts = workshop.parts(config, done > 0, begin)
     if main:
         for name in (metrics.METRICS, metrics.SAMPLES, metrics.MEMORY):
             metrics.cut(out / name, done)

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import RunError
+from .weights import ADAPTER_CONFIG, damaged_file, is_json, refuse_missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,8 @@ def resolve(name: str) -> Source:
 
 
 def _folder(path: Path) -> Source:
+    if (path / ADAPTER_CONFIG).is_file():  # transformers would put it on its base, and train a second one on top
+        raise RunError(f"model {path}: the folder holds an adapter; wanted a whole model, such as the adapter's base")
     if (path / "config.json").is_file():
         return Source(location=str(path))
     files = sorted(path.glob("*.gguf"))
@@ -170,12 +174,13 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
         quantization: "none", "nf4" (4 bits, double quantisation) or "int8".
 
     Raises:
-        RunError: nothing loadable under that name, or quantisation without bitsandbytes.
+        RunError: nothing loadable under that name, weights that its files lack, or quantisation without bitsandbytes.
     """
     from transformers import AutoModelForCausalLM
 
     source = resolve(name)
-    model, tokenizer = _load(AutoModelForCausalLM, name, source, dtype=dtype, **quantized(quantization, dtype))
+    model, tokenizer, info = _load(AutoModelForCausalLM, name, source, dtype=dtype, **quantized(quantization, dtype))
+    refuse_missing(name, model, info)
     if source.gguf_file:
         for token, index in (
             ("eos_token", model.config.eos_token_id),
@@ -194,27 +199,39 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
 def load_sequence_classifier(name: str, dtype: Any) -> Any:
     """A sequence-classification model with one label, and its tokenizer; a head that the files lack is drawn anew.
 
-    It is drawn from a fixed seed, so that the same name gives the same model; torch's stream is left as it was.
+    It is drawn from a fixed seed, so that the same name gives the same model; torch's stream is left as it was. The
+    head is what stands on the body that other heads share, and files of a trained classifier have to hold it.
 
     Raises:
-        RunError: nothing loadable under that name, or a trained classifier with more outputs than one.
+        RunError: nothing loadable under that name, weights that its files lack, or a trained classifier with more
+            outputs than one.
     """
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    source = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(resolve(name).location, **resolve(name).arguments)
-    except (OSError, ValueError) as error:
-        raise RunError(f"model {name}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        config = AutoConfig.from_pretrained(source.location, **source.arguments)
+    except Exception as error:  # as in `_load`
+        raise _unloadable(name, source, error) from error
     trained = any("SequenceClassification" in kind for kind in config.architectures or [])
     if trained and config.num_labels != 1:
         raise RunError(f"model {name}: has {config.num_labels} outputs; wanted a reward model with one")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, tokenizer = _load(AutoModelForSequenceClassification, name, resolve(name), dtype=dtype, num_labels=1)
+        kind = AutoModelForSequenceClassification
+        model, tokenizer, info = _load(kind, name, source, dtype=dtype, num_labels=1)
+    refuse_missing(name, model, info, frozenset() if trained else _head_to_draw(model, info["missing_keys"]))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _head_to_draw(model: Any, missing: Collection[str]) -> frozenset[str]:
+    """Names in a classifier's head of layers that the files have nothing of: half of one is not honestly left out."""
+    head = [name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")]
+    there = {name.rpartition(".")[0] for name in head if name not in missing}
+    return frozenset(name for name in head if name.rpartition(".")[0] not in there)
 
 
 def quantized(quantization: str, dtype: Any) -> dict[str, Any]:
@@ -235,17 +252,40 @@ def quantized(quantization: str, dtype: Any) -> dict[str, Any]:
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four)}
 
 
-def _load(kind: Any, name: str, source: Source, **options: Any) -> Any:
-    from safetensors import SafetensorError
+def _load(kind: Any, name: str, source: Source, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer, and what transformers says of the weights that it found and did not find."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     if not sys.stderr.isatty():  # a log is no place for bars
         logging.disable_progress_bar()
+    folder, said = Path(source.location), logging.get_verbosity()
+    generation = folder / "generation_config.json"
+    if generation.is_file() and not is_json(generation):  # transformers would do as if it were not there
+        raise RunError(_cut_short(name, generation))
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # of which `refuse_missing` complains
+    logging.set_verbosity_error()  # in one sentence, in place of a table
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
-        model = kind.from_pretrained(source.location, **options, **source.arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"model {name}: cannot be loaded: {first}") from error
-    return model, tokenizer
+        model, info = kind.from_pretrained(source.location, **options, **source.arguments)
+    except Exception as error:  # of packages of their own, whose errors over a damaged file are of all kinds
+        raise _unloadable(name, source, error) from error
+    finally:
+        logging.set_verbosity(said)
+    if tokenizer.chat_template == "":
+        raise RunError(f"model {name}: cannot be loaded: its chat template is empty; put the whole file back")
+    return model, tokenizer, info
+
+
+def _unloadable(name: str, source: Source, error: Exception) -> RunError:
+    """A complaint that names the damaged file, where one can be told to be."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if source.gguf_file:
+        first += f"; if {Path(source.location) / source.gguf_file} is cut short, put the whole file back"
+    path = damaged_file(Path(source.location))
+    return RunError(_cut_short(name, path, first) if path else f"model {name}: cannot be loaded: {first}")
+
+
+def _cut_short(name: str, path: Path, why: str = "") -> str:
+    told = f" ({why})" if why else ""
+    return f"model {name}: cannot be loaded: {path} is damaged or cut short{told}; put the whole file back"

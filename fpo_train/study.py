@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from . import checkpoint, metrics
+from . import checkpoint, metrics, templates
 from .config import PENALTY_KINDS, PenaltyKind, RunConfig
 from .errors import RunError
 from .folder import CHECKPOINTS, plain, write_text
@@ -31,6 +31,7 @@ from .study_figures import draw
 FINAL = {"gold": "audit_utility", "proxy": "reward", "gap": "proxy_gap"}  # what a run ends at → its key in the metrics
 COLUMNS = (*FINAL.values(), "oracle_utility", "overconfidence", "kl", "reply_tokens", "repetition", "prompts_left_out")
 BASELINE: PenaltyKind = "none"
+STUDY = "study.yaml"
 QUESTION = {"practical", "relaxed", "residual"}  # kinds that the question of `nearer` is about
 Table = dict[str, dict[int, list[metrics.Row]]]  # penalty → seed → rows
 Paired = dict[str, Any]  # what `paired` returns
@@ -51,6 +52,7 @@ def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
     seeds = list(dict.fromkeys(seeds))
     out = Path(config.out).expanduser()
     kinds = config.compared or PENALTY_KINDS
+    config = _dated(out, config)
     config = dataclasses.replace(
         config, compare="", resume=False, logging=dataclasses.replace(config.logging, audit=True, controlled=False)
     )
@@ -73,6 +75,27 @@ def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
     return write_study(out)
 
 
+def _dated(out: Path, config: RunConfig) -> RunConfig:
+    """The configuration with one moment that chat templates take for now in all runs, whenever each of them begins."""
+    path = out / STUDY
+    run = _asked(path).get("run") if path.is_file() else None
+    data = run.get("data") if isinstance(run, dict) else None
+    before = templates.known(data.get("date")) if isinstance(data, dict) else ""
+    date = config.data.date or before or templates.now()
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
+
+
+def _asked(path: Path) -> dict[str, Any]:
+    """What a study's folder says it is."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= {"seeds", "penalties"}:
+        raise RunError(f"study: {path} is damaged or cut short; put the whole file back")
+    return found
+
+
 def _claim(out: Path, config: RunConfig, seeds: Sequence[int], kinds: Sequence[str]) -> None:
     """Write what the study is, or see that it is this one that the folder holds."""
     wanted = {
@@ -80,9 +103,9 @@ def _claim(out: Path, config: RunConfig, seeds: Sequence[int], kinds: Sequence[s
         "penalties": list(kinds),
         "run": plain(dataclasses.replace(config, out="-", seed=0)),
     }
-    path = out / "study.yaml"
+    path = out / STUDY
     if path.is_file():
-        if yaml.safe_load(path.read_text(encoding="utf-8")) != wanted:
+        if _asked(path) != wanted:
             raise RunError(f"study: {out} holds a study of other settings; choose another folder")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -120,7 +143,7 @@ def _run(config: RunConfig, jobs: int) -> str | None:
 
 def read_table(out: Path) -> Table:
     """The rows of every run of a study's folder."""
-    asked = yaml.safe_load((out / "study.yaml").read_text(encoding="utf-8"))
+    asked = _asked(out / STUDY)
     return {
         kind: {seed: metrics.read(_folder(out, kind, seed) / metrics.METRICS) for seed in asked["seeds"]}
         for kind in asked["penalties"]

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpo_train.rollout import Readings, Rollout
 
@@ -22,6 +22,8 @@ class Oracle(ABC):
     """Whether there is a number U for a reply alone; then the oracle is a `UtilityOracle`."""
     may_be_silent = False
     """Whether an iteration without a single label is as it should be (people who have not labelled yet)."""
+    loaded: tuple[nn.Module, Any] | None = None
+    """Model of its own and that one's tokenizer (None where it reads no text), where it has one."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpo_train.config import RunConfig
-from fpo_train.errors import RunError
+from fpo_train.errors import RunError, about
 from fpo_train.policy import Policy
 from fpo_train.rollout import Readings, Rollout
 from fpo_train.sources import load_sequence_classifier
@@ -38,10 +38,13 @@ class HeadOracle(UtilityOracle):
         try:
             weight = load_file(folder / "head.safetensors")["score.weight"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise RunError(f"oracle.model: {folder} has no score.weight in its head.safetensors") from error
+            raise RunError(
+                f"oracle.model: {folder} has no score.weight in its head.safetensors, or that is cut short"
+            ) from error
         if weight.shape != (1, width):
             raise RunError(f"oracle.model: {folder} has a head of shape {tuple(weight.shape)}; wanted {(1, width)}")
         self._weight = weight[0].float().to(policy.device)
+        self.loaded = nn.ParameterList([nn.Parameter(self._weight, requires_grad=False)]), None
 
     @torch.no_grad()
     def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
@@ -59,8 +62,10 @@ class ClassifierOracle(UtilityOracle):
     def __init__(self, policy: Policy, config: RunConfig) -> None:
         """Raises: RunError: the model cannot be loaded, or has not exactly one output."""
         super().__init__(config.oracle.temperature)
-        self._model, self._tokenizer = load_sequence_classifier(config.oracle.model, torch.float32)
+        with about("oracle"):
+            self._model, self._tokenizer = load_sequence_classifier(config.oracle.model, torch.float32)
         self._model.to(policy.device).eval().requires_grad_(False)
+        self.loaded = self._model, self._tokenizer
         text_config = self._model.config.get_text_config()
         longest = getattr(text_config, "max_position_embeddings", None) or math.inf
         self._context = min(longest, self._tokenizer.model_max_length)

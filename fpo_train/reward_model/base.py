@@ -78,7 +78,10 @@ class RewardModel(ABC):
         module: called as module(**batch); returns something with `.logits` (R, 1).
         head: the linear score at its end. trainable: the trained parameters by their names in `module`.
         history: the last `penalty.checkpoints` states, the newest last: the weights as they are.
+        loaded: model and tokenizer of its own, where it does not sit on the policy's.
     """
+
+    loaded: tuple[nn.Module, Any] | None = None
 
     def __init__(self, module: nn.Module, head: nn.Linear, trained: list[str], config: RunConfig, engine: Engine):
         self.module = module.eval()

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fpo_train.adapters import REWARD
+from fpo_train.adapters import REWARD, complaint, refuse_unmatched
 from fpo_train.config import RunConfig
 from fpo_train.engine import Engine
-from fpo_train.errors import RunError
+from fpo_train.errors import RunError, about
 from fpo_train.seeds import mix
 from fpo_train.sources import load_sequence_classifier
 
@@ -50,9 +50,11 @@ class ClassifierRewardModel(RewardModel):
 
     def __init__(self, config: RunConfig, engine: Engine, device: torch.device) -> None:
         settings = config.reward_model
-        self._whole, tokenizer = load_sequence_classifier(settings.model, getattr(torch, settings.dtype))
+        with about("reward_model"):
+            self._whole, tokenizer = load_sequence_classifier(settings.model, getattr(torch, settings.dtype))
         self._whole.to(device).requires_grad_(False)
         self._tokenizer, self._frozen_body = tokenizer, settings.train == "head"
+        self.loaded = self._whole, tokenizer
         module = LastToken(self._whole) if isinstance(getattr(self._whole, "score", None), nn.Linear) else self._whole
         heads = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
         if not heads:
@@ -122,7 +124,8 @@ class ClassifierRewardModel(RewardModel):
                 inject_adapter_in_model(lora, self._whole, adapter_name=REWARD)
             except ValueError as error:
                 found = list(settings.lora_targets)
-                raise RunError(f"reward_model.lora_targets {found}: {str(error).splitlines()[0]}") from error
+                raise RunError(f"reward_model.lora_targets {found}: {complaint(error)}") from error
+        refuse_unmatched(self._whole, REWARD, settings.lora_targets, "reward_model.lora_targets")
 
     def _read(self, rows: list[tuple[str, str]], rows_at_once: int) -> Reading:
         reading = Reading(self._texts.batch(rows, self.device), None)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fpo_train.adapters import POLICY, REWARD, active
+from fpo_train.adapters import POLICY, REWARD, active, complaint, refuse_unmatched
 from fpo_train.config import RunConfig
 from fpo_train.engine import Engine
 from fpo_train.errors import RunError
@@ -147,7 +147,8 @@ class AdapterRewardModel(HeadRewardModel):
                 policy.model.add_adapter(REWARD, lora)
             except ValueError as error:
                 found = list(settings.lora_targets)
-                raise RunError(f"reward_model.lora_targets {found}: {str(error).splitlines()[0]}") from error
+                raise RunError(f"reward_model.lora_targets {found}: {complaint(error)}") from error
+        refuse_unmatched(policy.model, REWARD, settings.lora_targets, "reward_model.lora_targets")
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for name, parameter in policy.model.named_parameters():

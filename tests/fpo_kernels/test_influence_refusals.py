@@ -85,6 +85,14 @@ def test_empty_choices(choice):
         fk.Influence(tiny_llama(), choice)
 
 
+@pytest.mark.parametrize("lost", ["scor.weight", "model.layers.7.*", "*.q_porj.*", "SCORE.weight", ""])
+def test_each_name_has_to_choose_something(lost):
+    """Also beside names that do."""
+    with pytest.raises(ValueError, match="matches no parameter of LlamaForSequenceClassification") as caught:
+        fk.Influence(tiny_llama(), ["score.*", lost, "*.q_proj.*"])
+    assert f"parameters: {lost!r} matches" in str(caught.value)
+
+
 def test_inference_mode():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         fk.Influence(tiny_llama(), LINEAR).norms(batch_of([3]))

@@ -154,6 +154,38 @@ def test_the_last_few_are_kept(small, tmp_path):
     assert checkpoint.latest(tmp_path) == 11
 
 
+def test_a_state_cut_short_or_lacking_something_is_named(workshop, small, tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 4, 4, keep=1)
+    path = tmp_path / "4" / "state.pt"
+    whole = path.read_bytes()
+    advice = "delete its folder to go on from the checkpoint before, or, where there is none, from the beginning$"
+    for cut in (0, 1, len(whole) // 4, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(RunError, match=rf"^resume: {path} is damaged; {advice}"):
+            restored(tmp_path)
+    (tmp_path / "4" / "oracle.json").write_text('{"asked')
+    with pytest.raises(RunError, match=r"oracle\.json is damaged; delete it"):
+        checkpoint.counts(tmp_path)
+    monkeypatch.undo()
+    shop, config = workshop
+    parts = shop.parts(config, resumed=True)
+    for change, text in (
+        (lambda state: state["adapter"].popitem(), "lacks 'base_model"),
+        (lambda state: state.pop("replay"), "lacks 'replay'"),
+        (lambda state: state["reward_model"]["weights"].clear(), "lacks '"),
+        (
+            lambda state: state["adapter"].update({next(iter(state["adapter"])): torch.ones(1)}),
+            "does not fit this run: ",
+        ),
+    ):
+        checkpoint.save(tmp_path, 5, parts, keep=1)
+        state = torch.load(tmp_path / "5" / "state.pt", weights_only=True)
+        change(state)
+        torch.save(state, tmp_path / "5" / "state.pt")
+        with pytest.raises(RunError, match=f"{text}.*; {advice}"):
+            checkpoint.load(tmp_path, 5, parts)
+
+
 class Command:
     def __reduce__(self):
         return os.mkdir, ("run-by-a-checkpoint",)
