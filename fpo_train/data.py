@@ -175,6 +175,29 @@ def render(tokenizer: Any, text: str, double_bos: bool = False) -> list[int]:
         return tokenizer(text)["input_ids"]
     messages = [{"role": "user", "content": text}]
     if double_bos:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        rendered = chat(tokenizer, messages, add_generation_prompt=True, tokenize=False)
         return tokenizer(rendered)["input_ids"]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return chat(tokenizer, messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def chat(tokenizer: Any, messages: list[dict[str, str]], setting: str = "model", **options: Any) -> Any:
+    """Messages through the tokenizer's chat template: what its `apply_chat_template` returns.
+
+    Args:
+        setting: that names the model; a complaint begins with it. options: of `apply_chat_template`.
+
+    Raises:
+        RunError: several templates and none of them the default, or one that refuses the messages or has a fault.
+    """
+    name, templates = getattr(tokenizer, "name_or_path", ""), tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        told = ", ".join(sorted(templates)) or "none"
+        raise RunError(f"{setting} {name}: it has no chat template named default; those it has: {told}")
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # a template is a program of the model's author: it may raise anything
+        turns = " and ".join(message["role"] for message in messages)
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise RunError(
+            f"{setting} {name}: its chat template cannot render a {turns} message: {type(error).__name__}: {first}"
+        ) from error

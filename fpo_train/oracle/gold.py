@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fpo_train.config import RunConfig
+from fpo_train.data import chat
 from fpo_train.errors import RunError
 from fpo_train.policy import Policy
 from fpo_train.rollout import Readings, Rollout
@@ -93,7 +94,7 @@ class ClassifierOracle(UtilityOracle):
         if self._tokenizer.chat_template is None:
             return self._tokenizer(prompt, reply)
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-        return self._tokenizer.apply_chat_template(turns, return_dict=True)
+        return chat(self._tokenizer, turns, "oracle.model", return_dict=True)
 
 
 def load_gold(policy: Policy, config: RunConfig) -> UtilityOracle:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpo_train.data import chat
+
 BETWEEN = "\n\n"  # prompt and reply, for a tokenizer without a chat template
 KEPT_TEXTS = 4096  # tokenised texts remembered: some iterations' and a replay's
 
@@ -75,5 +77,5 @@ class TextInputs:
     def _join(self, prompt: str, reply: str, **cut: Any) -> Any:
         if self._kind == "chat" and self._tokenizer.chat_template:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-            return self._tokenizer.apply_chat_template(turns, return_dict=True, **cut)
+            return chat(self._tokenizer, turns, "reward_model.model", return_dict=True, **cut)
         return self._tokenizer(prompt + BETWEEN + reply, **cut)
