@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunError
+from .limits import rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +186,9 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
                 setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(index))
     if tokenizer.eos_token_id is None:
         raise RunError(f"model {name}: its tokenizer has no end-of-sequence token")
+    if not 0 <= tokenizer.eos_token_id < rows_of(model):  # it closes every reply, and pads
+        told = f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id}), but the embedding has {rows_of(model)} rows"
+        raise RunError(f"model {name}: its tokenizer's end-of-sequence token is {told}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is told by masks, never by this id
     tokenizer.clean_up_tokenization_spaces = False
@@ -235,6 +239,17 @@ def quantized(quantization: str, dtype: Any) -> dict[str, Any]:
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four)}
 
 
+def _without_lost_padding(source: Source) -> dict[str, Any]:
+    """A configuration's pad id for which the embedding has no row is left out: torch would not make such a table."""
+    from transformers import AutoConfig
+
+    if source.gguf_file:  # its configuration says nothing that its weights do not
+        return {}
+    config = AutoConfig.from_pretrained(source.location).get_text_config()
+    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    return {"pad_token_id": None} if pad is not None and rows is not None and not -rows <= pad < rows else {}
+
+
 def _load(kind: Any, name: str, source: Source, **options: Any) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
@@ -244,6 +259,7 @@ def _load(kind: Any, name: str, source: Source, **options: Any) -> Any:
         logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+        options |= _without_lost_padding(source)
         model = kind.from_pretrained(source.location, **options, **source.arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,6 +15,7 @@ from fpo_train.adapters import REWARD
 from fpo_train.config import RunConfig
 from fpo_train.engine import Engine
 from fpo_train.errors import RunError
+from fpo_train.limits import context_of, pad_id, rows_of
 from fpo_train.seeds import mix
 from fpo_train.sources import load_sequence_classifier
 
@@ -59,9 +60,11 @@ class ClassifierRewardModel(RewardModel):
             raise RunError(f"reward_model.model: {settings.model} has no linear layer with one output at its end")
         if settings.train == "lora":
             self._add_adapter(config)
-        text_config = self._whole.config.get_text_config()
-        limits = [settings.max_tokens, tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", 0)]
-        self._texts = TextInputs(tokenizer, settings.input, int(min(limit for limit in limits if limit)))
+        limits = [settings.max_tokens, tokenizer.model_max_length, context_of(self._whole)]
+        longest, rows = int(min(limit for limit in limits if limit)), rows_of(self._whole)
+        # RoBERTa-like encoders count positions over what is not their own pad id, whatever the tokenizer pads with.
+        pad = pad_id(self._whole.config.get_text_config().pad_token_id, tokenizer.pad_token_id, rows=rows)
+        self._texts = TextInputs(tokenizer, settings.input, longest, rows=rows, pad=pad)
         chosen = {id(p) for p in heads[-1].parameters()}
         trained = [
             name
@@ -81,6 +84,10 @@ class ClassifierRewardModel(RewardModel):
         """See `RewardModel`."""
         owners = [prompt.text for prompt in rollout.prompts for _ in range(rollout.candidates + 1)]
         return self._read(list(zip(owners, rollout.texts, strict=True)), rows_at_once)
+
+    def check(self, texts: Sequence[tuple[str, str]]) -> None:
+        """See `RewardModel`."""
+        self._texts.check(texts)
 
     def read_pairs(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Reading:
         """See `RewardModel`."""
