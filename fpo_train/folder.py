@@ -66,14 +66,14 @@ def _check_settings(out: Path, config: RunConfig) -> None:
         raise RunError(f"resume: {key} was {before.get(key)!r} when {out} began and is {now[key]!r} now")
 
 
-def describe(config: RunConfig, prompts: list[tuple[str, str]]) -> None:
-    """Write what was asked for, ready to be asked for again, and what the run began on."""
+def describe(config: RunConfig, prompts: list[tuple[str, str]], known: dict[str, Any] | None = None) -> None:
+    """Write what was asked for, ready to be asked for again, and what the run began on; `known` is kept beside it."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     asked = plain(dataclasses.replace(config, resume=False))
     write_text(out / CONFIG, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
     if not (out / ENVIRONMENT).is_file():
-        facts = {**environment(), "prompts_sha256": digest(prompts)}
+        facts = {**environment(), "prompts_sha256": digest(prompts), **(known or {})}
         write_text(out / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
 
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint, folder, metrics
 from .config import PenaltyKind, RunConfig
-from .data import Prompt, read_prompts, render, render_prompts
+from .data import read_prompts, render_prompts
 from .engine import Engine
 from .folder import CHECKPOINTS
+from .human import HumanPairs, human_pairs
+from .limits import rows_of
 from .loop import Parts, iterate, label_pairs
 from .memory import Guard
-from .oracle import FileOracle, Oracle, load_oracle
+from .oracle import load_oracle
 from .penalty import Penalty
 from .plan import plan_for
-from .policy import Policy, load_policy
+from .policy import load_policy
 from .progress import Progress
-from .replay import Pair, Replay
+from .replay import FIT_PLACE, Pair, Replay
 from .report import write_report
 from .reward_model import load_reward_model
 from .rollout import Readings, Rollout, sampler
@@ -27,7 +32,7 @@ from .stopping import Request, Stopped, listening
 from .update import load_update
 from .watch import collapse
 
-FIT_PLACE = 0  # place of the reward model's first fit in the run's random streams; iterations count from 1
+ANY_REPLY = "Yes."  # stands for the replies to a prompt where what reads both is tried
 
 
 def run(config: RunConfig) -> Path:
@@ -52,8 +57,6 @@ def run(config: RunConfig) -> Path:
         workshop = Workshop(config, texts)
         engine = workshop.engine
         try:
-            if engine.main:
-                folder.describe(config, texts)
             for one in configs:
                 _run_one(one, workshop, request)
             if engine.main and config.logging.controlled:
@@ -74,16 +77,25 @@ class Workshop:
     """What runs from one start share: the base weights, the prompts, the first adapter and the first reward model."""
 
     def __init__(self, config: RunConfig, texts: list[tuple[str, str]]) -> None:
+        self.config = config
         self.texts = texts
         self.engine = Engine()
         self.policy = load_policy(config.policy, config.seed, self.engine.device)
         room = self.policy.context - config.rollout.max_new_tokens - 1  # and the closing token
-        self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data)
+        rows = rows_of(self.policy.lm)
+        self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data, rows)
+        self._human = human_pairs(config, self.policy) if config.oracle.kind == "file" else HumanPairs()
+        if self.engine.main and (told := self._human.told()):
+            print(told, file=sys.stderr)
         self._adapter = {name: p.detach().clone() for name, p in self.policy.trainable.items()}
         self._fitted: dict[str, Any] | None = None
 
-    def parts(self, config: RunConfig, resumed: bool = False) -> Parts:
-        """A fresh start: first adapter, fitted reward model (a resumed run has its own), new optimizers."""
+    def parts(self, config: RunConfig, resumed: bool = False, ready: Callable[[], None] = lambda: None) -> Parts:
+        """A fresh start: first adapter, fitted reward model (a resumed run has its own), new optimizers.
+
+        Args:
+            ready: called when all that can be refused has been read, before anybody is asked for labels.
+        """
         for name, parameter in self.policy.trainable.items():
             parameter.data.copy_(self._adapter[name])
         policy, engine = self.policy, self.engine
@@ -100,10 +112,20 @@ class Workshop:
             penalty=Penalty(config.penalty, engine, config.seed, config.reward_model.dropout_when_scoring),
             update=load_update(policy, config, engine),
         )
+        prompts = [text for _, text in self.texts]
+        parts.oracle.check(prompts)
+        parts.reward_model.check([(text, ANY_REPLY) for text in prompts] + self._human.texts)
+        ready()
         if not resumed:
-            parts.replay.add(human_pairs(parts.oracle, policy))
+            parts.replay.add(self._human.pairs)
             self._fit(parts)
         return parts
+
+    def describe(self, config: RunConfig) -> None:
+        """Write what the whole run is, and this part of it."""
+        known = {"human_pairs": self._human.counts} if self._human.counts else {}
+        for one in {self.config.out: self.config, config.out: config}.values():
+            folder.describe(one, self.texts, known)
 
     def _fit(self, parts: Parts) -> None:
         """Fit the score head once; what else starts from here takes the same."""
@@ -139,34 +161,10 @@ def first_pairs(parts: Parts) -> list[Pair]:
     return engine.gather_objects(pairs)
 
 
-def human_pairs(oracle: Oracle, policy: Policy) -> list[Pair]:
-    """The labelled pairs that an oracle of human preferences brings along, as the policy's tokens."""
-    if not isinstance(oracle, FileOracle):
-        return []
-    pairs = []
-    for number, (text, chosen, rejected, preference) in enumerate(oracle.pairs(), start=1):
-        prompt = Prompt(name=f"human-{number}", text=text, ids=tuple(render(policy.tokenizer, text)))
-        first, second = (policy.tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in (chosen, rejected))
-        pair = Pair(
-            prompt=prompt,
-            chosen=(*first, policy.eos),
-            reference=(*second, policy.eos),
-            chosen_text=chosen,
-            reference_text=rejected,
-            preference=preference,
-            iteration=FIT_PLACE,
-            features=None,
-        )
-        pairs.append(pair)
-    return pairs
-
-
 def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
     out, main = Path(config.out), workshop.engine.main
     done = checkpoint.latest(out / CHECKPOINTS)
-    parts = workshop.parts(config, resumed=done > 0)
-    if main:
-        folder.describe(config, workshop.texts)
+    parts = workshop.parts(config, done > 0, partial(workshop.describe, config) if main else lambda: None)
     if done:
         checkpoint.load(out / CHECKPOINTS, done, parts)
     if main:
