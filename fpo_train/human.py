@@ -62,7 +62,7 @@ def human_pairs(config: RunConfig, policy: Policy) -> HumanPairs:
             bound = "data.max_tokens leaves" if config.data.max_tokens == longest else "the model's context leaves"
             raise RunError(
                 f"{where} has a prompt of {len(whole)} tokens, but {bound} {max(longest, 0)} beside its longer reply "
-                f"of {policy.context - room}; data.truncate is refuse, header and right would shorten it"
+                f"of {policy.context - room}; data.truncate is refuse, and header or right would cut or drop the pair"
             )
         if kept is None:
             counts["dropped"] += 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from .errors import RunError
 
 # Where configurations state the context, the first that does; a number below 1 says that there is no bound.
@@ -69,6 +71,15 @@ def check_tokens(ids: Iterable[int], rows: int, tokenizer: Any, holder: str, set
             f"{holder} holds the token {tokenizer.convert_ids_to_tokens(beyond)!r} ({beyond}), but the embedding of "
             f"{setting} {named(tokenizer)} has {rows} rows: tokens were added without resizing it"
         )
+
+
+def alike(together: Tensor, alone: Tensor, within: float) -> bool:
+    """Whether rows (R, N) that were read together are those that were read each alone, `within` a part of their norm.
+
+    Rows that are no numbers even alone are passed over: that is not their neighbours' doing.
+    """
+    off, bound = (together - alone).norm(dim=1), within * alone.norm(dim=1) + 1e-6
+    return bool(((off <= bound) | bound.isnan()).all())
 
 
 def named(tokenizer: Any) -> str:

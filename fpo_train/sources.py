@@ -259,6 +259,10 @@ def _load(kind: Any, name: str, source: Source, **options: Any) -> Any:
         logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+    except Exception as error:  # what its files hold is read by many hands, which raise anything
+        told = " ".join(str(error).split()) or "no reason given"
+        raise RunError(f"model {name}: its tokenizer cannot be loaded: {type(error).__name__}: {told:.300}") from error
+    try:
         options |= _without_lost_padding(source)
         model = kind.from_pretrained(source.location, **options, **source.arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

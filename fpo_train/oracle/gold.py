@@ -16,7 +16,7 @@ from torch import Tensor
 from fpo_train.config import RunConfig
 from fpo_train.data import chat, check_template
 from fpo_train.errors import RunError
-from fpo_train.limits import check_tokens, context_of, oversized, rows_of
+from fpo_train.limits import alike, check_tokens, context_of, oversized, rows_of
 from fpo_train.policy import Policy
 from fpo_train.rollout import Readings, Rollout
 from fpo_train.sources import load_sequence_classifier
@@ -24,6 +24,7 @@ from fpo_train.sources import load_sequence_classifier
 from .base import UtilityOracle, owner
 
 SETTING = "oracle.model"
+ROUNDING = 1e-3  # what batches may change of a score, relative to it
 
 
 class HeadOracle(UtilityOracle):
@@ -79,8 +80,22 @@ class ClassifierOracle(UtilityOracle):
         for prompt in prompts if oversized(self._tokenizer, self._rows) else prompts[:1]:
             ids = self._tokens(prompt, "Yes.")["input_ids"]
             check_tokens(ids, self._rows, self._tokenizer, f"the prompt {prompt!r:.80}", SETTING)
+        if self._pad is not None and not self._knows_padding():
+            self._pad = None  # so that it reads one text at a time
+
+    def _knows_padding(self) -> bool:
+        """Whether it scores a text beside a longer one as it does alone (XLNet reads a row's last token, whatever)."""
+        tried = [self._tokens("One?", "Two."), self._tokens("One, or another?", "Two, and some more than that.")]
+        if any(self._fault(one["input_ids"]) for one in tried):
+            return True
+        device = self._model.device
+        alone = torch.cat([self._score([one], device) for one in tried])
+        return alike(self._score(tried, device)[:, None], alone[:, None], ROUNDING)
 
     @torch.no_grad()
+    def _score(self, inputs: list[Any], device: torch.device) -> Tensor:
+        return self._model(**self._batch(inputs, device)).logits[:, 0].float()
+
     def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
         """U of rows (n,), fp32 (n,), at most the readings' `rows_at_once` in a forward."""
         inputs = [self._tokens(rollout.prompts[owner(rollout, row)].text, rollout.texts[row]) for row in rows.tolist()]
@@ -91,8 +106,7 @@ class ClassifierOracle(UtilityOracle):
         utility = torch.full((len(inputs),), math.nan, device=rows.device)
         for start in range(0, len(fits), at_once):
             some = fits[start : start + at_once]
-            logits = self._model(**self._batch([inputs[n] for n in some], rows.device)).logits
-            utility[torch.tensor(some, device=rows.device)] = logits[:, 0].float()
+            utility[torch.tensor(some, device=rows.device)] = self._score([inputs[n] for n in some], rows.device)
         self.counts.update(fault for fault in faults if fault)
         self._count(utility[torch.tensor(fits, dtype=torch.long, device=rows.device)], silent="not_a_number")
         return utility

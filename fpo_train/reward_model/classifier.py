@@ -15,7 +15,7 @@ from fpo_train.adapters import REWARD
 from fpo_train.config import RunConfig
 from fpo_train.engine import Engine
 from fpo_train.errors import RunError
-from fpo_train.limits import context_of, pad_id, rows_of
+from fpo_train.limits import alike, context_of, pad_id, rows_of
 from fpo_train.seeds import mix
 from fpo_train.sources import load_sequence_classifier
 
@@ -25,6 +25,8 @@ from .inputs import TextInputs
 if TYPE_CHECKING:
     from fpo_train.replay import Pair
     from fpo_train.rollout import Readings, Rollout
+
+FLOAT_ROUNDING, HALF_ROUNDING = 1e-3, 0.05  # what batches may change of a score head's input, relative to its norm
 
 
 class LastToken(nn.Module):
@@ -86,8 +88,17 @@ class ClassifierRewardModel(RewardModel):
         return self._read(list(zip(owners, rollout.texts, strict=True)), rows_at_once)
 
     def check(self, texts: Sequence[tuple[str, str]]) -> None:
-        """See `RewardModel`."""
+        """See `RewardModel`. It also refuses a model that reads a text otherwise beside a longer one."""
         self._texts.check(texts)
+        tried = [("One?", "Two."), ("One, or another?", "Two, and some more than that.")]
+        together = self.head_inputs(Reading(self._texts.batch(tried, self.device), None))
+        alone = [self.head_inputs(Reading(self._texts.batch([one], self.device), None)) for one in tried]
+        problem = "scores every token and not the text" if together.ndim != 2 else ""
+        within = FLOAT_ROUNDING if self.config.dtype == "float32" else HALF_ROUNDING
+        if not problem and not alike(together, torch.cat(alone), within):
+            problem = "reads padding behind a text, in spite of the mask"
+        if problem:
+            raise RunError(f"reward_model.model {self.config.model}: {problem}; wanted one score a text")
 
     def read_pairs(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Reading:
         """See `RewardModel`."""

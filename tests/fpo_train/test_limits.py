@@ -126,6 +126,23 @@ def test_encoders_whose_positions_begin_behind_padding(tiny, policy, prompts, tm
     assert oracle.counts["too_long"] >= 1
 
 
+def test_models_that_read_padding_or_score_tokens(tiny, policy, prompts, tmp_path):
+    small = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+    folder = classifier(tiny, tmp_path / "model", "XLNet", **small)
+    with pytest.raises(RunError, match=r"^reward_model\.model \S+: reads padding behind a text, in spite of the mask"):
+        scores(policy, folder, ["One"])
+    oracle = gold(policy, folder)
+    oracle.check(["q"])  # it is then read one text at a time
+    found, rollout = utilities(policy, prompts, oracle, [[40, 41], [44] * 9])
+    for value, text in zip(found.tolist(), rollout.texts, strict=True):
+        ids = oracle._tokens(rollout.prompts[0].text, text)["input_ids"]
+        with torch.no_grad():
+            assert value == pytest.approx(float(oracle._model(input_ids=torch.tensor([ids])).logits), abs=1e-5)
+    folder = classifier(tiny, tmp_path / "other", "CTRL", n_embd=16, n_layer=1, n_head=2, dff=16, pad_token_id=2)
+    with pytest.raises(RunError, match="scores every token and not the text; wanted one score a text"):
+        scores(policy, folder, ["One"])
+
+
 def test_no_bound_and_too_small_a_bound(tiny, policy, tmp_path):
     folder = classifier(tiny, tmp_path / "model", "Bloom", hidden_size=16)
     together, alone, _ = scores(policy, folder, ["word " * 300, "short"])
