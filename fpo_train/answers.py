@@ -14,11 +14,12 @@ import torch
 import yaml
 
 from .config import PolicyConfig
-from .data import render
+from .data import check_template, render
 from .errors import RunError
 from .evaluate_config import EvalConfig
 from .folder import CONFIG
 from .identity import of_model
+from .limits import check_tokens, context_of, rows_of
 from .questions import Question
 from .sources import load_causal_lm
 from .weights import ADAPTER_CONFIG as ADAPTER
@@ -136,7 +137,9 @@ class Answerer:
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos
         )
         self._eos, self._device = eos, device
-        self._room = (getattr(lm.config, "max_position_embeddings", None) or 2048) - max_new_tokens
+        self._room = (context_of(lm) or 2048) - max_new_tokens
+        self._rows = rows_of(lm)
+        check_template(self.tokenizer, ["user"])
         self._model = lm.eval().requires_grad_(False)
         self.base = of_model(lm, self.tokenizer)
         for side, speaker in speakers.items():
@@ -169,7 +172,7 @@ class Answerer:
         """The question's tokens, up to where the answer begins.
 
         Raises:
-            RunError: the longest answer would not fit behind it.
+            RunError: the longest answer would not fit behind it, or the model cannot read it.
         """
         ids = render(self.tokenizer, question.text)
         if len(ids) > self._room:
@@ -177,6 +180,7 @@ class Answerer:
                 f"questions: {question.name} takes {len(ids)} tokens, but the model's context leaves {self._room} "
                 "beside the longest answer"
             )
+        check_tokens(ids, self._rows, self.tokenizer, f"questions: {question.name}")
         return ids
 
     @torch.no_grad()

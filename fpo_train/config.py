@@ -166,7 +166,8 @@ class DataConfig:
     max_tokens: int = 0
     """Longest prompt, chat template included; 0: what the model's context leaves."""
     truncate: Literal["refuse", "header", "right"] = "refuse"
-    """What becomes of a longer one: refused, shortened with the assistant's header kept, or cut off (the paper)."""
+    """What becomes of a longer one, in `oracle.file` too: refused, shortened with the assistant's header kept, or cut
+    off (the paper)."""
     double_bos: bool = False
     """Tokenise the rendered prompt with a second BOS (the paper)."""
     date: str = ""

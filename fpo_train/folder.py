@@ -23,7 +23,7 @@ from .config import RunConfig
 from .errors import RunError
 
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.yaml", "environment.json", "checkpoints"
-Facts = dict[str, Any]  # what `identity` says of a run's models and rendered prompts
+Facts = dict[str, Any]  # what `identity` says of a run's models and rendered prompts, and how many people's pairs fit
 
 
 def dated(config: RunConfig) -> RunConfig:
@@ -139,7 +139,7 @@ def check_identity(config: RunConfig, facts: Facts) -> None:
 
 
 def describe(config: RunConfig, prompts: list[tuple[str, str]], known: Facts | None = None) -> None:
-    """Write what was asked for, ready to be asked for again, and what the run began on, `known` of it by `identity`."""
+    """Write what was asked for, ready to be asked for again, and what the run began on; `known` is kept beside it."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     asked = plain(dataclasses.replace(config, resume=False))

@@ -19,6 +19,7 @@ from .config import PolicyConfig
 from .data import Prompt
 from .decoding import group_heads
 from .errors import RunError, about
+from .limits import context_of
 from .sources import load_causal_lm
 
 
@@ -80,7 +81,7 @@ class Policy:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.lm = model.get_base_model()
-        self.context: int = getattr(self.lm.config, "max_position_embeddings", None) or 2048
+        self.context: int = context_of(self.lm) or 2048
         self.eos: int = tokenizer.eos_token_id
 
     @property

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .data import SHIPPED, json_lines
+from .data import SHIPPED, json_lines, text_of, writable
 from .errors import RunError
 
 TRUTHFULQA = ("truthfulqa/truthful_qa", "generation", "validation")  # dataset, its configuration, its split
@@ -78,12 +78,8 @@ def _truthfulqa() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _question(where: str, row: dict[str, Any]) -> Question:
-    text, category = row.get("prompt"), row.get("category")
-    if not isinstance(text, str) or not text.strip():
-        raise RunError(f'questions: {where} has no text under "prompt"')
+    text, category = text_of(row, "prompt", f"questions: {where}"), row.get("category")
     question = Question(name=str(row["id"]), text=text, category="" if category is None else str(category).strip())
-    try:
-        f"{question.name}{text}{question.category}".encode()
-    except UnicodeEncodeError as error:  # JSON can spell halves of characters, which no file can hold
-        raise RunError(f"questions: {where} is not Unicode text") from error
+    for name, value in (("id", question.name), ("category", question.category)):
+        writable(value, name, f"questions: {where}")
     return question

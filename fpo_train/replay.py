@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .data import Prompt
 
+FIT_PLACE = 0  # place of the reward model's first fit in the run's random streams; iterations count from 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:

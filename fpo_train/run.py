@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint, folder, identity, metrics, templates
 from .config import PenaltyKind, RunConfig
-from .data import Prompt, read_prompts, render, render_prompts
+from .data import read_prompts, render_prompts
 from .engine import Engine
 from .folder import CHECKPOINTS
+from .human import HumanPairs, human_pairs
+from .limits import rows_of
 from .loop import Parts, iterate, label_pairs
 from .memory import Guard
-from .oracle import FileOracle, Oracle, load_oracle
+from .oracle import load_oracle
 from .penalty import Penalty
 from .plan import plan_for
-from .policy import Policy, load_policy
+from .policy import load_policy
 from .progress import Progress
-from .replay import Pair, Replay
+from .replay import FIT_PLACE, Pair, Replay
 from .report import write_report
 from .reward_model import load_reward_model
 from .rollout import Readings, Rollout, sampler
@@ -28,7 +31,7 @@ from .stopping import Request, Stopped, listening
 from .update import load_update
 from .watch import collapse
 
-FIT_PLACE = 0  # place of the reward model's first fit in the run's random streams; iterations count from 1
+ANY_REPLY = "Yes."  # stands for the replies to a prompt where what reads both is tried
 
 
 def run(config: RunConfig) -> Path:
@@ -79,7 +82,11 @@ class Workshop:
         self.policy = load_policy(config.policy, config.seed, self.engine.device)
         templates.pin(self.policy.tokenizer, self._date)
         room = self.policy.context - config.rollout.max_new_tokens - 1  # and the closing token
-        self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data)
+        rows = rows_of(self.policy.lm)
+        self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data, rows)
+        self._human = human_pairs(config, self.policy) if config.oracle.kind == "file" else HumanPairs()
+        if self.engine.main and (told := self._human.told()):
+            print(told, file=sys.stderr)
         self._base = identity.of_model(self.policy.lm, self.policy.tokenizer)
         self._adapter = {name: p.detach().clone() for name, p in self.policy.trainable.items()}
         self._fitted: dict[str, Any] | None = None
@@ -89,7 +96,7 @@ class Workshop:
     ) -> Parts:
         """A fresh start: first adapter, fitted reward model (a resumed run has its own), new optimizers.
 
-        `ready` is called when all is loaded, before anything is asked, learnt or written.
+        `ready` is called when all that can be refused has been read, before anybody is asked for labels.
         """
         for name, parameter in self.policy.trainable.items():
             parameter.data.copy_(self._adapter[name])
@@ -108,21 +115,25 @@ class Workshop:
             update=load_update(policy, config, engine),
         )
         for loaded in filter(None, (parts.reward_model.loaded, parts.oracle.loaded)):
-            templates.pin(loaded[1], self._date)
+            templates.pin(loaded[1], self._date)  # before the checks: what they tokenise is remembered
+        prompts = [text for _, text in self.texts]
+        parts.oracle.check(prompts)
+        parts.reward_model.check([(text, ANY_REPLY) for text in prompts] + self._human.texts)
         ready(parts)
         if not resumed:
-            parts.replay.add(human_pairs(parts.oracle, policy))
+            parts.replay.add(self._human.pairs)
             self._fit(parts)
         return parts
 
     def facts(self, parts: Parts) -> folder.Facts:
-        """What a run that goes on has to find as it was; of models that are loaded and have not learnt."""
+        """What the run's folder says that it began on; of models that are loaded and have not learnt."""
         own = {"reward_model.model": parts.reward_model.loaded, "oracle.model": parts.oracle.loaded}
         known = {setting: identity.of_model(*loaded) for setting, loaded in own.items() if loaded}
-        return {
+        facts = {
             "rendered_sha256": identity.of_prompts(self.prompts),
             "models": {"policy.model": self._base, **known},
         }
+        return facts | ({"human_pairs": self._human.counts} if self._human.counts else {})
 
     def _fit(self, parts: Parts) -> None:
         """Fit the score head once; what else starts from here takes the same."""
@@ -158,28 +169,6 @@ def first_pairs(parts: Parts) -> list[Pair]:
     return engine.gather_objects(pairs)
 
 
-def human_pairs(oracle: Oracle, policy: Policy) -> list[Pair]:
-    """The labelled pairs that an oracle of human preferences brings along, as the policy's tokens."""
-    if not isinstance(oracle, FileOracle):
-        return []
-    pairs = []
-    for number, (text, chosen, rejected, preference) in enumerate(oracle.pairs(), start=1):
-        prompt = Prompt(name=f"human-{number}", text=text, ids=tuple(render(policy.tokenizer, text)))
-        first, second = (policy.tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in (chosen, rejected))
-        pair = Pair(
-            prompt=prompt,
-            chosen=(*first, policy.eos),
-            reference=(*second, policy.eos),
-            chosen_text=chosen,
-            reference_text=rejected,
-            preference=preference,
-            iteration=FIT_PLACE,
-            features=None,
-        )
-        pairs.append(pair)
-    return pairs
-
-
 def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
     out, main = Path(config.out), workshop.engine.main
     done = checkpoint.latest(out / CHECKPOINTS)
@@ -188,7 +177,7 @@ def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
         """What is written comes after all that can be refused."""
         parts.reward_model.names(config.penalty.parameters)
         facts = workshop.facts(parts)
-        asked = (workshop.config, config)  # of a comparison, its folder and this run's
+        asked = {one.out: one for one in (workshop.config, config)}.values()  # a comparison's folder, and this run's
         for one in asked:
             folder.check_identity(one, facts)
         if done:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunError
+from .limits import rows_of
 from .weights import ADAPTER_CONFIG, damaged_file, is_json, refuse_missing
 
 
@@ -190,6 +191,9 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
                 setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(index))
     if tokenizer.eos_token_id is None:
         raise RunError(f"model {name}: its tokenizer has no end-of-sequence token")
+    if not 0 <= tokenizer.eos_token_id < rows_of(model):  # it closes every reply, and pads
+        told = f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id}), but the embedding has {rows_of(model)} rows"
+        raise RunError(f"model {name}: its tokenizer's end-of-sequence token is {told}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is told by masks, never by this id
     tokenizer.clean_up_tokenization_spaces = False
@@ -252,6 +256,17 @@ def quantized(quantization: str, dtype: Any) -> dict[str, Any]:
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four)}
 
 
+def _without_lost_padding(source: Source) -> dict[str, Any]:
+    """A configuration's pad id for which the embedding has no row is left out: torch would not make such a table."""
+    from transformers import AutoConfig
+
+    if source.gguf_file:  # its configuration says nothing that its weights do not
+        return {}
+    config = AutoConfig.from_pretrained(source.location).get_text_config()
+    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    return {"pad_token_id": None} if pad is not None and rows is not None and not -rows <= pad < rows else {}
+
+
 def _load(kind: Any, name: str, source: Source, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Model, tokenizer, and what transformers says of the weights that it found and did not find."""
     from transformers import AutoTokenizer
@@ -262,30 +277,33 @@ def _load(kind: Any, name: str, source: Source, **options: Any) -> tuple[Any, An
     folder, said = Path(source.location), logging.get_verbosity()
     generation = folder / "generation_config.json"
     if generation.is_file() and not is_json(generation):  # transformers would do as if it were not there
-        raise RunError(_cut_short(name, generation))
+        raise RunError(f"model {name}: cannot be loaded: {_cut_short(generation)}")
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # of which `refuse_missing` complains
     logging.set_verbosity_error()  # in one sentence, in place of a table
+    part = "its tokenizer "
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+        part = ""
+        options |= _without_lost_padding(source)
         model, info = kind.from_pretrained(source.location, **options, **source.arguments)
     except Exception as error:  # of packages of their own, whose errors over a damaged file are of all kinds
-        raise _unloadable(name, source, error) from error
+        raise _unloadable(name, source, error, part) from error
     finally:
         logging.set_verbosity(said)
-    if tokenizer.chat_template == "":
-        raise RunError(f"model {name}: cannot be loaded: its chat template is empty; put the whole file back")
     return model, tokenizer, info
 
 
-def _unloadable(name: str, source: Source, error: Exception) -> RunError:
+def _unloadable(name: str, source: Source, error: Exception, part: str = "") -> RunError:
     """A complaint that names the damaged file, where one can be told to be."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = (str(error).strip().splitlines() or ["no reason given"])[0]
+    why = first if isinstance(error, OSError) else f"{type(error).__name__}: {first}"
     if source.gguf_file:
-        first += f"; if {Path(source.location) / source.gguf_file} is cut short, put the whole file back"
-    path = damaged_file(Path(source.location))
-    return RunError(_cut_short(name, path, first) if path else f"model {name}: cannot be loaded: {first}")
+        why += f"; if {Path(source.location) / source.gguf_file} is cut short, put the whole file back"
+    elif path := damaged_file(Path(source.location)):
+        why = _cut_short(path, why)
+    return RunError(f"model {name}: {part}cannot be loaded: {why}")
 
 
-def _cut_short(name: str, path: Path, why: str = "") -> str:
+def _cut_short(path: Path, why: str = "") -> str:
     told = f" ({why})" if why else ""
-    return f"model {name}: cannot be loaded: {path} is damaged or cut short{told}; put the whole file back"
+    return f"{path} is damaged or cut short{told}; put the whole file back"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,13 @@ class Oracle(ABC):
     @abstractmethod
     def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
         """p* in [0, 1] of rows (n,) against the rows `references` (n,), fp32 (n,); NaN: could not be had."""
+
+    def check(self, prompts: Sequence[str]) -> None:  # noqa: B027 (most oracles read whatever they are given)
+        """See that it can read replies to these prompts.
+
+        Raises:
+            RunError: it cannot.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far, with those of the other processes as `gather` found them."""

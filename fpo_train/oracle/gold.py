@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fpo_train.config import RunConfig
+from fpo_train.data import chat, check_template
 from fpo_train.errors import RunError, about
+from fpo_train.limits import alike, check_tokens, context_of, oversized, rows_of
 from fpo_train.policy import Policy
 from fpo_train.rollout import Readings, Rollout
 from fpo_train.sources import load_sequence_classifier
 
 from .base import UtilityOracle, owner
+
+SETTING = "oracle.model"
+ROUNDING = 1e-3  # what batches may change of a score, relative to it
 
 
 class HeadOracle(UtilityOracle):
@@ -56,7 +62,8 @@ class ClassifierOracle(UtilityOracle):
     """U(z) = the one logit of a frozen sequence classifier, dropout off, in fp32.
 
     It reads the prompt as a user's turn and the reply as the assistant's, rendered by its tokenizer's chat template,
-    or both as a pair of texts where there is no template. A pair too long for it has no utility (NaN).
+    or both as a pair of texts where there is no template. A pair that it cannot read has no utility (NaN): one that
+    is too long for it, or holds a token that its embedding has no row for.
     """
 
     def __init__(self, policy: Policy, config: RunConfig) -> None:
@@ -66,24 +73,54 @@ class ClassifierOracle(UtilityOracle):
             self._model, self._tokenizer = load_sequence_classifier(config.oracle.model, torch.float32)
         self._model.to(policy.device).eval().requires_grad_(False)
         self.loaded = self._model, self._tokenizer
-        text_config = self._model.config.get_text_config()
-        longest = getattr(text_config, "max_position_embeddings", None) or math.inf
-        self._context = min(longest, self._tokenizer.model_max_length)
-        self._pad = text_config.pad_token_id  # decoders find a row's last token by it, whatever the tokenizer pads with
+        self._context = min(context_of(self._model) or math.inf, self._tokenizer.model_max_length)
+        self._rows = rows_of(self._model)
+        # Decoders find a row's last token by the model's own pad id, whatever the tokenizer pads with.
+        pad = self._model.config.get_text_config().pad_token_id
+        self._pad = pad if pad is not None and 0 <= pad < self._rows else None
+        check_template(self._tokenizer, ["user", "assistant"], SETTING)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """See `Oracle`. Only a tokenizer with more tokens than the model has rows can bring one that has none."""
+        for prompt in prompts if oversized(self._tokenizer, self._rows) else prompts[:1]:
+            ids = self._tokens(prompt, "Yes.")["input_ids"]
+            check_tokens(ids, self._rows, self._tokenizer, f"the prompt {prompt!r:.80}", SETTING)
+        if self._pad is not None and not self._knows_padding():
+            self._pad = None  # so that it reads one text at a time
+
+    def _knows_padding(self) -> bool:
+        """Whether it scores a text beside a longer one as it does alone (XLNet reads a row's last token, whatever)."""
+        tried = [self._tokens("One?", "Two."), self._tokens("One, or another?", "Two, and some more than that.")]
+        if any(self._fault(one["input_ids"]) for one in tried):
+            return True
+        device = self._model.device
+        alone = torch.cat([self._score([one], device) for one in tried])
+        return alike(self._score(tried, device)[:, None], alone[:, None], ROUNDING)
 
     @torch.no_grad()
+    def _score(self, inputs: list[Any], device: torch.device) -> Tensor:
+        return self._model(**self._batch(inputs, device)).logits[:, 0].float()
+
     def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
         """U of rows (n,), fp32 (n,), at most the readings' `rows_at_once` in a forward."""
         inputs = [self._tokens(rollout.prompts[owner(rollout, row)].text, rollout.texts[row]) for row in rows.tolist()]
-        fits = [n for n, one in enumerate(inputs) if len(one["input_ids"]) <= self._context]
+        faults = [self._fault(one["input_ids"]) for one in inputs]
+        fits = [n for n, fault in enumerate(faults) if not fault]
         fits.sort(key=lambda n: len(inputs[n]["input_ids"]))  # rows of like length share a forward
         at_once = 1 if self._pad is None else readings.rows_at_once or max(len(fits), 1)
         utility = torch.full((len(inputs),), math.nan, device=rows.device)
         for start in range(0, len(fits), at_once):
             some = fits[start : start + at_once]
-            logits = self._model(**self._batch([inputs[n] for n in some], rows.device)).logits
-            utility[torch.tensor(some, device=rows.device)] = logits[:, 0].float()
-        return self._count(utility, silent="too_long")
+            utility[torch.tensor(some, device=rows.device)] = self._score([inputs[n] for n in some], rows.device)
+        self.counts.update(fault for fault in faults if fault)
+        self._count(utility[torch.tensor(fits, dtype=torch.long, device=rows.device)], silent="not_a_number")
+        return utility
+
+    def _fault(self, ids: list[int]) -> str:
+        """Why a text cannot be read, as it is counted; empty where it can."""
+        if not ids:
+            return "empty"
+        return "too_long" if len(ids) > self._context else "unknown_token" if max(ids) >= self._rows else ""
 
     def _batch(self, inputs: list[Any], device: torch.device) -> dict[str, Tensor]:
         """The inputs padded on the right: token types and the mask with 0, tokens with the model's own pad id."""
@@ -98,7 +135,7 @@ class ClassifierOracle(UtilityOracle):
         if self._tokenizer.chat_template is None:
             return self._tokenizer(prompt, reply)
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-        return self._tokenizer.apply_chat_template(turns, return_dict=True)
+        return chat(self._tokenizer, turns, SETTING, return_dict=True)
 
 
 def load_gold(policy: Policy, config: RunConfig) -> UtilityOracle:

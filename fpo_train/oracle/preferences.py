@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpo_train.data import parsed, text_of
 from fpo_train.errors import RunError
 from fpo_train.rollout import Readings, Rollout
 
@@ -86,20 +86,14 @@ def read_preferences(path: Path) -> list[Labelled]:
 
 
 def _row(line: str, where: str) -> Labelled:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RunError(f"{where} is not JSON ({error.msg})") from error
-    return _checked(row, where)
+    return _checked(parsed(line, where), where)
 
 
 def _checked(row: Any, where: str) -> Labelled:
     if not isinstance(row, dict):
         raise RunError(f"{where} is not an object with {', '.join(FIELDS)}")
-    for name in FIELDS:
-        if not isinstance(row.get(name), str):
-            raise RunError(f'{where} has no text under "{name}"')
+    prompt, chosen, rejected = (text_of(row, name, where, reply=name != "prompt") for name in FIELDS)
     preference = row.get("preference", 1.0)
     if isinstance(preference, bool) or not isinstance(preference, int | float) or not 0 <= preference <= 1:
         raise RunError(f"{where}: preference: wanted a number from 0 to 1, got {preference!r}")
-    return row["prompt"], row["chosen"].strip(), row["rejected"].strip(), float(preference)
+    return prompt, chosen.strip(), rejected.strip(), float(preference)

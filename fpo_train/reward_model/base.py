@@ -112,6 +112,13 @@ class RewardModel(ABC):
     def read_pairs(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Reading:
         """What it reads of pairs, 2n rows: chosen, reference, chosen, reference, …"""
 
+    def check(self, texts: Sequence[tuple[str, str]]) -> None:  # noqa: B027 (the policy's own tokens need no check)
+        """See that it can read these prompts and replies.
+
+        Raises:
+            RunError: it cannot.
+        """
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write what was trained, and a `config.json` that says on what it sits and what it reads."""

@@ -15,6 +15,7 @@ from fpo_train.adapters import REWARD, complaint, refuse_unmatched
 from fpo_train.config import RunConfig
 from fpo_train.engine import Engine
 from fpo_train.errors import RunError, about
+from fpo_train.limits import alike, context_of, pad_id, rows_of
 from fpo_train.seeds import mix
 from fpo_train.sources import load_sequence_classifier
 
@@ -24,6 +25,8 @@ from .inputs import TextInputs
 if TYPE_CHECKING:
     from fpo_train.replay import Pair
     from fpo_train.rollout import Readings, Rollout
+
+FLOAT_ROUNDING, HALF_ROUNDING = 1e-3, 0.05  # what batches may change of a score head's input, relative to its norm
 
 
 class LastToken(nn.Module):
@@ -61,9 +64,11 @@ class ClassifierRewardModel(RewardModel):
             raise RunError(f"reward_model.model: {settings.model} has no linear layer with one output at its end")
         if settings.train == "lora":
             self._add_adapter(config)
-        text_config = self._whole.config.get_text_config()
-        limits = [settings.max_tokens, tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", 0)]
-        self._texts = TextInputs(tokenizer, settings.input, int(min(limit for limit in limits if limit)))
+        limits = [settings.max_tokens, tokenizer.model_max_length, context_of(self._whole)]
+        longest, rows = int(min(limit for limit in limits if limit)), rows_of(self._whole)
+        # RoBERTa-like encoders count positions over what is not their own pad id, whatever the tokenizer pads with.
+        pad = pad_id(self._whole.config.get_text_config().pad_token_id, tokenizer.pad_token_id, rows=rows)
+        self._texts = TextInputs(tokenizer, settings.input, longest, rows=rows, pad=pad)
         chosen = {id(p) for p in heads[-1].parameters()}
         trained = [
             name
@@ -83,6 +88,19 @@ class ClassifierRewardModel(RewardModel):
         """See `RewardModel`."""
         owners = [prompt.text for prompt in rollout.prompts for _ in range(rollout.candidates + 1)]
         return self._read(list(zip(owners, rollout.texts, strict=True)), rows_at_once)
+
+    def check(self, texts: Sequence[tuple[str, str]]) -> None:
+        """See `RewardModel`. It also refuses a model that reads a text otherwise beside a longer one."""
+        self._texts.check(texts)
+        tried = [("One?", "Two."), ("One, or another?", "Two, and some more than that.")]
+        together = self.head_inputs(Reading(self._texts.batch(tried, self.device), None))
+        alone = [self.head_inputs(Reading(self._texts.batch([one], self.device), None)) for one in tried]
+        problem = "scores every token and not the text" if together.ndim != 2 else ""
+        within = FLOAT_ROUNDING if self.config.dtype == "float32" else HALF_ROUNDING
+        if not problem and not alike(together, torch.cat(alone), within):
+            problem = "reads padding behind a text, in spite of the mask"
+        if problem:
+            raise RunError(f"reward_model.model {self.config.model}: {problem}; wanted one score a text")
 
     def read_pairs(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Reading:
         """See `RewardModel`."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fpo_train.data import chat, check_template
+from fpo_train.errors import RunError
+from fpo_train.limits import check_tokens, named, oversized
 
 BETWEEN = "\n\n"  # prompt and reply, for a tokenizer without a chat template
 KEPT_TEXTS = 4096  # tokenised texts remembered: some iterations' and a replay's
@@ -15,22 +20,67 @@ KEPT_TEXTS = 4096  # tokenised texts remembered: some iterations' and a replay's
 class TextInputs:
     """Batches of token ids from texts, padded on the right."""
 
-    def __init__(self, tokenizer: Any, kind: str, longest: int, eos: int | None = None) -> None:
-        """`kind`: "chat", "pair" or "reply". `longest`: in tokens. `eos`: closes every row, where given."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        kind: str,
+        longest: int,
+        eos: int | None = None,
+        rows: int | None = None,
+        pad: int | None = None,
+    ) -> None:
+        """`kind`: "chat", "pair" or "reply". `longest`: in tokens. `eos`: closes every row, where given.
+
+        Args:
+            rows: of the model's embedding; None: any token will do. pad: what rows are filled up with; None: as the
+                tokenizer would.
+
+        Raises:
+            RunError: `longest` holds no more than special tokens.
+        """
         self._tokenizer = tokenizer
         self._kind = kind
         self._longest = longest
+        self._rows = rows
+        self._pad = (tokenizer.pad_token_id or 0) if pad is None else pad
         self._eos = eos
+        self._setting = "reward_model.model" if eos is None else "policy.model"
         self._known: dict[tuple[str, str], dict[str, list[int]]] = {}
+        self._told = False
+        self._paired = kind == "pair" and eos is None
+        special = tokenizer.num_special_tokens_to_add(self._paired) + (eos is not None)
+        if longest <= special:
+            raise RunError(
+                f"reward_model.max_tokens: {longest} tokens of {named(tokenizer)} hold no text beside its {special} "
+                f"special tokens; wanted {special + 1} or more"
+            )
+
+    def check(self, texts: Sequence[tuple[str, str]]) -> None:
+        """See that the model can read these prompts and replies.
+
+        Only a tokenizer with more tokens than the model has rows makes the rest differ from the first in that.
+
+        Raises:
+            RunError: a chat template that cannot be used, or a token without a row.
+        """
+        if self._kind == "chat" and self._eos is None:
+            check_template(self._tokenizer, ["user", "assistant"], self._setting)
+        whole = self._rows is not None and oversized(self._tokenizer, self._rows)
+        for prompt, reply in texts if whole else texts[:1]:
+            self._tokenize(prompt, reply)
 
     def batch(self, texts: Sequence[tuple[str, str]], device: torch.device) -> dict[str, Tensor]:
-        """Keyword arguments of the model for (prompt, reply) rows; `attention_mask` says what is padding."""
+        """Keyword arguments of the model for (prompt, reply) rows; `attention_mask` says what is padding.
+
+        Raises:
+            RunError: see `check`.
+        """
         rows = [self._row(*text) for text in texts]
         width = max(len(row["input_ids"]) for row in rows)
-        pad = {"input_ids": self._tokenizer.pad_token_id or 0}
         batch = {}
         for key in rows[0]:
-            filled = [row[key] + [pad.get(key, 0)] * (width - len(row[key])) for row in rows]
+            fill = self._pad if key == "input_ids" else 0
+            filled = [row[key] + [fill] * (width - len(row[key])) for row in rows]
             batch[key] = torch.tensor(filled, device=device)
         return batch
 
@@ -44,27 +94,32 @@ class TextInputs:
 
     def _tokenize(self, prompt: str, reply: str) -> dict[str, list[int]]:
         room = self._longest - (self._eos is not None)
-        if self._kind == "reply":
-            row = self._tokenizer(reply, truncation=True, max_length=room)
-        elif self._kind == "pair" and self._eos is None:
-            row = self._tokenizer(prompt, reply, truncation="longest_first", max_length=room)
-        else:
-            row = self._together(prompt, reply, room)
+        row = self._join(prompt, reply)
+        if len(row["input_ids"]) > room:
+            if not self._told:
+                told = f"a text of {len(row['input_ids'])} tokens is cut to {room}, as all longer ones are"
+                print(f"reward_model: {told}", file=sys.stderr)
+                self._told = True
+            row = self._cut(prompt, reply, row, room)
         row = {key: list(value) for key, value in row.items()}
         row.setdefault("attention_mask", [1] * len(row["input_ids"]))
         if self._eos is not None or not row["input_ids"]:  # a model must be given something to read
-            row["input_ids"].append(self._tokenizer.pad_token_id if self._eos is None else self._eos)
-            row["attention_mask"].append(1)
+            closing = {"input_ids": self._pad if self._eos is None else self._eos, "attention_mask": 1}
+            for key, value in row.items():
+                value.append(closing.get(key, 0))
+        if self._rows is not None:
+            text = reply if self._kind == "reply" else prompt + BETWEEN + reply
+            check_tokens(row["input_ids"], self._rows, self._tokenizer, f"the text {text!r:.80}", self._setting)
         return row
 
-    def _together(self, prompt: str, reply: str, room: int) -> Any:
-        """Prompt and reply as one text of at most `room` tokens.
+    def _cut(self, prompt: str, reply: str, row: Any, room: int) -> Any:
+        """At most `room` tokens of a row that has more.
 
-        It is the prompt's end that goes first: of replies that are cut off whole, one could not be told from another.
+        Of prompt and reply as one text it is the prompt's end that goes first: of replies that are cut off whole, one
+        could not be told from another.
         """
-        whole = row = self._join(prompt, reply)
-        if len(whole["input_ids"]) <= room:
-            return whole
+        if self._kind == "reply" or self._paired:
+            return self._join(prompt, reply, truncation=True, max_length=room)
         words = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         keep = len(words)
         while keep > 0 and len(row["input_ids"]) > room:  # a shortened text may split into other tokens
@@ -73,7 +128,11 @@ class TextInputs:
         return row if len(row["input_ids"]) <= room else self._join(prompt, reply, truncation=True, max_length=room)
 
     def _join(self, prompt: str, reply: str, **cut: Any) -> Any:
+        if self._kind == "reply":
+            return self._tokenizer(reply, **cut)
+        if self._paired:
+            return self._tokenizer(prompt, reply, **cut)  # truncation takes from the longer of both
         if self._kind == "chat" and self._tokenizer.chat_template:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-            return self._tokenizer.apply_chat_template(turns, return_dict=True, **cut)
+            return chat(self._tokenizer, turns, self._setting, return_dict=True, **cut)
         return self._tokenizer(prompt + BETWEEN + reply, **cut)

@@ -19,6 +19,7 @@ from fpo_train.adapters import POLICY, REWARD, active, complaint, refuse_unmatch
 from fpo_train.config import RunConfig
 from fpo_train.engine import Engine
 from fpo_train.errors import RunError
+from fpo_train.limits import rows_of
 from fpo_train.policy import Policy
 from fpo_train.seeds import mix
 
@@ -67,7 +68,8 @@ class HeadRewardModel(RewardModel):
         self._texts = None
         if settings.input != "chat":
             longest = min(settings.max_tokens or policy.context, policy.context)
-            self._texts = TextInputs(policy.tokenizer, settings.input, longest, policy.eos)
+            rows = rows_of(policy.lm)
+            self._texts = TextInputs(policy.tokenizer, settings.input, longest, policy.eos, rows, policy.eos)
         elif settings.max_tokens:
             raise RunError("reward_model.max_tokens: on the policy's base the input `chat` is read whole; wanted 0")
         super().__init__(module, module.score, self._trained(module), config, engine)
@@ -80,6 +82,11 @@ class HeadRewardModel(RewardModel):
             return Reading(batch, readings.of().closing if self.adapter is None else None)
         owners = [prompt.text for prompt in rollout.prompts for _ in range(rollout.candidates + 1)]
         return self._read(self._texts.batch(list(zip(owners, rollout.texts, strict=True)), self.device), rows_at_once)
+
+    def check(self, texts: Sequence[tuple[str, str]]) -> None:
+        """See `RewardModel`."""
+        if self._texts is not None:
+            self._texts.check(texts)
 
     def read_pairs(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Reading:
         """See `RewardModel`."""

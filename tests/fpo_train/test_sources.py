@@ -108,6 +108,18 @@ def test_what_transformers_cannot_load_is_one_sentence(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [None, "{", '{"version": "1.0", "model": {"type": "Unheard"}}'])
+def test_a_tokenizer_that_is_absent_or_torn_is_one_sentence(tiny, tmp_path, content):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / "tokenizer.json").unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(RunError, match=rf"model {folder}: its tokenizer cannot be loaded: \S+") as caught:
+        sources.load_causal_lm(str(folder), torch.float32)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_local_folder_loads(tiny):
     model, tokenizer = sources.load_causal_lm(str(tiny), torch.float32)
     assert model.config.hidden_size == 32
