@@ -19,16 +19,18 @@ from .config import PolicyConfig
 from .data import Prompt
 from .decoding import group_heads
 from .errors import RunError
+from .generation import end_tokens, ended
 from .sources import load_causal_lm
+from .trial import cache_serves, examine
 
 
 @dataclass(frozen=True)
 class Sequences:
     """Chat-rendered prompt + reply rows, padded on the right."""
 
-    ids: Tensor  # (R, T) int64; a reply that was cut off is closed with EOS, so that every row ends alike
+    ids: Tensor  # (R, T) int64; a reply that does not end with EOS is closed with it: every row ends alike
     mask: Tensor  # (R, T) bool, False on padding
-    reply: Tensor  # (R, T) bool, True on the tokens the model generated, its own EOS included
+    reply: Tensor  # (R, T) bool, True on the tokens the model generated, its own end token included
 
     def rows(self, index: Tensor) -> Sequences:
         """The chosen rows, trimmed to the longest of them."""
@@ -81,7 +83,9 @@ class Policy:
         self.tokenizer = tokenizer
         self.lm = model.get_base_model()
         self.context: int = getattr(self.lm.config, "max_position_embeddings", None) or 2048
-        self.eos: int = tokenizer.eos_token_id
+        self.eos: int = tokenizer.eos_token_id  # closes replies that were cut off
+        self.ends = end_tokens(self.lm, tokenizer)  # what a reply ends by itself with
+        self.caches = True  # whether what it has read may be kept; see `trial`
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +117,8 @@ class Policy:
             self.model.train(learning)
 
     def cut(self, reply: list[int]) -> list[int]:
-        """A sampled reply up to its EOS."""
-        return reply[: reply.index(self.eos) + 1] if self.eos in reply else reply
+        """A sampled reply up to its first end token."""
+        return ended(reply, self.ends)
 
     def sequences(self, prompts: list[Prompt], replies: list[list[int]]) -> Sequences:
         """Rows prompt + reply, without tokenising anything again."""
@@ -168,15 +172,17 @@ class Policy:
         return Encoded(sequences, torch.cat(closing), torch.cat(predicting), offsets_of(sequences))
 
     def decode(self, reply: list[int]) -> str:
-        """A reply as text, special tokens left out."""
-        return self.tokenizer.decode(reply, skip_special_tokens=True).strip()
+        """A reply as text, special tokens and its end token left out."""
+        said = reply[:-1] if reply and reply[-1] in self.ends else reply  # not every end token is a special one
+        return self.tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
 def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy:
     """Load the base once and put a fresh adapter on it, drawn from `seed`.
 
     Raises:
-        RunError: the model cannot be loaded, or its logits are not a plain projection of its last hidden states.
+        RunError: the model cannot be loaded, `trial.examine` refuses it, or its logits are not a plain projection of
+            its last hidden states.
     """
     lm, tokenizer = load_causal_lm(config.model, getattr(torch, config.dtype), config.quantization)
     if config.quantization == "none":  # quantised weights are put where they belong while they are loaded
@@ -185,9 +191,13 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy
     if config.gradient_checkpointing:  # transformers checkpoints in train mode alone: while the policy learns
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     group_heads(lm)
+    where = f"policy.model {config.model}"
+    examine(lm, where)
     _check_projection(lm, config.model)
     torch.manual_seed(seed)
-    return Policy(add_adapter(lm, config), tokenizer)
+    policy = Policy(add_adapter(lm, config), tokenizer)
+    policy.caches = cache_serves(lm, where, policy)
+    return policy
 
 
 def add_adapter(lm: Any, config: PolicyConfig) -> Any:

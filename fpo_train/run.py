@@ -24,6 +24,7 @@ from .report import write_report
 from .reward_model import load_reward_model
 from .rollout import Readings, Rollout, sampler
 from .stopping import Request, Stopped, listening
+from .trial import beyond_windows
 from .update import load_update
 from .watch import collapse
 
@@ -79,6 +80,7 @@ class Workshop:
         self.policy = load_policy(config.policy, config.seed, self.engine.device)
         room = self.policy.context - config.rollout.max_new_tokens - 1  # and the closing token
         self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data)
+        beyond_windows(self.policy, self.prompts.longest + config.rollout.max_new_tokens)
         self._adapter = {name: p.detach().clone() for name, p in self.policy.trainable.items()}
         self._fitted: dict[str, Any] | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunError
+
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +175,13 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
     Raises:
         RunError: nothing loadable under that name, or quantisation without bitsandbytes.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     source = resolve(name)
-    model, tokenizer = _load(AutoModelForCausalLM, name, source, dtype=dtype, **quantized(quantization, dtype))
+    options = {"dtype": dtype, "generation_config": GenerationConfig(), **quantized(quantization, dtype)}
+    model, tokenizer = _load(AutoModelForCausalLM, name, source, **options)
+    if model.can_generate():
+        model.generation_config.eos_token_id = _stated_end(source.location)
     if source.gguf_file:
         for token, index in (
             ("eos_token", model.config.eos_token_id),
@@ -249,3 +255,18 @@ def _load(kind: Any, name: str, source: Source, **options: Any) -> Any:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(f"model {name}: cannot be loaded: {first}") from error
     return model, tokenizer
+
+
+def _stated_end(location: str) -> Any:
+    """`eos_token_id` as the `generation_config.json` of a folder or hub id has it; None where there is no such thing.
+
+    The rest of that file is not even read: a setting that transformers finds invalid must not keep a model from loading.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(location, GENERATION, _raise_exceptions_for_missing_entries=False)
+        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError):
+        return None
+    return found.get("eos_token_id") if isinstance(found, dict) else None
