@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import NotFinite
+
 
 def end_tokens(lm: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends a reply, ascending: the tokenizer's EOS, and those of the model's configurations.
@@ -53,7 +55,8 @@ def generate(
     """The likeliest token after `processor` has had its say, again and again: tokens (R, W + t), t ≤ most.
 
     Args:
-        ids, mask: (R, W) int64, padded on the left. processor: transformers' kind, (R, T) ids and (R, V) logits → (R, V).
+        ids, mask: (R, W) int64, padded on the left.
+        processor: of transformers' kind, (R, T) ids and (R, V) logits → (R, V).
         ends: end a row, but none of them among its first `least` tokens. pad: what follows an end.
         cached: let the model keep what it has read. known: a cache of all but the last tokens of `ids`.
     """
@@ -76,6 +79,28 @@ def generate(
         )
     finally:
         lm.generation_config = own
+
+
+def check_finite(numbers: Tensor, said: str) -> None:
+    """See that they are numbers, of any shape.
+
+    Raises:
+        NotFinite: `said`, where one is NaN or infinite.
+    """
+    if not bool(numbers.isfinite().all()):
+        raise NotFinite(said)
+
+
+class Greedy:
+    """A processor that changes nothing, and sees that there are numbers to choose from."""
+
+    def __init__(self, said: str) -> None:
+        self._said = said  # where there are none
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(R, V) logits as they are; see `check_finite`. Some may be −∞: such tokens are never said."""
+        check_finite(scores.amax(-1), self._said)
+        return scores
 
 
 class Listener:

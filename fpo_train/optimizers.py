@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from .config import Optimizer, Schedule
@@ -56,3 +57,10 @@ def restore(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, state: dict[s
     """Go on from `state_of`."""
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+
+
+@torch.no_grad()
+def largest(tensors: Iterable[Tensor]) -> Tensor:
+    """The largest magnitude of each, (n,) float64; NaN where one is NaN. Copies none of them."""
+    found = [torch.linalg.vector_norm(one, torch.inf).double() for one in tensors if one.numel()]
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)

@@ -19,9 +19,11 @@ from .config import PolicyConfig
 from .data import Prompt
 from .decoding import group_heads
 from .errors import RunError
-from .generation import end_tokens, ended
+from .generation import check_finite, end_tokens, ended
 from .sources import load_causal_lm
 from .trial import cache_serves, examine
+
+NO_STATES = "score: the base's hidden states are not finite numbers; another policy.dtype may help"
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class Policy:
                 last = some.mask.sum(1) - 1
                 closing.append(wide(hidden[torch.arange(len(last), device=last.device), last]))
                 predicting.append(hidden[:, :-1][some.reply[:, 1:]])
+        check_finite(torch.cat(closing), NO_STATES)
         return Encoded(sequences, torch.cat(closing), torch.cat(predicting), offsets_of(sequences))
 
     def decode(self, reply: list[int]) -> str:

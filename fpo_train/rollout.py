@@ -15,8 +15,8 @@ from . import prefix
 from .adapters import POLICY, only_in
 from .config import RolloutConfig
 from .data import Prompt
-from .generation import generate
-from .policy import Encoded, Policy, Sequences, offsets_of, wide
+from .generation import check_finite, generate
+from .policy import NO_STATES, Encoded, Policy, Sequences, offsets_of, wide
 from .prefix import Prefix
 from .sampling import RowSampler, uniforms
 
@@ -110,6 +110,7 @@ class Readings:
                 return policy.encode(sequences, self.rows_at_once)
             parts = [self._continue(known, some) for some in rows.split(self.rows_at_once or len(rows))]
         closing, predicting = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        check_finite(closing, NO_STATES)
         return Encoded(sequences, closing, predicting, offsets_of(sequences))
 
     def _continue(self, known: Prefix, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from . import checkpoint, folder, metrics
 from .config import PenaltyKind, RunConfig
 from .data import Prompt, read_prompts, render, render_prompts
 from .engine import Engine
+from .errors import NotFinite, RunError
 from .folder import CHECKPOINTS
 from .loop import Parts, iterate, label_pairs
 from .memory import Guard
@@ -180,7 +181,10 @@ def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
     rows = metrics.read(out / metrics.METRICS)
     with Progress(f"{config.penalty.kind:>9}", config.iterations, done, main) as progress, request.finishing():
         for iteration in range(done + 1, config.iterations + 1):
-            row, samples = iterate(parts, iteration)
+            try:
+                row, samples = iterate(parts, iteration)
+            except NotFinite as error:
+                raise RunError(f"iteration {iteration}: {error}") from error
             row, memory = metrics.split_memory(row)
             row["warning"] = collapse([*rows, row], config.logging.window)
             rows.append(row)

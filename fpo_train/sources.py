@@ -260,7 +260,7 @@ def _load(kind: Any, name: str, source: Source, **options: Any) -> Any:
 def _stated_end(location: str) -> Any:
     """`eos_token_id` as the `generation_config.json` of a folder or hub id has it; None where there is no such thing.
 
-    The rest of that file is not even read: a setting that transformers finds invalid must not keep a model from loading.
+    Nothing else of that file is looked at: a setting that transformers finds invalid must keep no model from loading.
     """
     from transformers.utils import cached_file
 

@@ -108,7 +108,7 @@ def cache_serves(lm: Any, where: str, policy: Policy | None = None, longest: int
 
 
 def beyond_windows(policy: Policy, longest: int) -> None:
-    """`cache_serves` for windows that rows of up to `longest` tokens reach beyond, where it has not been asked of them."""
+    """`cache_serves` for the windows that rows of up to `longest` tokens reach beyond and that are not tried yet."""
     if policy.caches and any(SHORT_WINDOW < window + 2 * STEPS <= longest for window in _windows(policy.lm)):
         policy.caches = cache_serves(policy.lm, "policy.model", policy, longest)
 
@@ -176,7 +176,7 @@ def _distance(found: Tensor, truth: Tensor) -> Tensor:
 
 
 def _typical_logits(lm: Any, found: Tensor, truth: Tensor) -> float:
-    """The largest distance; in half precision the middle one, since rounding sends a token to other experts at times."""
+    """The largest distance; in half precision the middle one: rounding sends a token to other experts at times."""
     distance = _distance(found, truth)
     return float(distance.median() if lm.dtype.itemsize < 4 else distance.max())
 
