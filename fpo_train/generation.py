@@ -32,8 +32,12 @@ def ended(reply: list[int], ends: tuple[int, ...]) -> list[int]:
 
 
 def positions(body: Any, mask: Tensor) -> dict[str, Tensor]:
-    """`position_ids` of rows padded on the left, mask (R, T) int64, for a model that takes any."""
-    if "position_ids" not in inspect.signature(body.forward).parameters:
+    """`position_ids` of rows padded on the left, mask (R, T) int64, for a model that takes any.
+
+    One whose forward takes whatever it is given (a wrapper, a model that needs none) is given them.
+    """
+    takes = inspect.signature(body.forward).parameters
+    if "position_ids" not in takes and not any(one.kind is one.VAR_KEYWORD for one in takes.values()):
         return {}
     return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
 

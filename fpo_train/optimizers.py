@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from .config import Optimizer, Schedule
-from .errors import RunError
+from .errors import NotFinite, RunError
+from .generation import check_finite
 
 
 def make_optimizer(
@@ -57,6 +58,21 @@ def restore(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, state: dict[s
     """Go on from `state_of`."""
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+
+
+def move(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], said: str) -> None:
+    """Step, and see that it has left numbers.
+
+    Raises:
+        NotFinite: `said`, where a weight is NaN or infinite, or the step itself is too long for a number.
+    """
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        if "without overflow" not in str(error):
+            raise
+        raise NotFinite(said) from error
+    check_finite(largest(parameters), said)
 
 
 @torch.no_grad()

@@ -89,7 +89,8 @@ def cache_serves(lm: Any, where: str, policy: Policy | None = None, longest: int
     long, other, third = _tokens(lm, 3, length)
     ids, mask = _padded((long, third[length // 3 :], other), left=True)
     try:
-        plain = _logits(lm, _read(lm, ids, mask)[:, -STEPS - 1 :])  # (3, STEPS + 1, V)
+        # (3, STEPS + 1, V); the logits of a policy are a plain projection, so that the others need not be made
+        plain = _own_logits(lm, ids, mask) if policy is None else _logits(lm, _read(lm, ids, mask)[:, -STEPS - 1 :])
         off = max(_typical_logits(lm, a, b) for a, b in _continued(lm, policy, ids, mask, plain))
     except torch.OutOfMemoryError:
         raise
@@ -167,6 +168,12 @@ def _read(lm: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
 @torch.no_grad()
 def _logits(lm: Any, states: Tensor) -> Tensor:
     return lm.get_output_embeddings()(states).float()
+
+
+@torch.no_grad()
+def _own_logits(lm: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    out = lm(input_ids=ids, attention_mask=mask, use_cache=False, **positions(lm, mask))
+    return out.logits[:, -STEPS - 1 :].float()
 
 
 def _distance(found: Tensor, truth: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ from torch import Tensor
 from .config import RunConfig
 from .engine import Engine
 from .errors import NotFinite, RunError
-from .generation import check_finite
 from .logits import kl_to, token_log_probs
-from .optimizers import largest, make_optimizer, make_schedule, restore, state_of
+from .optimizers import make_optimizer, make_schedule, move, restore, state_of
 from .penalty import Judged
 from .policy import Encoded, Policy, Sequences
 from .rollout import Readings, Rollout
@@ -78,13 +77,10 @@ class Update(ABC):
             raise NotFinite(
                 f"update: the policy's gradient has the norm {norm}; a smaller update.learning_rate may help"
             )
-        self.optimizer.step()
+        said = "update: the step has left weights that are not finite numbers; update.learning_rate is too large"
+        move(self.optimizer, self._parameters, said)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        check_finite(
-            largest(self._parameters),
-            "update: the step has left weights that are not finite; update.learning_rate is too large",
-        )
         return norm
 
     def state_dict(self) -> dict[str, Any]:

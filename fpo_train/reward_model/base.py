@@ -20,7 +20,7 @@ from fpo_train.config import RunConfig
 from fpo_train.engine import Engine
 from fpo_train.errors import NotFinite, RunError
 from fpo_train.generation import check_finite
-from fpo_train.optimizers import largest, make_optimizer, make_schedule, restore, state_of
+from fpo_train.optimizers import largest, make_optimizer, make_schedule, move, restore, state_of
 from fpo_train.policy import wide
 
 if TYPE_CHECKING:
@@ -219,8 +219,8 @@ class RewardModel(ABC):
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
         check_finite(largest(gradients), f"retrain: the reward model's gradient is not finite; {how}")
         rate = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
-        check_finite(largest(self.trainable.values()), f"retrain: the step has left weights that are not finite; {how}")
+        said = f"retrain: the step has left weights that are not finite numbers; {how}"
+        move(self.optimizer, self.trainable.values(), said)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.history.append(State(rate, self.weights()))
