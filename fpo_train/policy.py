@@ -235,7 +235,7 @@ def add_adapter(lm: Any, config: PolicyConfig) -> Any:
 def _check_projection(lm: Any, name: str) -> None:
     """Guard the short cut logits = W·hidden: models that scale or cap their logits must not pass in silence."""
     ids = torch.tensor([[1, 2, 3]], device=lm.device)
-    whole = lm(input_ids=ids).logits
-    short = lm.get_output_embeddings()(lm.base_model(input_ids=ids).last_hidden_state)
+    whole = wide(lm(input_ids=ids).logits)
+    short = wide(lm.get_output_embeddings()(lm.base_model(input_ids=ids).last_hidden_state))
     if not torch.allclose(whole, short, rtol=1e-3, atol=1e-3):
         raise RunError(f"model {name}: its logits are not a plain projection of its hidden states")

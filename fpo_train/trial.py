@@ -26,8 +26,9 @@ TOKENS, STEPS = 12, 4  # of a row; of these said one at a time
 SHORT_WINDOW = 64  # attention windows up to here are tried at once, wider ones where a run's rows are as long
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
-"""‖logits − plain‖ / ‖plain‖ that rounding may come to, both centred. Norms and rotary angles are in fp32 in float64
-models too; an eighth of a bf16 number's digits is lost in every layer. A cache that is misread is off by 0.3 to 2."""
+"""‖logits − plain‖ / ‖plain‖ that rounding may come to, both centred; norms and rotary angles of float64 models are in
+fp32. SmolLM2 (30 layers) comes to 3e-6 in fp32 and to 0.03 in bf16; a cache misread by one position or by a prompt read
+twice to 0.1 to 2."""
 EIGHT_BITS = 0.25  # which columns LLM.int8 leaves in half precision depends on all of a batch
 
 
@@ -48,7 +49,7 @@ def examine(lm: Any, where: str) -> None:
         raise RunError(f"{where}: it cannot generate, or has no output embeddings; {wanted}")
     long, other = _tokens(lm, 2, TOKENS)
     short = long[: TOKENS // 2]
-    with _reading(where):
+    with _reading(f"{where} in {str(lm.dtype).removeprefix('torch.')}"):
         alone = [_read(lm, row[None])[0] for row in (long, short)]
         logits = [_logits(lm, states) for states in alone]
         if not all(bool(one.isfinite().all()) for one in (*alone, *logits)):
@@ -83,23 +84,26 @@ def cache_serves(lm: Any, where: str, policy: Policy | None = None, longest: int
 
     Three rows, padded on the left, are continued by a token at a time as `generate` does; those of a policy from its
     prompts as `prefix` has read them, and by all the tokens at once too. Rows reach beyond the widest attention window
-    that leaves them within `longest` tokens.
+    that leaves them within `longest` tokens. Apart they may be by four times what a row alone and the same row padded
+    beside others are, but by no more than `tolerance`, and by a quarter of it in any case.
     """
     length = max([TOKENS, *(window + 2 * STEPS for window in _windows(lm) if window + 2 * STEPS <= longest)])
     long, other, third = _tokens(lm, 3, length)
     ids, mask = _padded((long, third[length // 3 :], other), left=True)
     try:
-        # (3, STEPS + 1, V); the logits of a policy are a plain projection, so that the others need not be made
-        plain = _own_logits(lm, ids, mask) if policy is None else _logits(lm, _read(lm, ids, mask)[:, -STEPS - 1 :])
+        plain = _plain(lm, policy, ids, mask)  # (3, STEPS + 1, V)
+        own = mask[1].bool()
+        rounding = _typical_logits(lm, plain[1], _plain(lm, policy, ids[1:2, own], mask[1:2, own])[0])
+        most = min(tolerance(lm), max(tolerance(lm) / 4, 4 * rounding))
         off = max(_typical_logits(lm, a, b) for a, b in _continued(lm, policy, ids, mask, plain))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any model's code, given a cache that it may not know
         why = f"{type(error).__name__}: {error}".splitlines()[0]
     else:
-        if off <= tolerance(lm):
+        if off <= most:
             return True
-        why = f"their relative distance is {off:.2g}"
+        why = f"their relative distance is {off:.2g}, where rounding comes to {rounding:.2g}"
     print(
         f"{where}: with a cache its logits are not those of a plain forward ({why}); every token is generated "
         "from the whole row, which is slower",
@@ -171,7 +175,10 @@ def _logits(lm: Any, states: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _own_logits(lm: Any, ids: Tensor, mask: Tensor) -> Tensor:
+def _plain(lm: Any, policy: Policy | None, ids: Tensor, mask: Tensor) -> Tensor:
+    """The last STEPS + 1 tokens' logits, (R, STEPS + 1, V); a policy's are a projection: the others are not made."""
+    if policy is not None:
+        return _logits(lm, _read(lm, ids, mask)[:, -STEPS - 1 :])
     out = lm(input_ids=ids, attention_mask=mask, use_cache=False, **positions(lm, mask))
     return out.logits[:, -STEPS - 1 :].float()
 
@@ -205,9 +212,11 @@ def _windows(lm: Any) -> list[int]:
 
 @contextmanager
 def _reading(where: str) -> Iterator[None]:
-    """A model whose forward knows another call than a decoder's is refused by its own words."""
+    """A model whose forward knows another call than a decoder's, or not this dtype, is refused by its own words."""
     try:
         yield
-    except (TypeError, AttributeError, ValueError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(f"{where}: it does not read as a causal language model does: {first}") from error

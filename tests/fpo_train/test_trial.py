@@ -117,6 +117,7 @@ def ignorant(inner):
 
 @pytest.mark.parametrize("fault", [misplaced, forgetful, ignorant])
 def test_a_cache_that_goes_wrong_is_not_used(tiny, monkeypatch, capsys, fault):
+    """Not in half precision either, where rounding hides more."""
     load = policy_module.load_causal_lm
 
     def broken(*arguments):
@@ -131,6 +132,7 @@ def test_a_cache_that_goes_wrong_is_not_used(tiny, monkeypatch, capsys, fault):
     assert said.count("with a cache its logits are not those of a plain forward") == 1
     assert f"policy.model {tiny}" in said
     assert not policy.caches
+    assert not loaded(tiny, dtype="bfloat16").caches
     rollout = says_what_it_thinks(policy)
     assert rollout.prefix.layers is None
     speaker = Speaker(model=str(tiny), dtype="float32", quantization="none", adapter=None)
