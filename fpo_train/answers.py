@@ -18,10 +18,12 @@ from .data import check_template, render
 from .errors import RunError
 from .evaluate_config import EvalConfig
 from .folder import CONFIG
+from .generation import Greedy, end_tokens, ended, generate
 from .identity import of_model
 from .limits import check_tokens, context_of, rows_of
 from .questions import Question
 from .sources import load_causal_lm
+from .trial import cache_serves, examine
 from .weights import ADAPTER_CONFIG as ADAPTER
 from .weights import listed
 
@@ -123,24 +125,19 @@ class Answerer:
         """Load the first speaker's base, which is all speakers', and put their adapters on it.
 
         Raises:
-            RunError: a base that cannot be loaded, or an adapter that does not fit it.
+            RunError: a base that cannot be loaded or that `trial.examine` refuses, or an adapter that does not fit it.
         """
-        from transformers import GenerationConfig
-
         first = next(iter(speakers.values()))
         lm, self.tokenizer = load_causal_lm(first.model, getattr(torch, first.dtype), first.quantization)
         if first.quantization == "none":  # quantised weights are put where they belong while they are loaded
             lm.to(device)
-        eos = self.tokenizer.eos_token_id
-        # Greedy, whatever the model's folder says about sampling, penalties and lengths.
-        lm.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos
-        )
-        self._eos, self._device = eos, device
-        self._room = (context_of(lm) or 2048) - max_new_tokens
-        self._rows = rows_of(lm)
+        self._lm = self._model = lm.eval().requires_grad_(False)
+        where = f"model {first.model}"
+        examine(lm, where)
+        self._caches = cache_serves(lm, where)
+        self._ends, self._most, self._device = end_tokens(lm, self.tokenizer), max_new_tokens, device
+        self._room, self._rows = (context_of(lm) or 2048) - max_new_tokens, rows_of(lm)
         check_template(self.tokenizer, ["user"])
-        self._model = lm.eval().requires_grad_(False)
         self.base = of_model(lm, self.tokenizer)
         for side, speaker in speakers.items():
             if speaker.adapter is not None:
@@ -185,17 +182,32 @@ class Answerer:
 
     @torch.no_grad()
     def answer(self, side: str, prompts: list[list[int]]) -> list[list[int]]:
-        """The tokens with which `side` answers each prompt, its EOS left out."""
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self._eos)
+        """The tokens with which `side` answers each prompt, the end token left out.
+
+        Raises:
+            NotFinite: logits of which none is the largest.
+        """
+        width, pad = max(map(len, prompts)), self.tokenizer.eos_token_id
+        ids = torch.full((len(prompts), width), pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):  # generation needs its padding on the left
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         with self._speaking(side):
-            out = self._model.generate(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
-        replies = out[:, width:].tolist()
-        return [reply[: reply.index(self._eos)] if self._eos in reply else reply for reply in replies]
+            out = generate(
+                self._lm,
+                ids.to(self._device),
+                mask.to(self._device),
+                Greedy(
+                    f"{side}: its logits are not finite numbers; a damaged adapter, or one that training let diverge"
+                ),
+                ends=self._ends,
+                pad=pad,
+                most=self._most,
+                cached=self._caches,
+            )
+        replies = (ended(reply, self._ends) for reply in out[:, width:].tolist())
+        return [reply[:-1] if reply and reply[-1] in self._ends else reply for reply in replies]
 
     def decode(self, reply: list[int]) -> str:
         """An answer as text, special tokens left out."""

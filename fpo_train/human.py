@@ -55,7 +55,7 @@ def human_pairs(config: RunConfig, policy: Policy) -> HumanPairs:
         first, second = (_closed(policy, reply) for reply in (chosen, rejected))
         for ids in (whole, first, second):
             check_tokens(ids, rows, policy.tokenizer, where, "policy.model")
-        room = policy.context - max(len(first), len(second))
+        room = policy.context - max(len(ids) + (ids[-1] != policy.eos) for ids in (first, second))  # rows end with EOS
         longest = min(room, config.data.max_tokens or room)
         kept = shorten(policy.tokenizer, text, whole, longest, config.data)
         if kept is None and refuse:
@@ -88,6 +88,6 @@ def _file(config: RunConfig) -> Path:
 
 
 def _closed(policy: Policy, reply: str) -> tuple[int, ...]:
-    """A reply's tokens with the EOS that closes it, which people may have written themselves."""
+    """A reply's tokens with the EOS that closes it, unless people have written an end token themselves."""
     ids = policy.tokenizer(reply, add_special_tokens=False)["input_ids"]
-    return tuple(ids if ids[-1:] == [policy.eos] else [*ids, policy.eos])
+    return tuple(ids if ids and ids[-1] in policy.ends else [*ids, policy.eos])

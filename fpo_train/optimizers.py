@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from .config import Optimizer, Schedule
-from .errors import RunError
+from .errors import NotFinite, RunError
+from .generation import check_finite
 
 
 def make_optimizer(
@@ -56,3 +58,25 @@ def restore(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, state: dict[s
     """Go on from `state_of`."""
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+
+
+def move(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], said: str) -> None:
+    """Step, and see that it has left numbers.
+
+    Raises:
+        NotFinite: `said`, where a weight is NaN or infinite, or the step itself is too long for a number.
+    """
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        if "without overflow" not in str(error):
+            raise
+        raise NotFinite(said) from error
+    check_finite(largest(parameters), said)
+
+
+@torch.no_grad()
+def largest(tensors: Iterable[Tensor]) -> Tensor:
+    """The largest magnitude of each, (n,) float64; NaN where one is NaN. Copies none of them."""
+    found = [torch.linalg.vector_norm(one, torch.inf).double() for one in tensors if one.numel()]
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)

@@ -22,12 +22,15 @@ import fpo_kernels as fk
 
 from .config import PenaltyConfig
 from .engine import Engine
+from .errors import NotFinite
 from .gradients import EngineGradients, HeadGradients, gradients, mean_of, refusals
 from .oracle import Labels
 from .replay import Replay
 from .residual import expected_overconfidence
 from .reward_model import Reading, RewardModel
 from .rollout import Rollout
+
+LABELLED = ("relaxed", "tracin", "exact")  # kinds whose penalty of a candidate takes the candidate's own label
 
 
 class Judged(NamedTuple):
@@ -96,6 +99,9 @@ class Penalty:
         """Judge a rollout's candidates, read as `reading`; statistics are over the candidates of all processes.
 
         `labels` are asked for where the kind needs them. `rows_at_once` sequences are on a tape; 0: all.
+
+        Raises:
+            NotFinite: scores or penalties that are not finite numbers, unless `reward_model.nan_scores` is "drop".
         """
         question = Question(self, reward_model, reading, labels, replay, rollout, rows_at_once)
         now = question.term()
@@ -107,10 +113,23 @@ class Penalty:
                 with reward_model.at(state):
                     raw = raw + state.learning_rate * question.term().penalty
         judged = rollout.usable & now.reward.isfinite() & now.reference_reward.isfinite() & raw.isfinite()
+        lost = self._lost(judged, now, labels, rollout.usable)
+        if lost and reward_model.config.nan_scores == "fail":
+            raise NotFinite(
+                f"penalty: {lost} of {judged.numel()} are not finite numbers though their scores are; "
+                "reward_model.dtype may be too narrow, or reward_model.learning_rate too large"
+            )
         spread, scale = self._scale(now.reward, raw, judged)
         penalty = raw * scale
         effective = (now.reward - self.config.gamma * penalty).masked_fill(~judged, -torch.inf)
         return Judged(now.reward, now.reference_reward, penalty, effective, spread, now.product, now.mean_product)
+
+    def _lost(self, judged: Tensor, now: Term, labels: Labels, usable: Tensor) -> int:
+        """How many candidates have no penalty for all their scores, and for the label that it needs."""
+        lost = usable & now.reward.isfinite() & now.reference_reward.isfinite() & ~judged
+        if self.config.kind in LABELLED and lost.any():
+            lost = lost & labels.preferences(usable).isfinite()
+        return int(lost.sum())
 
     def _scale(self, reward: Tensor, raw: Tensor, judged: Tensor) -> tuple[float, float]:
         """The ratio of the spreads, and what turns the raw penalty into the units of γ.

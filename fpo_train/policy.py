@@ -19,17 +19,21 @@ from .config import PolicyConfig
 from .data import Prompt
 from .decoding import group_heads
 from .errors import RunError, about
+from .generation import check_finite, end_tokens, ended
 from .limits import context_of
 from .sources import load_causal_lm
+from .trial import cache_serves, examine
+
+NO_STATES = "score: the base's hidden states are not finite numbers; another policy.dtype may help"
 
 
 @dataclass(frozen=True)
 class Sequences:
     """Chat-rendered prompt + reply rows, padded on the right."""
 
-    ids: Tensor  # (R, T) int64; a reply that was cut off is closed with EOS, so that every row ends alike
+    ids: Tensor  # (R, T) int64; a reply that does not end with EOS is closed with it: every row ends alike
     mask: Tensor  # (R, T) bool, False on padding
-    reply: Tensor  # (R, T) bool, True on the tokens the model generated, its own EOS included
+    reply: Tensor  # (R, T) bool, True on the tokens the model generated, its own end token included
 
     def rows(self, index: Tensor) -> Sequences:
         """The chosen rows, trimmed to the longest of them."""
@@ -82,7 +86,9 @@ class Policy:
         self.tokenizer = tokenizer
         self.lm = model.get_base_model()
         self.context: int = context_of(self.lm) or 2048
-        self.eos: int = tokenizer.eos_token_id
+        self.eos: int = tokenizer.eos_token_id  # closes replies that were cut off
+        self.ends = end_tokens(self.lm, tokenizer)  # what a reply ends by itself with
+        self.caches = True  # whether what it has read may be kept; see `trial`
 
     @property
     def device(self) -> torch.device:
@@ -114,8 +120,8 @@ class Policy:
             self.model.train(learning)
 
     def cut(self, reply: list[int]) -> list[int]:
-        """A sampled reply up to its EOS."""
-        return reply[: reply.index(self.eos) + 1] if self.eos in reply else reply
+        """A sampled reply up to its first end token."""
+        return ended(reply, self.ends)
 
     def sequences(self, prompts: list[Prompt], replies: list[list[int]]) -> Sequences:
         """Rows prompt + reply, without tokenising anything again."""
@@ -166,18 +172,21 @@ class Policy:
                 last = some.mask.sum(1) - 1
                 closing.append(wide(hidden[torch.arange(len(last), device=last.device), last]))
                 predicting.append(hidden[:, :-1][some.reply[:, 1:]])
+        check_finite(torch.cat(closing), NO_STATES)
         return Encoded(sequences, torch.cat(closing), torch.cat(predicting), offsets_of(sequences))
 
     def decode(self, reply: list[int]) -> str:
-        """A reply as text, special tokens left out."""
-        return self.tokenizer.decode(reply, skip_special_tokens=True).strip()
+        """A reply as text, special tokens and its end token left out."""
+        said = reply[:-1] if reply and reply[-1] in self.ends else reply  # not every end token is a special one
+        return self.tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
 def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy:
     """Load the base once and put a fresh adapter on it, drawn from `seed`.
 
     Raises:
-        RunError: the model cannot be loaded, or its logits are not a plain projection of its last hidden states.
+        RunError: the model cannot be loaded, `trial.examine` refuses it, or its logits are not a plain projection of
+            its last hidden states.
     """
     with about("policy"):
         lm, tokenizer = load_causal_lm(config.model, getattr(torch, config.dtype), config.quantization)
@@ -187,9 +196,13 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy
     if config.gradient_checkpointing:  # transformers checkpoints in train mode alone: while the policy learns
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     group_heads(lm)
-    _check_projection(lm, config.model)
+    where = f"policy.model {config.model}"
+    examine(lm, where)
+    _check_projection(lm, where)
     torch.manual_seed(seed)
-    return Policy(add_adapter(lm, config), tokenizer)
+    policy = Policy(add_adapter(lm, config), tokenizer)
+    policy.caches = cache_serves(lm, where, policy)
+    return policy
 
 
 def add_adapter(lm: Any, config: PolicyConfig) -> Any:
@@ -222,10 +235,10 @@ def add_adapter(lm: Any, config: PolicyConfig) -> Any:
 
 
 @torch.no_grad()
-def _check_projection(lm: Any, name: str) -> None:
+def _check_projection(lm: Any, where: str) -> None:
     """Guard the short cut logits = W·hidden: models that scale or cap their logits must not pass in silence."""
     ids = torch.tensor([[1, 2, 3]], device=lm.device)
-    whole = lm(input_ids=ids).logits
-    short = lm.get_output_embeddings()(lm.base_model(input_ids=ids).last_hidden_state)
+    whole = wide(lm(input_ids=ids).logits)
+    short = wide(lm.get_output_embeddings()(lm.base_model(input_ids=ids).last_hidden_state))
     if not torch.allclose(whole, short, rtol=1e-3, atol=1e-3):
-        raise RunError(f"model {name}: its logits are not a plain projection of its hidden states")
+        raise RunError(f"{where}: its logits are not a plain projection of its hidden states")

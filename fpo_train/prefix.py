@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .generation import positions
+
 if TYPE_CHECKING:
     from .data import Prompt
     from .policy import Policy
@@ -48,8 +50,8 @@ def cache(parts: Sequence[tuple[Prefix, Tensor]], tokens: int, more: int) -> Any
 def read(policy: Policy, prompts: list[Prompt]) -> Prefix:
     """Read prompts once, the adapters as they stand.
 
-    A model whose cache holds something else than every position's keys and values (sliding windows, recurrent states)
-    gives a prefix without layers: its prompts are then read again with each reply.
+    A model whose cache holds something else than every position's keys and values (sliding windows, recurrent states),
+    or is of no use, gives a prefix without layers: its prompts are then read again with each reply.
     """
     width = max(len(prompt.ids) for prompt in prompts)
     ids = torch.full((len(prompts), width), policy.eos)
@@ -58,9 +60,29 @@ def read(policy: Policy, prompts: list[Prompt]) -> Prefix:
         ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
         mask[row, width - len(prompt.ids) :] = 1
     ids, mask = ids.to(policy.device), mask.to(policy.device)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    out = policy.lm.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-    return Prefix(ids, mask, out.last_hidden_state[:, -1], _layers(out.past_key_values, width))
+    body = policy.lm.base_model
+    out = body(input_ids=ids, attention_mask=mask, use_cache=policy.caches, **positions(body, mask))
+    kept = getattr(out, "past_key_values", None) if policy.caches else None
+    return Prefix(ids, mask, out.last_hidden_state[:, -1], _layers(kept, width))
+
+
+def go_on(policy: Policy, known: Prefix, owners: Tensor, ids: Tensor, within: Tensor) -> Tensor:
+    """Hidden states (r, t, H) of tokens behind prompts, from the prompts' keys and values, the adapters as they stand.
+
+    Args:
+        owners: the prompts of the rows, (r,) int64. ids: (r, t) int64. within: (r, t) bool, False on padding, which is
+            on the right.
+    """
+    body, width = policy.lm.base_model, ids.shape[1]
+    mask = torch.cat([known.mask[owners], within.long()], 1)
+    places = known.mask.sum(1)[owners][:, None] + torch.arange(width, device=ids.device)
+    return body(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache([(known, owners)], known.ids.shape[1], width),
+        use_cache=True,
+        **({"position_ids": places} if positions(body, mask) else {}),
+    ).last_hidden_state
 
 
 def _layers(cache: Any, width: int) -> list[tuple[Tensor, Tensor]] | None:

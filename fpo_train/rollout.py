@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from . import prefix
 from .adapters import POLICY, only_in
 from .config import RolloutConfig
 from .data import Prompt
-from .policy import Encoded, Policy, Sequences, offsets_of, wide
+from .generation import check_finite, generate
+from .policy import NO_STATES, Encoded, Policy, Sequences, offsets_of, wide
 from .prefix import Prefix
 from .sampling import RowSampler, uniforms
 
@@ -109,6 +110,7 @@ class Readings:
                 return policy.encode(sequences, self.rows_at_once)
             parts = [self._continue(known, some) for some in rows.split(self.rows_at_once or len(rows))]
         closing, predicting = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        check_finite(closing, NO_STATES)
         return Encoded(sequences, closing, predicting, offsets_of(sequences))
 
     def _continue(self, known: Prefix, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,13 +128,7 @@ class Readings:
         columns = places.clamp_max(rollout.sequences.ids.shape[1] - 1)
         ids = rollout.sequences.ids[rows[:, None], columns]
         reply = rollout.sequences.reply[rows[:, None], columns] & within
-        hidden = policy.lm.base_model(
-            input_ids=ids,
-            attention_mask=torch.cat([known.mask[owners], within.long()], 1),
-            position_ids=places,
-            past_key_values=prefix.cache([(known, owners)], known.ids.shape[1], width),
-            use_cache=True,
-        ).last_hidden_state
+        hidden = prefix.go_on(policy, known, owners, ids, within)
         closing = wide(hidden[torch.arange(len(rows), device=rows.device), whole - lengths - 1])
         shifted = torch.cat([known.last[owners][:, None].to(hidden.dtype), hidden[:, :-1]], 1)
         return closing, shifted[reply]
@@ -197,7 +193,7 @@ class TransformersSampler:
     def _generate(
         self, told: Prefix, numbers: list[int], place: int, first: int, rows_at_once: int, base: Prefix | None = None
     ) -> list[list[int]]:
-        """Replies `numbers` to each prompt, prompt-major, each cut behind its EOS.
+        """Replies `numbers` to each prompt, prompt-major, each cut behind its end token.
 
         With the prompts as the base reads them, reply number `candidates` is the base's, without the adapter.
         """
@@ -223,23 +219,23 @@ class TransformersSampler:
         owners = torch.tensor([b for b, _ in rows], device=policy.device)
         width = told.ids.shape[1]
         draws = uniforms(self._seed, place, [(first + b, n) for b, n in rows], settings.max_new_tokens)
-        known: dict[str, Any] = {}
+        known = None
         if told.layers is not None and width > 1:  # generation has to read one token itself
             split = owners.split([len(some) for _, some in parts])
-            known["past_key_values"] = prefix.cache(
+            known = prefix.cache(
                 [(one, mine) for (one, _), mine in zip(parts, split, strict=True)], width - 1, settings.max_new_tokens
             )
-        out = policy.model.generate(
-            input_ids=told.ids[owners],
-            attention_mask=told.mask[owners],
-            logits_processor=[RowSampler(settings, draws.to(policy.device), width)],
-            do_sample=False,  # the processor has drawn
-            repetition_penalty=1.0,  # whatever the model's folder asks for
-            max_new_tokens=settings.max_new_tokens,
-            min_new_tokens=settings.min_new_tokens,
-            eos_token_id=policy.eos,
-            pad_token_id=policy.eos,
-            **known,
+        out = generate(
+            policy.lm,
+            told.ids[owners],
+            told.mask[owners],
+            RowSampler(settings, draws.to(policy.device), width),
+            ends=policy.ends,
+            pad=policy.eos,
+            most=settings.max_new_tokens,
+            least=settings.min_new_tokens,
+            cached=policy.caches,
+            known=known,
         )
         return [policy.cut(row) for row in out[:, width:].tolist()]
 

@@ -13,6 +13,7 @@ from . import checkpoint, folder, identity, metrics, templates
 from .config import PenaltyKind, RunConfig
 from .data import read_prompts, render_prompts
 from .engine import Engine
+from .errors import NotFinite, RunError
 from .folder import CHECKPOINTS
 from .human import HumanPairs, human_pairs
 from .limits import rows_of
@@ -28,6 +29,7 @@ from .report import write_report
 from .reward_model import load_reward_model
 from .rollout import Readings, Rollout, sampler
 from .stopping import Request, Stopped, listening
+from .trial import beyond_windows
 from .update import load_update
 from .watch import collapse
 
@@ -84,6 +86,7 @@ class Workshop:
         room = self.policy.context - config.rollout.max_new_tokens - 1  # and the closing token
         rows = rows_of(self.policy.lm)
         self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data, rows)
+        beyond_windows(self.policy, self.prompts.longest + config.rollout.max_new_tokens)
         self._human = human_pairs(config, self.policy) if config.oracle.kind == "file" else HumanPairs()
         if self.engine.main and (told := self._human.told()):
             print(told, file=sys.stderr)
@@ -195,7 +198,10 @@ def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
     rows = metrics.read(out / metrics.METRICS)
     with Progress(f"{config.penalty.kind:>9}", config.iterations, done, main) as progress, request.finishing():
         for iteration in range(done + 1, config.iterations + 1):
-            row, samples = iterate(parts, iteration)
+            try:
+                row, samples = iterate(parts, iteration)
+            except NotFinite as error:
+                raise RunError(f"iteration {iteration}: {error}") from error
             row, memory = metrics.split_memory(row)
             row["warning"] = collapse([*rows, row], config.logging.window)
             rows.append(row)

@@ -7,7 +7,12 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from .config import RolloutConfig
+from .generation import check_finite
 from .seeds import mix
+
+NO_LOGITS = (
+    "rollout: the policy's logits are not finite numbers; try a smaller update.learning_rate or another policy.dtype"
+)
 
 
 def row_seed(seed: int, place: int, prompt: int, candidate: int) -> int:
@@ -38,8 +43,13 @@ class RowSampler(LogitsProcessor):
         self._width = prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(R, T) tokens so far and (R, V) logits → (R, V), 0 at the token drawn and −∞ elsewhere."""
+        """(R, T) tokens so far and (R, V) logits → (R, V), 0 at the token drawn and −∞ elsewhere.
+
+        Raises:
+            NotFinite: logits that are no distribution.
+        """
         probability, tokens = kept(scores, self._settings)
+        check_finite(probability[:, 0], NO_LOGITS)  # the likeliest: NaN where a logit is NaN or +∞, or all are −∞
         running = probability.cumsum(-1)
         u = self._uniforms[:, input_ids.shape[1] - self._width, None] * running[:, -1:]
         last = (probability > 0).sum(-1, keepdim=True) - 1

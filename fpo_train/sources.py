@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from typing import Any
 
 from .errors import RunError
 from .limits import rows_of
-from .weights import ADAPTER_CONFIG, damaged_file, is_json, refuse_missing
+from .weights import ADAPTER_CONFIG, damaged_file, refuse_missing
+
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +180,15 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
     Raises:
         RunError: nothing loadable under that name, weights that its files lack, or quantisation without bitsandbytes.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     source = resolve(name)
-    model, tokenizer, info = _load(AutoModelForCausalLM, name, source, dtype=dtype, **quantized(quantization, dtype))
+    ends = _stated_end(name, source.location)
+    options = {"dtype": dtype, "generation_config": GenerationConfig(), **quantized(quantization, dtype)}
+    model, tokenizer, info = _load(AutoModelForCausalLM, name, source, **options)
     refuse_missing(name, model, info)
+    if model.can_generate():
+        model.generation_config.eos_token_id = ends
     if source.gguf_file:
         for token, index in (
             ("eos_token", model.config.eos_token_id),
@@ -274,10 +281,7 @@ def _load(kind: Any, name: str, source: Source, **options: Any) -> tuple[Any, An
 
     if not sys.stderr.isatty():  # a log is no place for bars
         logging.disable_progress_bar()
-    folder, said = Path(source.location), logging.get_verbosity()
-    generation = folder / "generation_config.json"
-    if generation.is_file() and not is_json(generation):  # transformers would do as if it were not there
-        raise RunError(f"model {name}: cannot be loaded: {_cut_short(generation)}")
+    said = logging.get_verbosity()
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # of which `refuse_missing` complains
     logging.set_verbosity_error()  # in one sentence, in place of a table
     part = "its tokenizer "
@@ -304,6 +308,27 @@ def _unloadable(name: str, source: Source, error: Exception, part: str = "") -> 
     return RunError(f"model {name}: {part}cannot be loaded: {why}")
 
 
-def _cut_short(path: Path, why: str = "") -> str:
-    told = f" ({why})" if why else ""
-    return f"{path} is damaged or cut short{told}; put the whole file back"
+def _cut_short(path: Path, why: str) -> str:
+    return f"{path} is damaged or cut short ({why}); put the whole file back"
+
+
+def _stated_end(name: str, location: str) -> Any:
+    """`eos_token_id` as the `generation_config.json` of a folder or hub id has it; None where there is no such thing.
+
+    Nothing else of that file is looked at: a setting that transformers finds invalid must keep no model from loading.
+
+    Raises:
+        RunError: a file that is not JSON, which transformers would pass over.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(location, GENERATION, _raise_exceptions_for_missing_entries=False)
+        raw = Path(path).read_bytes() if path else b"null"
+    except (OSError, ValueError):  # no such model, or no way to the hub: who loads it says which
+        return None
+    try:
+        found = json.loads(raw)
+    except ValueError as error:
+        raise RunError(f"model {name}: cannot be loaded: {_cut_short(Path(str(path)), str(error))}") from error
+    return found.get("eos_token_id") if isinstance(found, dict) else None

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .config import RunConfig
 from .engine import Engine
-from .errors import RunError
+from .errors import NotFinite, RunError
 from .logits import kl_to, token_log_probs
-from .optimizers import make_optimizer, make_schedule, restore, state_of
+from .optimizers import make_optimizer, make_schedule, move, restore, state_of
 from .penalty import Judged
 from .policy import Encoded, Policy, Sequences
 from .rollout import Readings, Rollout
@@ -67,16 +67,18 @@ class Update(ABC):
         """Clip, and step optimizer and schedule; returns the gradient's norm. Without a gradient nothing moves.
 
         Raises:
-            RunError: a gradient that is not finite, which would leave an adapter of NaN; nothing has moved then.
+            NotFinite: a gradient that is not finite, which would leave an adapter of NaN; nothing has moved then. Or a
+                step that has left such an adapter.
         """
         if all(p.grad is None for p in self._parameters):
             return 0.0
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or float("inf")))
         if not math.isfinite(norm):
-            raise RunError(
+            raise NotFinite(
                 f"update: the policy's gradient has the norm {norm}; a smaller update.learning_rate may help"
             )
-        self.optimizer.step()
+        said = "update: the step has left weights that are not finite numbers; update.learning_rate is too large"
+        move(self.optimizer, self._parameters, said)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

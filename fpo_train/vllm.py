@@ -97,7 +97,7 @@ class VllmSampler:
                         top_k=settings.top_k,
                         min_tokens=settings.min_new_tokens,
                         max_tokens=settings.max_new_tokens,
-                        stop_token_ids=[self._policy.eos],
+                        stop_token_ids=list(self._policy.ends),
                         seed=row_seed(self._seed, place, b, number),
                         detokenize=False,
                     )

@@ -83,6 +83,7 @@ class UtilityOracle(Oracle):
         return self.soften(utility[: len(rows)] - utility[len(rows) :])
 
     def _count(self, utility: Tensor, silent: str) -> Tensor:
+        utility = utility.masked_fill(utility.isinf(), float("nan"))  # a model that overflows has said nothing
         missing = int(utility.isnan().sum())
         self.counts["scored"] += len(utility) - missing
         if missing:

@@ -113,7 +113,8 @@ class ClassifierOracle(UtilityOracle):
             some = fits[start : start + at_once]
             utility[torch.tensor(some, device=rows.device)] = self._score([inputs[n] for n in some], rows.device)
         self.counts.update(fault for fault in faults if fault)
-        self._count(utility[torch.tensor(fits, dtype=torch.long, device=rows.device)], silent="not_a_number")
+        read = torch.tensor(fits, dtype=torch.long, device=rows.device)
+        utility[read] = self._count(utility[read], silent="not_a_number")
         return utility
 
     def _fault(self, ids: list[int]) -> str:

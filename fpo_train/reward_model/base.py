@@ -18,8 +18,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, linear, softpl
 
 from fpo_train.config import RunConfig
 from fpo_train.engine import Engine
-from fpo_train.errors import RunError
-from fpo_train.optimizers import make_optimizer, make_schedule, restore, state_of
+from fpo_train.errors import NotFinite, RunError
+from fpo_train.generation import check_finite
+from fpo_train.optimizers import largest, make_optimizer, make_schedule, move, restore, state_of
 from fpo_train.policy import wide
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class RewardModel(ABC):
         """r of every row, (R,) fp32 (float64 of a float64 module); with `dropout`, as a module in train mode scores.
 
         Raises:
-            RunError: a score that is not a number, unless `reward_model.nan_scores` is "drop".
+            NotFinite: a score that is not a finite number; where `reward_model.nan_scores` is "drop", none that is.
         """
         if reading.features is not None and not dropout:
             return self.checked(self._of_features(reading.features))
@@ -171,11 +172,16 @@ class RewardModel(ABC):
 
     def checked(self, reward: Tensor) -> Tensor:
         """Scores in fp32 or float64; see `score` for those that are not numbers."""
-        missing = int(reward.isnan().sum())
+        missing = int((~reward.isfinite()).sum())
         if missing and self.config.nan_scores == "fail":
-            raise RunError(
+            raise NotFinite(
                 f"reward_model: {missing} of {len(reward)} scores are not numbers; reward_model.dtype is "
                 f"{self.config.dtype}, and nan_scores 'drop' would leave such candidates out"
+            )
+        if missing and missing == len(reward):
+            raise NotFinite(
+                f"reward_model: not one of {missing} scores is a finite number; reward_model.dtype is "
+                f"{self.config.dtype}, reward_model.learning_rate {self.config.learning_rate}"
             )
         return wide(reward)
 
@@ -214,9 +220,17 @@ class RewardModel(ABC):
         return linear(features.to(wide(weight).dtype), wide(weight), None if bias is None else wide(bias))[:, 0]
 
     def step(self) -> None:
-        """Step optimizer and schedule, and keep the new weights as the newest state."""
+        """Step optimizer and schedule, and keep the new weights as the newest state.
+
+        Raises:
+            NotFinite: a gradient that is not finite; nothing has moved then. Or a step that has left such weights.
+        """
+        how = "a smaller reward_model.learning_rate may help, or a wider reward_model.dtype"
+        gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        check_finite(largest(gradients), f"retrain: the reward model's gradient is not finite; {how}")
         rate = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
+        said = f"retrain: the step has left weights that are not finite numbers; {how}"
+        move(self.optimizer, self.trainable.values(), said)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.history.append(State(rate, self.weights()))
@@ -250,6 +264,7 @@ class RewardModel(ABC):
             features = self.head_inputs(self.read_pairs(pairs), rows_at_once)
         else:
             features = torch.cat([torch.stack(one) for one in found if one is not None])
+        check_finite(features, "reward_model: what its score head reads of the first pairs is not finite numbers")
         labels = torch.tensor([pair.preference for pair in pairs])
         weight = fit_logistic((features[::2] - features[1::2]).cpu(), labels, self.config.fit_ridge)
         with torch.no_grad():

@@ -76,6 +76,19 @@ def test_no_prompt_is_longer_than_the_data_section_says(asked):
 def test_an_end_that_people_wrote_is_not_doubled(policy, asked):
     (pair,) = asked(("q", "yes<|im_end|>", "no")).pairs
     assert pair.chosen.count(policy.eos) == pair.reference.count(policy.eos) == 1
+    (other,) = policy.tokenizer("!", add_special_tokens=False)["input_ids"]
+    policy.ends = (policy.eos, other)
+    (pair,) = asked(("q", "yes!", "no")).pairs
+    assert pair.chosen[-1] == other
+    assert policy.eos not in pair.chosen
+    assert pair.reference[-1] == policy.eos
+
+
+def test_a_row_is_closed_behind_another_end_too(policy, asked):
+    (other,) = policy.tokenizer("!", add_special_tokens=False)["input_ids"]
+    policy.ends = (policy.eos, other)
+    (pair,) = asked((LONG, "yes!", "no"), truncate="right").pairs
+    assert policy.sequences([pair.prompt], [list(pair.chosen)]).mask.sum() == 60
 
 
 def test_a_run_tells_of_them_or_refuses_before_it_writes(tiny, tmp_path, capfd):

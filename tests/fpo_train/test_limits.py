@@ -218,6 +218,14 @@ def test_a_reply_that_the_gold_model_cannot_read_has_no_utility(tiny, zebra, pol
     assert oracle.counts == {"scored": 2, "unknown_token": 1}
 
 
+def test_a_gold_model_that_overflows_has_said_nothing(tiny, policy, prompts, tmp_path, monkeypatch):
+    oracle = gold(policy, classifier(tiny, tmp_path / "model", "Llama"))
+    monkeypatch.setattr(oracle, "_score", lambda inputs, device: torch.full((len(inputs),), torch.inf))
+    found, _ = utilities(policy, prompts, oracle, [[40], [44]])
+    assert found.isnan().all()
+    assert (oracle.counts["scored"], oracle.counts["not_a_number"]) == (0, 3)
+
+
 def test_an_end_without_a_row(tiny, tmp_path):
     transformers.LlamaForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
