@@ -120,7 +120,8 @@ class _Side:
 
     def rows(self, x: Tensor, span: Span, t: int, tokens: int, dtype: torch.dtype) -> Tensor:
         """(m, tokens, features): rows t to t + tokens of each example, zeros past its end; a view where it can be."""
-        start, left = self.start[span[0] : span[1]] + t, self.length[span[0] : span[1]] - t
+        first_row = self.start[span[0] : span[1]]
+        start, left = first_row + t, self.length[span[0] : span[1]] - t
         tokens = min(tokens, int(left[0]))
         step = self.evenly(x, span, dtype)
         if step is not None:
@@ -128,7 +129,8 @@ class _Side:
             offset = x.storage_offset() + int(start[0]) * row
             return x.as_strided((len(start), tokens, x.shape[1]), (step * row, row, 1), offset)
         inside = np.arange(tokens) < left[:, None]
-        index = np.where(inside, start[:, None] + np.arange(tokens), start[:, None])
+        # An example's own first row stands in past its end: `start` may lie past the stream's.
+        index = np.where(inside, start[:, None] + np.arange(tokens), first_row[:, None])
         picked = torch.from_numpy(index.ravel()).to(x.device)
         # index_select would first make the whole of a strided stream contiguous
         rows = (x.index_select(0, picked) if x.is_contiguous() else x[picked]).view(len(start), tokens, -1).to(dtype)
