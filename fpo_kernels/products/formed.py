@@ -226,12 +226,11 @@ def _add_products(
     width = _width(p, elements)
     for column in range(0, p, width):
         columns = slice(column, min(p, column + width))
-        former = _Former(left, columns, dtype)
-        former2 = former if left is right else _Former(right, columns, dtype)
-        for d, d2 in zip(ds, ds2, strict=True):
-            q = d.shape[1]
-            height = _even(q, max(1, elements // width))
-            for row in range(0, q, height):
+        heights = [_even(d.shape[1], max(1, elements // width)) for d in ds]
+        former = _Former(left, columns, max(heights), dtype)
+        former2 = former if left is right else _Former(right, columns, max(heights), dtype)
+        for d, d2, height in zip(ds, ds2, heights, strict=True):
+            for row in range(0, d.shape[1], height):
                 rows = slice(row, row + height)
                 x = former.tiles(d[:, rows])
                 y = x if left is right else former2.tiles(d2[:, rows])
@@ -251,8 +250,13 @@ def _even(whole: int, most: int) -> int:
 class _Former:
     """Forms tiles of the examples of one side over some columns of G."""
 
-    def __init__(self, side: _Side, columns: slice, dtype: torch.dtype) -> None:
+    def __init__(self, side: _Side, columns: slice, height: int, dtype: torch.dtype) -> None:
+        """`height` is that of the highest tile of any layer."""
         self.side, self.a, self.dtype = side, side.a[:, columns], dtype
+        # The same cut for every tile of every layer, or kept rows would not fit: the columns' width bounds a's rows,
+        # the highest tile d's.
+        a_row = self.a.dtype.itemsize + dtype.itemsize + 1
+        self.most = max(1, ROW_BYTES // (a_row * max(1, self.a.shape[1], height)))
         # Rows that had to be copied serve every layer and every tile of these columns, if they are few enough.
         copied = side.padded * self.a.shape[1] * dtype.itemsize
         self.kept: dict[tuple[int, int], Tensor] | None = {} if copied <= ROW_BYTES else None
@@ -274,7 +278,7 @@ class _Former:
         return tiles.flatten(1)
 
     def _inputs(self, span: Span, t: int, tokens: int) -> Tensor:
-        if self.kept is None:
+        if self.kept is None or self.side.evenly(self.a, span, self.dtype) is not None:
             return self.side.rows(self.a, span, t, tokens, self.dtype)
         key = span[0], t
         if key not in self.kept:
@@ -288,10 +292,7 @@ class _Former:
         if all(self.side.evenly(z, group, self.dtype) is not None for z in (self.a, d)):
             yield first, stop, longest
             return
-        a_row = self.a.dtype.itemsize + self.dtype.itemsize + 1
-        # The same cut for every tile of a layer: the columns' width bounds a's rows, the widest tile d's.
-        most = max(1, ROW_BYTES // (a_row * max(1, self.a.shape[1], d.shape[1])))
-        members = max(1, min(stop - first, most // min(longest, LEAST_TOKENS)))
-        tokens = max(1, min(longest, most // members))
+        members = max(1, min(stop - first, self.most // min(longest, LEAST_TOKENS)))
+        tokens = max(1, min(longest, self.most // members))
         for member in range(first, stop, members):
             yield member, min(stop, member + members), tokens
