@@ -49,10 +49,8 @@ def matrix(p: int, q: int, dtype: torch.dtype = F32) -> Tensor:
     ("dtype", "direction_dtype"), [(F32, F32), (F16, F16), (F16, F32), (F32, BF16), (BF16, F32), (BF16, F16)]
 )
 @pytest.mark.parametrize(("p", "q", "place"), [(1, 3, "first"), (33, 170, "middle"), (270, 16, "last")])
-def test_matches_the_definition(
-    p: int, q: int, place: Place, dtype: torch.dtype, direction_dtype: torch.dtype
-) -> None:
-    lengths = ragged(6, 130, place=place)
+def test_matches_the_definition(p: int, q: int, place: Place, dtype: torch.dtype, direction_dtype: torch.dtype) -> None:
+    lengths = ragged(5, 130, place=place)
     check_direction("triton", random_streams(lengths, p, q, dtype), matrix(p, q, direction_dtype))
 
 

@@ -69,10 +69,10 @@ def layers(q: int, lengths: list[int], dtype: torch.dtype, p: int, seed: int = 0
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("p", "q", "place"), [(1, 3, "first"), (33, 70, "middle"), (130, 8, "last")])
 def test_matches_the_definition(way: str, p: int, q: int, place: Place, dtype: torch.dtype) -> None:
-    streams = random_streams(ragged(6, 130, place=place), p, q, dtype)
-    check_products("triton", streams, all_pairs(6, 6), way=way)
+    streams = random_streams(ragged(5, 130, place=place), p, q, dtype)
+    check_products("triton", streams, all_pairs(5, 5), way=way)
     other = random_streams(ragged(3, 70, place=place), p, q, dtype, seed=1)
-    check_products("triton", streams, all_pairs(6, 3), other, way=way)
+    check_products("triton", streams, all_pairs(5, 3), other, way=way)
 
 
 @inside
