@@ -48,7 +48,8 @@ def random_streams(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a (S, p), d (S, q) ~ N(0, 1) without zeros, and offsets (B+1,) int64 of examples with these lengths.
 
-    A number of examples stands for `ragged` ones. Drawn in float64 on the CPU, so a seed gives the same numbers everywhere, rounded to `dtype`.
+    A number of examples stands for `ragged` ones. Drawn in float64 on the CPU, so a seed gives the same numbers
+    everywhere, rounded to `dtype`.
     """
     lengths = ragged(lengths) if isinstance(lengths, int) else lengths
     generator = torch.Generator().manual_seed(seed)
