@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from fpo_kernels.testing import ragged
+
 PAD, VOCABULARY = 0, 1024  # embeddings are never chosen, so their number does not matter
 
 Batch = dict[str, Tensor]
@@ -46,11 +48,16 @@ def reward_model(shape: str, layers: int, dtype: torch.dtype, device: torch.devi
     return model.to(dtype=dtype, device=device).eval().requires_grad_(False)
 
 
-def token_batch(examples: int, tokens: int, device: torch.device, seed: int = 0) -> Batch:
-    """`examples` full-length random sequences, input_ids and attention_mask (B, T) int64."""
+def token_batch(examples: int, tokens: int, device: torch.device, seed: int = 0, *, full: bool = False) -> Batch:
+    """Random sequences padded on the right, input_ids and attention_mask (B, T) int64.
+
+    From one token, in the middle of the batch, to all `tokens` of them; or full-length ones, the same but for padding.
+    """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(PAD + 1, VOCABULARY, (examples, tokens), generator=generator).to(device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids = torch.randint(PAD + 1, VOCABULARY, (examples, tokens), generator=generator)
+    lengths = [tokens] * examples if full else ragged(examples, tokens, 1, "middle")
+    mask = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids.where(mask == 1, PAD).to(device), "attention_mask": mask.to(device)}
 
 
 def rows(batch: Batch, chosen: slice) -> Batch:

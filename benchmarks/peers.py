@@ -1,7 +1,7 @@
 """Plain ways to what fpo_kernels computes, written as a careful user would write them without it.
 
 The steering product of candidate z is ⟨g_z, g_z − g_ref⟩ with g the gradient of an example's own reward. Model
-batches hold the candidates first and the one reference last, all of one length.
+batches hold the candidates first and the one reference last, padded on the right.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def flattened_loop(model: nn.Module, names: Sequence[str], batch: Batch) -> Tens
 def vmap_grad(model: nn.Module, names: Sequence[str], batch: Batch) -> Tensor:
     """Steering products (N,) from torch.func: every example's gradient at once.
 
-    The attention mask is left out (no example is padded): transformers reads its values, which vmap forbids.
+    The attention mask is left out: transformers reads its values, which vmap forbids, and padding on the right is
+    behind all that a causal model's last token reads, which it finds by the pad id.
     torch warns that fused attention has no batching rule on a CPU; eager attention takes just as long here.
     """
     parameters: dict[str, Tensor] = {name: model.get_parameter(name) for name in names}

@@ -36,7 +36,8 @@ class PairedModel:
         """`kind` "head" trains the score head, "lora" rank-4 LoRA factors of all blocks' Linear layers."""
         self.pairs, self.trained, self.ridge = trained + new, trained, ridge
         device = torch.device("cpu")
-        self.batch = token_batch(2 * self.pairs, tokens, device, seed)  # the z's before the refs
+        # the z's before the refs; of full length, as what is kept of a text is the hidden state at the last place
+        self.batch = token_batch(2 * self.pairs, tokens, device, seed, full=True)
         self.model, self.names = _model(kind, layers, seed)
         teacher, _ = _model("lora", layers, seed + 1)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,10 +14,32 @@ from fpo_kernels.sketch import TensorSketch
 
 Outputs = Tensor | tuple[Tensor, ...]
 Streams = tuple[Tensor, Outputs, Tensor]
+Place = Literal["first", "middle", "last"]
+
+PLACES: tuple[Place, ...] = ("first", "middle", "last")
+# Rows that rooms take at a time: a block of the native room's bands; a GPU tile, a chunk of a sketch, and the least
+# that forming gathers; a tile of the torch room. Lengths to draw from: none, one, and each of these met, missed by one
+# and passed; with several pieces at the end.
+PIECES = (16, 64, 128)
+EDGES = (0, 1, 2, *(piece + more for piece in PIECES for more in (-1, 0, 1)), 2 * PIECES[-1] + 1)
+
+
+def ragged(examples: int, longest: int = EDGES[-1], shortest: int = 0, place: Place = "last") -> list[int]:
+    """Lengths of so many examples, spread evenly from the shortest, which stands at `place`, to the longest.
+
+    The others rise and fall again; beside an empty example and two more, one is of a single token.
+    """
+    rising = [longest - (longest - shortest) * n // max(examples - 1, 1) for n in reversed(range(examples))]
+    if shortest == 0 and examples > 3:
+        rising[1] = 1
+    least, *rest = rising
+    others = [*rest[::2], *rest[1::2][::-1]]
+    where = {"first": 0, "middle": len(others) // 2, "last": len(others)}[place]
+    return [*others[:where], least, *others[where:]]
 
 
 def random_streams(
-    lengths: Sequence[int],
+    lengths: Sequence[int] | int,
     p: int,
     q: int,
     dtype: torch.dtype = torch.float32,
@@ -25,8 +48,10 @@ def random_streams(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a (S, p), d (S, q) ~ N(0, 1) without zeros, and offsets (B+1,) int64 of examples with these lengths.
 
-    Drawn in float64 on the CPU, so a seed gives the same numbers everywhere, rounded to `dtype`.
+    A number of examples stands for `ragged` ones. Drawn in float64 on the CPU, so a seed gives the same numbers
+    everywhere, rounded to `dtype`.
     """
+    lengths = ragged(lengths) if isinstance(lengths, int) else lengths
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     rows = int(offsets[-1])

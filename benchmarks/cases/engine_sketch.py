@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fpo_kernels as fk
 from benchmarks import peers
-from benchmarks.cases.influence import BASELINE, Setting, smollm2
+from benchmarks.cases.influence import BASELINE, Setting, smollm2, unequal
 from benchmarks.models import Batch, block_weights, reward_model, rows, token_batch
 from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, Headline
 from fpo_kernels.sketch.reference import hadamard
@@ -21,8 +21,9 @@ OURS = {f"sketch, k = {dim}": dim for dim in (1024, 4096)}
 
 
 def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
-    """The influence case's first: SmolLM2's 30 layers, or 4 if quick, 9 texts of 64 tokens."""
-    return smollm2(quick, device)
+    """The influence case's first: SmolLM2's 30 layers, or 4 if quick, 9 texts of 64 tokens, of 1 to 64 too."""
+    first = smollm2(quick, device)
+    return first if quick else [*first, *unequal(first, 64)]
 
 
 def build(setting: Setting, device: torch.device) -> Contest:
@@ -30,7 +31,7 @@ def build(setting: Setting, device: torch.device) -> Contest:
     dtype = getattr(torch, setting.dtype)
     model = reward_model(setting.shape, setting.layers, dtype, device)
     names = block_weights(model)
-    batch = token_batch(setting.candidates + 1, setting.tokens, device)
+    batch = token_batch(setting.candidates + 1, setting.tokens, device, full=setting.full)
     engine = fk.Influence(model, parameters=names)
     competitors = {
         BASELINE: Competitor(

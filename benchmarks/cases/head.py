@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 import fpo_kernels as fk
 from benchmarks import peers
-from benchmarks.cases.influence import Setting, smollm2
+from benchmarks.cases.influence import Setting, smollm2, unequal
 from benchmarks.models import reward_model, rows, token_batch
 from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, Headline
 
@@ -18,11 +18,17 @@ BASELINE, CLOSED, ENGINE, LOOP = "forward", "closed form", "fk.Influence.steerin
 HEAD = ["score.weight"]
 
 
+def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
+    """The influence case's first, and texts past what a head's gradients are formed of at a time."""
+    first = smollm2(quick, device)
+    return [*first, *unequal(first, 256)]
+
+
 def build(setting: Setting, device: torch.device) -> Contest:
-    """The model and tokens of the influence case; only the head's weight is chosen."""
+    """The influence case's model and tokens; only the head's weight is chosen."""
     dtype = getattr(torch, setting.dtype)
     model = reward_model(setting.shape, setting.layers, dtype, device)
-    batch = token_batch(setting.candidates + 1, setting.tokens, device)
+    batch = token_batch(setting.candidates + 1, setting.tokens, device, full=setting.full)
     candidates, reference = rows(batch, slice(0, -1)), rows(batch, slice(-1, None))
     engine = fk.Influence(model, parameters="head")
     runs: dict[str, Callable[[], Tensor]] = {
@@ -45,7 +51,7 @@ CASE = Case(
     description="steering products over the score head of a reward model against scoring alone",
     competitors=(BASELINE, CLOSED, ENGINE, LOOP),
     baseline=BASELINE,
-    settings=smollm2,
+    settings=settings,
     build=build,
     headlines=(Headline(text="steering over the head / forward", over=ENGINE, under=BASELINE),),
 )

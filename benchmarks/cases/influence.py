@@ -28,10 +28,11 @@ LIMITS: dict[str, Any] = {"rounds": 2, "slow_rounds": 0, "isolated": (BASELINE, 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A reward model and candidates of equal length with one reference.
+    """A reward model and candidates with one reference.
 
     Attributes:
         shape: of models.SHAPES. layers: its blocks. candidates, tokens, dtype: what it is given, and in what.
+        full: all of `tokens`, else of unequal lengths up to that.
         rounds: the most that baseline, engine and hooks are timed in; None for as many as asked for.
         slow_rounds: the same of the other peers.
         isolated: competitors whose memory is measured in processes of their own.
@@ -43,31 +44,41 @@ class Setting:
     candidates: int
     tokens: int
     dtype: str
+    full: bool = False
     rounds: int | None = None
     slow_rounds: int | None = 6
     isolated: tuple[str, ...] = FAST
 
 
 def smollm2(quick: bool, device: torch.device) -> Sequence[Setting]:
-    """SmolLM2's 30 layers, or 4 if quick, 8 candidates and a reference of 64 tokens."""
+    """SmolLM2's 30 layers, 8 candidates and a reference of 64 tokens; 4 layers and 1 to 64 tokens if quick."""
     layers = 4 if quick else 30
     kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes(device)]
     return [
         Setting(
-            name=f"{layers} layers, 8+1 of 64 {kind}",
+            name=f"{layers} layers, 8+1 of {'1-64' if quick else '64'} {kind}",
             shape="smollm2-135m",
             layers=layers,
             candidates=8,
             tokens=64,
             dtype=kind,
+            full=not quick,
             isolated=(BASELINE, OURS) if quick else CASE.competitors,
         )
         for kind in kinds
     ]
 
 
+def unequal(settings: Sequence[Setting], tokens: int, **limits: Any) -> list[Setting]:
+    """The same with texts of 1 to so many tokens."""
+    return [
+        replace(s, name=f"{s.layers} layers, 8+1 of 1-{tokens} {s.dtype}", tokens=tokens, full=False, **limits)
+        for s in settings
+    ]
+
+
 def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
-    """`smollm2`; and, as time allows fewer rounds of them, longer texts, more candidates, and Llama-3.1-8B's width.
+    """`smollm2`; and, as time allows fewer rounds, longer texts, unequal ones, more candidates, Llama-3.1-8B's width.
 
     At 8B width a CPU gets fp32 like everywhere: bf16 takes half the time where the CPU multiplies it (AVX512-BF16)
     and many times as long elsewhere, and would be gated at 5% instead of 1e-5.
@@ -79,6 +90,7 @@ def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
     return [
         *first,
         *(replace(s, name=f"30 layers, 8+1 of 256 {s.dtype}", tokens=256, **limits) for s in first),
+        *unequal(first, 256, **limits),
         *(replace(s, name=f"30 layers, 32+1 of 64 {s.dtype}", candidates=32, **limits) for s in first),
         *(
             replace(s, name=f"2 layers of 8B width, 8+1 of 64 {s.dtype}", shape="llama3.1-8b", layers=2, **limits)
@@ -92,7 +104,7 @@ def build(setting: Setting, device: torch.device) -> Contest:
     dtype = getattr(torch, setting.dtype)
     model = reward_model(setting.shape, setting.layers, dtype, device)
     names = block_weights(model)
-    batch = token_batch(setting.candidates + 1, setting.tokens, device)
+    batch = token_batch(setting.candidates + 1, setting.tokens, device, full=setting.full)
     candidates, reference = rows(batch, slice(0, -1)), rows(batch, slice(-1, None))
     engine = fk.Influence(model, parameters=names)
     runs: dict[str, Callable[[], Tensor]] = {

@@ -14,13 +14,15 @@ from torch import Tensor
 import fpo_kernels as fk
 from benchmarks.peers import formed_products
 from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, dtypes
-from fpo_kernels.testing import budget, random_streams, reach, terms
+from fpo_kernels.testing import budget, ragged, random_streams, reach, terms
 
 IMPLS = ("torch", "native", "triton")
 FORMED = "form G, multiply"
 # The four shapes of a SmolLM2 block: query and output, gate and up, down, key and value.
 SHAPES = ((576, 576), (576, 1536), (1536, 576), (576, 192))
 RAGGED = (7, 19, 33, 64, 64, 90, 128, 151, 64)
+# A score head and a LoRA factor, on texts longer than what is formed of such a layer at a time.
+NARROW = ((576, 1), (4096, 16))
 Pairs = Literal["steering", "gram"]
 
 
@@ -41,18 +43,23 @@ class Setting:
 
 
 def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
-    """Steering on every shape, steering of unequal lengths, and a Gram matrix; small ones if quick."""
-    tokens, n, m = (16, 5, 6) if quick else (64, 9, 16)
+    """Steering on every shape, and a Gram matrix; both of unequal lengths too. Small ones if quick, all unequal."""
+    tokens, n, m = 64, 9, 16
     shapes = ((96, 160),) if quick else SHAPES
+    narrow = ((576, 1),) if quick else NARROW
     found: list[tuple[str, int, int, tuple[int, ...], Pairs, str]] = []
     for dtype in dtypes(device):
         kind = str(dtype).removeprefix("torch.")
-        for p, q in shapes:
+        for p, q in () if quick else shapes:
             found.append((f"steering {n}x{tokens}, {p} to {q}", p, q, (tokens,) * n, "steering", kind))
         p, q = shapes[0]
-        ragged = (3, 16, 9, 1, 12) if quick else RAGGED
-        found.append((f"steering ragged {min(ragged)}-{max(ragged)}, {p} to {q}", p, q, ragged, "steering", kind))
-        found.append((f"gram {m}x{tokens}, {p} to {q}", p, q, (tokens,) * m, "gram", kind))
+        unequal: tuple[int, ...] = (3, 16, 9, 1, 12) if quick else RAGGED
+        found.append((f"steering ragged {min(unequal)}-{max(unequal)}, {p} to {q}", p, q, unequal, "steering", kind))
+        if not quick:
+            found.append((f"gram {m}x{tokens}, {p} to {q}", p, q, (tokens,) * m, "gram", kind))
+        for p, q in narrow:
+            unequal = tuple(ragged(n, 257))
+            found.append((f"gram ragged 0-257, {p} to {q}", p, q, unequal, "gram", kind))
     mixed = len(dtypes(device)) > 1
     return [
         Setting(name=f"{name} {kind}" if mixed else name, p=p, q=q, lengths=lengths, pairs=pairs, dtype=kind)

@@ -20,10 +20,11 @@ BASELINE, ENGINE, LOOP = "forward", "fk.tracin", "forward a checkpoint, closed f
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A reward model, two batches of equal length, and checkpoints of its score head.
+    """A reward model, two batches, and checkpoints of its score head.
 
     Attributes:
-        layers: blocks of SmolLM2's shape. examples, others: B and M of the (B, M) result. tokens: of each.
+        layers: blocks of SmolLM2's shape. examples, others: B and M of the (B, M) result. tokens: of each,
+        at the most unless `full`.
         checkpoints: how many. rounds: the most the peer is timed in; 0 for the call that the gate judges alone.
     """
 
@@ -35,15 +36,17 @@ class Setting:
     dtype: str
     checkpoints: int
     rounds: int | None
+    full: bool = False
 
 
 def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
-    """SmolLM2's 30 layers, or 4 if quick, and 1, 5 and 20 checkpoints (20 if quick)."""
+    """SmolLM2's 30 layers and 1, 5 and 20 checkpoints; if quick 4 layers, 20 and texts of unequal lengths."""
     layers = 4 if quick else 30
     kinds = [str(dtype).removeprefix("torch.") for dtype in dtypes(device)]
+    texts = "4+4 of 1-64" if quick else "4+4 of 64"
     return [
         Setting(
-            name=f"{layers} layers, 4+4 of 64 {kind}, {count} checkpoints".removesuffix("s" if count == 1 else ""),
+            name=f"{layers} layers, {texts} {kind}, {count} checkpoints".removesuffix("s" if count == 1 else ""),
             layers=layers,
             examples=4,
             others=4,
@@ -51,6 +54,7 @@ def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
             dtype=kind,
             checkpoints=count,
             rounds=None if device.type == "cuda" else 2 if count == 1 else 0,
+            full=not quick,
         )
         for kind in kinds
         for count in ((20,) if quick else (1, 5, 20))
@@ -61,7 +65,7 @@ def build(setting: Setting, device: torch.device) -> Contest:
     """Random weights and tokens; checkpoints of heads drawn at random in a temporary folder."""
     dtype = getattr(torch, setting.dtype)
     model = reward_model("smollm2-135m", setting.layers, dtype, device)
-    joined = token_batch(setting.examples + setting.others, setting.tokens, device)
+    joined = token_batch(setting.examples + setting.others, setting.tokens, device, full=setting.full)
     batch, other = rows(joined, slice(0, setting.examples)), rows(joined, slice(setting.examples, None))
     head = model.get_parameter("score.weight")
     folder = tempfile.TemporaryDirectory()

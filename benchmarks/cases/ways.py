@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from benchmarks.cases.products import Pairs, exact_products, list_pairs
 from benchmarks.registry import Case, Competitor, Contest, dtypes
 from fpo_kernels.cost import Work
 from fpo_kernels.products import ops
-from fpo_kernels.testing import random_streams
+from fpo_kernels.testing import ragged, random_streams
 
 AUTO = "auto"
 WAYS = ("tokens", "form")
 SHAPES = ((576, 576), (1536, 576), (384, 384), (64, 64), (4096, 16))  # the last is a LoRA factor
 TOKENS = (16, 64, 128, 256, 512, 1024, 2048)
+# Of unequal lengths, at two most: these, with a score head and a narrower LoRA factor.
+HEADS, UNEQUAL = ((576, 1), (576, 8)), (64, 256)
 # Gram matrices of all lengths would take minutes a call from tokens; past these the ways are far apart.
 LONGEST_GRAM = 512
 
@@ -30,7 +33,7 @@ class Setting:
     """One layer (p inputs, q outputs), `examples` of `tokens` each, and which pairs of them (cases/products.py).
 
     Attributes:
-        chosen: the way that auto takes here.
+        chosen: the way that auto takes here. full: else of unequal lengths, none to `tokens`.
     """
 
     name: str
@@ -41,32 +44,41 @@ class Setting:
     pairs: Pairs
     dtype: str
     chosen: str
+    full: bool = False
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.tokens] * self.examples if self.full else ragged(self.examples, self.tokens, place="middle")
 
 
 def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
-    """Steering of 8 candidates and a Gram matrix of 16 examples, on every shape at every length."""
+    """Steering of 8 candidates and a Gram matrix of 16 examples: on every shape at every length, and of unequal ones.
+
+    The unequal ones on narrow layers too; if quick only those.
+    """
+    layers = [(layer, tokens, True) for layer in SHAPES for tokens in TOKENS]
+    layers += [(layer, tokens, False) for layer in (*SHAPES, *HEADS) for tokens in UNEQUAL]
+    if quick:
+        layers = [(layer, 80, False) for layer in ((96, 64), (96, 1))]
+    of: tuple[tuple[Pairs, int], ...] = (("steering", 9), ("gram", 16))
     found = []
-    for dtype in dtypes(device):
+    for dtype, ((p, q), tokens, full), (pairs, examples) in itertools.product(dtypes(device), layers, of):
+        if pairs == "gram" and tokens > LONGEST_GRAM:
+            continue
         kind = str(dtype).removeprefix("torch.")
         suffix = f" {kind}" if len(dtypes(device)) > 1 else ""
-        for p, q in ((96, 64),) if quick else SHAPES:
-            for tokens in (4, 80) if quick else TOKENS:
-                of: tuple[tuple[Pairs, int], ...] = (("steering", 9), ("gram", 16))
-                for pairs, examples in of:
-                    if pairs == "gram" and tokens > LONGEST_GRAM:
-                        continue
-                    name = f"{pairs} {examples}x{tokens}, {p} to {q}{suffix}"
-                    work = Work.of([tokens] * examples, list_pairs(examples, pairs).numpy())
-                    like = torch.empty(0, p, dtype=dtype, device=device)
-                    _, chosen = ops.choose(like, [q], work, "auto", "auto")
-                    found.append(Setting(name, p, q, tokens, examples, pairs, kind, chosen))
+        name = f"{pairs} {examples}x{'' if full else '0-'}{tokens}, {p} to {q}{suffix}"
+        setting = Setting(name, p, q, tokens, examples, pairs, kind, "", full)
+        work = Work.of(setting.lengths, list_pairs(examples, pairs).numpy())
+        like = torch.empty(0, p, dtype=dtype, device=device)
+        _, chosen = ops.choose(like, [q], work, "auto", "auto")
+        found.append(replace(setting, chosen=chosen))
     return found
 
 
 def build(setting: Setting, device: torch.device) -> Contest:
     """Random streams of the setting's shape, the same on every device; every way within its own error budget."""
-    lengths = (setting.tokens,) * setting.examples
-    streams = random_streams(lengths, setting.p, setting.q, getattr(torch, setting.dtype), seed=0)
+    streams = random_streams(setting.lengths, setting.p, setting.q, getattr(torch, setting.dtype), seed=0)
     pairs = list_pairs(setting.examples, setting.pairs)
     exact, from_tokens, by_forming = exact_products(streams, pairs)
     a, d, offsets = (x.to(device) for x in streams)
@@ -97,11 +109,11 @@ def regrets(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def chart(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown lines, a layer and kind of pairs each: the least time by forming / from tokens, by tokens an example."""
+    """Markdown lines, a layer and kind of pairs each: the least time by forming / from tokens, by equal lengths."""
     least: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
-        if row["status"] == "timed":
-            setting = row["setting"]
+        setting = row["setting"]
+        if row["status"] == "timed" and setting.get("full", True):  # all were before some were not
             line = f"{setting['pairs']}, {setting['p']} to {setting['q']}"
             least.setdefault((line, setting["tokens"]), {})[row["competitor"]] = row["seconds"]["min"]
     lengths = sorted({tokens for _, tokens in least})

@@ -120,7 +120,8 @@ class _Side:
 
     def rows(self, x: Tensor, span: Span, t: int, tokens: int, dtype: torch.dtype) -> Tensor:
         """(m, tokens, features): rows t to t + tokens of each example, zeros past its end; a view where it can be."""
-        start, left = self.start[span[0] : span[1]] + t, self.length[span[0] : span[1]] - t
+        first_row = self.start[span[0] : span[1]]
+        start, left = first_row + t, self.length[span[0] : span[1]] - t
         tokens = min(tokens, int(left[0]))
         step = self.evenly(x, span, dtype)
         if step is not None:
@@ -128,7 +129,8 @@ class _Side:
             offset = x.storage_offset() + int(start[0]) * row
             return x.as_strided((len(start), tokens, x.shape[1]), (step * row, row, 1), offset)
         inside = np.arange(tokens) < left[:, None]
-        index = np.where(inside, start[:, None] + np.arange(tokens), start[:, None])
+        # An example's own first row stands in past its end: `start` may lie past the stream's.
+        index = np.where(inside, start[:, None] + np.arange(tokens), first_row[:, None])
         picked = torch.from_numpy(index.ravel()).to(x.device)
         # index_select would first make the whole of a strided stream contiguous
         rows = (x.index_select(0, picked) if x.is_contiguous() else x[picked]).view(len(start), tokens, -1).to(dtype)
@@ -224,12 +226,11 @@ def _add_products(
     width = _width(p, elements)
     for column in range(0, p, width):
         columns = slice(column, min(p, column + width))
-        former = _Former(left, columns, dtype)
-        former2 = former if left is right else _Former(right, columns, dtype)
-        for d, d2 in zip(ds, ds2, strict=True):
-            q = d.shape[1]
-            height = _even(q, max(1, elements // width))
-            for row in range(0, q, height):
+        heights = [_even(d.shape[1], max(1, elements // width)) for d in ds]
+        former = _Former(left, columns, max(heights), dtype)
+        former2 = former if left is right else _Former(right, columns, max(heights), dtype)
+        for d, d2, height in zip(ds, ds2, heights, strict=True):
+            for row in range(0, d.shape[1], height):
                 rows = slice(row, row + height)
                 x = former.tiles(d[:, rows])
                 y = x if left is right else former2.tiles(d2[:, rows])
@@ -249,8 +250,13 @@ def _even(whole: int, most: int) -> int:
 class _Former:
     """Forms tiles of the examples of one side over some columns of G."""
 
-    def __init__(self, side: _Side, columns: slice, dtype: torch.dtype) -> None:
+    def __init__(self, side: _Side, columns: slice, height: int, dtype: torch.dtype) -> None:
+        """`height` is that of the highest tile of any layer."""
         self.side, self.a, self.dtype = side, side.a[:, columns], dtype
+        # The same cut for every tile of every layer, or kept rows would not fit: the columns' width bounds a's rows,
+        # the highest tile d's.
+        a_row = self.a.dtype.itemsize + dtype.itemsize + 1
+        self.most = max(1, ROW_BYTES // (a_row * max(1, self.a.shape[1], height)))
         # Rows that had to be copied serve every layer and every tile of these columns, if they are few enough.
         copied = side.padded * self.a.shape[1] * dtype.itemsize
         self.kept: dict[tuple[int, int], Tensor] | None = {} if copied <= ROW_BYTES else None
@@ -272,7 +278,7 @@ class _Former:
         return tiles.flatten(1)
 
     def _inputs(self, span: Span, t: int, tokens: int) -> Tensor:
-        if self.kept is None:
+        if self.kept is None or self.side.evenly(self.a, span, self.dtype) is not None:
             return self.side.rows(self.a, span, t, tokens, self.dtype)
         key = span[0], t
         if key not in self.kept:
@@ -286,10 +292,7 @@ class _Former:
         if all(self.side.evenly(z, group, self.dtype) is not None for z in (self.a, d)):
             yield first, stop, longest
             return
-        a_row = self.a.dtype.itemsize + self.dtype.itemsize + 1
-        # The same cut for every tile of a layer: the columns' width bounds a's rows, the widest tile d's.
-        most = max(1, ROW_BYTES // (a_row * max(1, self.a.shape[1], d.shape[1])))
-        members = max(1, min(stop - first, most // min(longest, LEAST_TOKENS)))
-        tokens = max(1, min(longest, most // members))
+        members = max(1, min(stop - first, self.most // min(longest, LEAST_TOKENS)))
+        tokens = max(1, min(longest, self.most // members))
         for member in range(first, stop, members):
             yield member, min(stop, member + members), tokens

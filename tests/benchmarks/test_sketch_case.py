@@ -71,15 +71,19 @@ def test_captured_streams_are_the_gradients():
     layers = {x.name: x for x in gradients.tiny(CPU)}
     assert len(layers) == 14
     backbone = reward_model("tiny", 2, torch.float32, CPU).model
-    ids = token_batch(4, 24, CPU)["input_ids"]
+    batch = token_batch(4, 24, CPU)
+    ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1).tolist()
+    assert len(set(lengths)) == 4
     head = torch.randn(48, generator=torch.Generator().manual_seed(0))
     weights = [backbone.get_submodule(name).weight.requires_grad_() for name in layers]
-    for n, length in enumerate((24, 5, 17, 11)):
+    for n, length in enumerate(lengths):
         hidden = backbone(input_ids=ids[n : n + 1, :length]).last_hidden_state
         truth = torch.autograd.grad(hidden[0, -1] @ head, weights)
+        # nothing but rounding reaches the queries and keys of a single token
+        least = 1e-5 * max(exact.norm() for exact in truth) if length == 1 else 0
         for x, exact in zip(layers.values(), truth, strict=True):
             rows = slice(int(x.offsets[n]), int(x.offsets[n + 1]))
-            assert (x.d[rows].T @ x.a[rows] - exact).norm() <= 1e-5 * exact.norm()
+            assert (x.d[rows].T @ x.a[rows] - exact).norm() <= max(1e-5 * exact.norm(), least)
 
 
 def test_the_texts_are_sixteen_of_different_length():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fpo_kernels.direction import config, grad_direction
-from fpo_kernels.testing import check_direction, random_streams
+from fpo_kernels.testing import Place, check_direction, ragged, random_streams
 
 pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,9 +48,10 @@ def matrix(p: int, q: int, dtype: torch.dtype = F32) -> Tensor:
 @pytest.mark.parametrize(
     ("dtype", "direction_dtype"), [(F32, F32), (F16, F16), (F16, F32), (F32, BF16), (BF16, F32), (BF16, F16)]
 )
-@pytest.mark.parametrize(("p", "q"), [(1, 3), (33, 170), (270, 16)])
-def test_matches_the_definition(p: int, q: int, dtype: torch.dtype, direction_dtype: torch.dtype) -> None:
-    check_direction("triton", random_streams(LENGTHS, p, q, dtype), matrix(p, q, direction_dtype))
+@pytest.mark.parametrize(("p", "q", "place"), [(1, 3, "first"), (33, 170, "middle"), (270, 16, "last")])
+def test_matches_the_definition(p: int, q: int, place: Place, dtype: torch.dtype, direction_dtype: torch.dtype) -> None:
+    lengths = ragged(5, 130, place=place)
+    check_direction("triton", random_streams(lengths, p, q, dtype), matrix(p, q, direction_dtype))
 
 
 @inside

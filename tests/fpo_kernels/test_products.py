@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -18,17 +19,37 @@ from torch import Tensor
 from fpo_kernels import library
 from fpo_kernels.products import grad_products
 from fpo_kernels.products.config import SCRATCH_BYTES
-from fpo_kernels.testing import check_products, random_streams
-from tests.fpo_kernels.rooms import BF16, F16, F32, F64, WAYS, all_pairs, most_held, ways
+from fpo_kernels.testing import PLACES, Place, Streams, check_products, outputs, ragged, random_streams
+from tests.fpo_kernels.rooms import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    WAYS,
+    all_pairs,
+    most_held,
+    ragged_lengths,
+    small_pieces,
+    ways,
+)
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[list[int], list[int], int, int, list[tuple[int, int]], int]:
-    lengths = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 16, 17, 31, 70, 140]), min_size=1, max_size=6))
-    others = draw(st.lists(st.sampled_from([0, 1, 4, 33, 130]), min_size=1, max_size=4))
-    p, q = draw(st.tuples(st.sampled_from([1, 3, 7, 16, 33]), st.sampled_from([1, 5, 16, 47])))
+def cases(draw: st.DrawFn) -> tuple[list[int], list[int], int, int, list[tuple[int, int]], int, bool]:
+    lengths, others = draw(ragged_lengths()), draw(ragged_lengths(4))
+    p, q = draw(st.tuples(st.sampled_from([1, 3, 8, 16, 33]), st.sampled_from([1, 5, 16, 47])))
     pair = st.tuples(st.integers(0, len(lengths) - 1), st.integers(0, 1000))
-    return lengths, others, p, q, draw(st.lists(pair, max_size=12)), draw(st.integers(0, 2**31))
+    pairs = draw(st.lists(pair, max_size=12))
+    return lengths, others, p, q, pairs, draw(st.integers(0, 2**31)), draw(st.booleans())
+
+
+def poisoned(streams: Streams, listed: Tensor) -> Streams:
+    """The streams with NaN in every row of an example that is not listed."""
+    a, d, offsets = streams
+    bad = torch.ones(len(offsets) - 1, dtype=torch.bool).index_fill_(0, listed.flatten(), False)
+    rows = bad.repeat_interleave(offsets.diff())[:, None]
+    ds = tuple(x.masked_fill(rows, torch.nan) for x in outputs(d))
+    return a.masked_fill(rows, torch.nan), ds, offsets
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
@@ -36,12 +57,51 @@ def cases(draw: st.DrawFn) -> tuple[list[int], list[int], int, int, list[tuple[i
 @settings(max_examples=25, deadline=None)
 @given(case=cases())
 def test_matches_the_definition(impl: str, way: str, dtype: torch.dtype, case) -> None:
-    lengths, others, p, q, drawn, seed = case
-    streams = random_streams(lengths, p, q, dtype, seed=seed)
-    pairs = torch.tensor([(i, j % len(lengths)) for i, j in drawn], dtype=torch.int64).view(-1, 2)
-    check_products(impl, streams, pairs, way=way)
-    pairs = torch.tensor([(i, j % len(others)) for i, j in drawn], dtype=torch.int64).view(-1, 2)
-    check_products(impl, streams, pairs, random_streams(others, p, q, dtype, seed=seed + 1), way=way)
+    """Ragged lengths, whole and cut small; what no pair lists is poison."""
+    lengths, others, p, q, drawn, seed, small = case
+    streams, other = random_streams(lengths, p, q, dtype, seed=seed), random_streams(others, p, q, dtype, seed=seed + 1)
+    with small_pieces(small and impl == "torch"):
+        pairs = torch.tensor([(i, j % len(lengths)) for i, j in drawn], dtype=torch.int64).view(-1, 2)
+        check_products(impl, poisoned(streams, pairs), pairs, way=way)
+        pairs = torch.tensor([(i, j % len(others)) for i, j in drawn], dtype=torch.int64).view(-1, 2)
+        left, right = poisoned(streams, pairs[:, 0]), poisoned(other, pairs[:, 1])
+        check_products(impl, left, pairs, right, way=way)
+
+
+# Sizes that the pieces' bounds cut where no test makes them smaller: a score head, LoRA factors.
+NARROW = [(9, 256, 576, 1), (3, 257, 4096, 1), (16, 129, 576, 16), (4, 300, 64, 8)]
+
+
+@pytest.mark.parametrize(("impl", "way"), [*WAYS[1:], ("auto", "auto")])
+@pytest.mark.parametrize("place", PLACES)
+def test_ragged_examples_of_narrow_layers(impl: str, way: str, place: Place) -> None:
+    """Norms, Gram and cross Gram matrices, steering with one reference each, of sides that end short."""
+    for examples, longest, p, q in NARROW:
+        streams = random_streams(ragged(examples, longest, place=place), p, q)
+        other = random_streams(ragged(examples, longest // 2, place=place), p, q, seed=1)
+        own = torch.arange(examples)[:, None].repeat(1, 2)
+        check_products(impl, streams, own, way=way)
+        check_products(impl, streams, own, other, way=way)
+        check_products(impl, streams, all_pairs(examples, examples), other, way=way)
+        # a of the few, d of the many
+        flipped = streams[1], streams[0], streams[2]
+        check_products(impl, flipped, own, way=way)
+
+
+@ways
+def test_nan_of_a_listed_example_is_its_own(impl: str, way: str) -> None:
+    """Nor does the stand-in for a short example's missing rows carry a neighbour's."""
+    for place, bad in itertools.product(PLACES, range(4)):
+        a, d, offsets = random_streams(ragged(4, 40, 3, place), 8, 5)
+        expected = grad_products(a, d, offsets, all_pairs(4, 4), impl=impl, way=way).view(4, 4)
+        for x in (a, d):
+            x[offsets[bad] : offsets[bad + 1]] = torch.nan
+        with small_pieces(impl == "torch"):
+            got = grad_products(a, d, offsets, all_pairs(4, 4), impl=impl, way=way).view(4, 4)
+        kept = torch.arange(4) != bad
+        assert got[bad].isnan().all()
+        assert got[:, bad].isnan().all()
+        torch.testing.assert_close(got[kept][:, kept], expected[kept][:, kept], rtol=1e-5, atol=1e-3)
 
 
 @ways

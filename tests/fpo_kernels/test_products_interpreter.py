@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fpo_kernels.products import config_triton as config
 from fpo_kernels.products import grad_products
-from fpo_kernels.testing import check_products, random_streams
+from fpo_kernels.testing import Place, check_products, ragged, random_streams
 
 triton = pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,12 +67,12 @@ def layers(q: int, lengths: list[int], dtype: torch.dtype, p: int, seed: int = 0
 @inside
 @both_ways
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("p", "q"), [(1, 3), (33, 70), (130, 16)])
-def test_matches_the_definition(way: str, p: int, q: int, dtype: torch.dtype) -> None:
-    lengths = [3, 0, 1, 150, 64, 65]
-    streams = random_streams(lengths, p, q, dtype)
-    check_products("triton", streams, all_pairs(6, 6), way=way)
-    check_products("triton", streams, all_pairs(6, 3), random_streams([0, 70, 1], p, q, dtype, seed=1), way=way)
+@pytest.mark.parametrize(("p", "q", "place"), [(1, 3, "first"), (33, 70, "middle"), (130, 8, "last")])
+def test_matches_the_definition(way: str, p: int, q: int, place: Place, dtype: torch.dtype) -> None:
+    streams = random_streams(ragged(5, 130, place=place), p, q, dtype)
+    check_products("triton", streams, all_pairs(5, 5), way=way)
+    other = random_streams(ragged(3, 70, place=place), p, q, dtype, seed=1)
+    check_products("triton", streams, all_pairs(5, 3), other, way=way)
 
 
 @inside

@@ -12,8 +12,19 @@ from torch import Tensor
 from fpo_kernels.cost import Work
 from fpo_kernels.products import formed, grad_products, ops, unchecked_products
 from fpo_kernels.products.config import SCRATCH_BYTES
-from fpo_kernels.testing import check_products, random_streams
-from tests.fpo_kernels.rooms import BF16, F16, F32, F64, WAYS, all_pairs, most_held, ways
+from fpo_kernels.testing import check_products, ragged, random_streams
+from tests.fpo_kernels.rooms import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    WAYS,
+    all_pairs,
+    most_held,
+    ragged_lengths,
+    small_pieces,
+    ways,
+)
 
 
 def split(d: Tensor, *widths: int) -> tuple[Tensor, ...]:
@@ -22,36 +33,57 @@ def split(d: Tensor, *widths: int) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
 @ways
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
-    lengths=st.lists(st.sampled_from([0, 1, 2, 17, 31, 70, 140]), min_size=1, max_size=6),
-    others=st.lists(st.sampled_from([0, 1, 4, 33, 130]), min_size=1, max_size=4),
-    widths=st.lists(st.sampled_from([1, 5, 16, 33]), min_size=1, max_size=10),
+    lengths=ragged_lengths(5),
+    others=ragged_lengths(3),
+    widths=st.lists(st.sampled_from([1, 5, 16, 33, 150]), min_size=1, max_size=9),
     p=st.sampled_from([1, 7, 16, 33]),
+    small=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_layers_that_share_their_inputs(
-    impl: str, way: str, dtype: torch.dtype, lengths: list[int], others: list[int], widths: list[int], p: int, seed: int
+    impl: str,
+    way: str,
+    dtype: torch.dtype,
+    lengths: list[int],
+    others: list[int],
+    widths: list[int],
+    p: int,
+    small: bool,
+    seed: int,
 ) -> None:
-    """Within budget, the d's side by side and the sum of single calls."""
+    """Within budget, the d's side by side and the sum of single calls; d's far narrower and wider than a."""
     a, d, offsets = random_streams(lengths, p, sum(widths), dtype, seed=seed)
     a2, d2, offsets2 = random_streams(others, p, sum(widths), dtype, seed=seed + 1)
     ds, ds2 = d.split(widths, 1), d2.split(widths, 1)
-    got = check_products(impl, (a, ds, offsets), all_pairs(len(lengths), len(lengths)), way=way)
+    with small_pieces(small and impl == "torch"):
+        got = check_products(impl, (a, ds, offsets), all_pairs(len(lengths), len(lengths)), way=way)
+        check_products(impl, (a, ds, offsets), all_pairs(len(lengths), len(others)), (a2, ds2, offsets2), way=way)
     beside = grad_products(a, d, offsets, all_pairs(len(lengths), len(lengths)), impl=impl, way=way)
     single = sum(grad_products(a, x, offsets, all_pairs(len(lengths), len(lengths)), impl=impl, way=way) for x in ds)
     scale = max(float(got.abs().max()), 1e-30)
     torch.testing.assert_close(got, beside, rtol=0, atol=2e-6 * scale)
     torch.testing.assert_close(got, single, rtol=0, atol=2e-6 * scale)
-    check_products(impl, (a, ds, offsets), all_pairs(len(lengths), len(others)), (a2, ds2, offsets2), way=way)
+
+
+def test_way_form_keeps_inputs_for_layers_of_other_widths_and_strides() -> None:
+    """Rows of a narrow a are gathered once for all layers that read it: every layer has to cut them alike."""
+    lengths = ragged(9, 300, place="middle")
+    a, d, offsets = random_streams(lengths, 2, 1010)
+    ds = d[:, :4], d[:, 4:1004], d[:, 1004:].T.contiguous().T
+    check_products("torch", (a, ds, offsets), all_pairs(9, 9), way="form")
+    even = random_streams([64] * 9, 2, 1010)
+    check_products("torch", (even[0], (ds[2][: 9 * 64], even[1]), even[2]), all_pairs(9, 9), way="form")
 
 
 @ways
 def test_a_user_s_autocast_changes_no_bits(impl: str, way: str) -> None:
     """`torch.autocast` makes bf16 of what an `@` is given; the rooms say fp32."""
-    (a, d, offsets), pairs = random_streams([64, 3, 64], 40, 33), all_pairs(3, 3)
+    lengths = ragged(3, 64, 3)
+    (a, d, offsets), pairs = random_streams(lengths, 40, 33), all_pairs(3, 3)
     plain = grad_products(a, d, offsets, pairs, impl=impl, way=way)
-    work = Work.of([64, 3, 64], pairs.numpy())
+    work = Work.of(lengths, pairs.numpy())
     with torch.autocast("cpu", dtype=BF16):
         assert (a @ a.T).dtype == BF16
         assert torch.equal(grad_products(a, d, offsets, pairs, impl=impl, way=way), plain)

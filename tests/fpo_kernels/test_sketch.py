@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 
 import fpo_kernels as fk
 from fpo_kernels import library
+from fpo_kernels.sketch import blocked
 from fpo_kernels.sketch.config import SCRATCH_BYTES
 from fpo_kernels.sketch.maps import bucket_map, numbers
-from fpo_kernels.testing import random_streams, sketch_budget
-from tests.fpo_kernels.rooms import BF16, F16, F32, F64, most_held
+from fpo_kernels.testing import ragged, random_streams, sketch_budget
+from tests.fpo_kernels.rooms import BF16, F16, F32, F64, most_held, ragged_lengths
 
 NO_NATIVE = library.why_not("grad_sketch", torch.empty(0))
 IMPLS = [
@@ -69,24 +71,28 @@ def check(impl: str, streams: tuple[Tensor, Tensor, Tensor], sketch: fk.TensorSk
 @impls
 @settings(max_examples=25, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5),
+    lengths=ragged_lengths(5),
     p=st.integers(1, 200),
     q=st.integers(1, 200),
     power=st.integers(6, 9),
     seed=st.integers(-(2**63), 2**63 - 1),
     dtype=st.sampled_from([F32, F64, BF16, F16]),
+    scratch=st.sampled_from([SCRATCH_BYTES, 2**17]),
 )
 def test_is_the_sketch_of_the_formed_gradient(
-    impl: str, lengths: list[int], p: int, q: int, power: int, seed: int, dtype: torch.dtype
+    impl: str, lengths: list[int], p: int, q: int, power: int, seed: int, dtype: torch.dtype, scratch: int
 ) -> None:
-    check(impl, random_streams(lengths, p, q, dtype, seed=seed % 1000), fk.TensorSketch(p, q, 2**power, seed, "layer"))
+    """Ragged lengths; the torch room's blocks of tokens whole, or cut across examples by a small scratch."""
+    streams = random_streams(lengths, p, q, dtype, seed=seed % 1000)
+    with mock.patch.object(blocked, "SCRATCH_BYTES", scratch):
+        check(impl, streams, fk.TensorSketch(p, q, 2**power, seed, "layer"))
 
 
 @impls
 @pytest.mark.parametrize(("p", "q", "k"), [(576, 300, 1024), (33, 5000, 2048), (20_000, 3, 64)])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_sizes_far_from_the_dim(impl: str, p: int, q: int, k: int, dtype: torch.dtype) -> None:
-    check(impl, random_streams([17, 0, 1, 33], p, q, dtype), fk.TensorSketch(p, q, k, 5, "x"))
+    check(impl, random_streams(ragged(4, 33), p, q, dtype), fk.TensorSketch(p, q, k, 5, "x"))
 
 
 def test_the_largest_dim() -> None:  # W as a matrix would take 2 GB
@@ -113,6 +119,11 @@ def test_strides_companions_and_threads_leave_no_trace(impl: str) -> None:
     torch.testing.assert_close(fk.grad_sketch(*wide, offsets.int(), sketch, impl=impl), whole)
     alone = fk.grad_sketch(a[43:], d[43:], torch.tensor([0, 129]), sketch, impl=impl)
     torch.testing.assert_close(alone, whole[2:])
+    for bad in range(3):
+        rows = torch.repeat_interleave(torch.arange(3) == bad, offsets.diff())[:, None]
+        beside_nan = fk.grad_sketch(a.masked_fill(rows, torch.nan), d, offsets, sketch, impl=impl)
+        assert torch.equal(beside_nan.isnan().all(1), torch.arange(3) == bad)
+        assert torch.equal(beside_nan.nan_to_num(0)[torch.arange(3) != bad], whole[torch.arange(3) != bad])
     assert torch.equal(fk.grad_sketch(a, d, offsets, sketch, impl=impl), whole)
     threads = torch.get_num_threads()
     if impl == "native":  # for the others the BLAS decides

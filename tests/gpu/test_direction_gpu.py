@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fpo_kernels.direction import grad_direction, unchecked_direction
-from fpo_kernels.testing import check_direction, random_streams
+from fpo_kernels.testing import PLACES, check_direction, ragged, random_streams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -16,7 +16,7 @@ IMPLS = ["triton", "torch"]
 # streams and direction
 MIXED = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16), (BF16, F16)]
 CASES = [*((impl, *dtypes) for impl in IMPLS for dtypes in MIXED), ("torch", F64, F64), ("torch", BF16, F64)]
-LENGTHS = [3, 0, 1, 150, 64, 65, 200]
+LENGTHS = ragged(7, 200)
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +30,13 @@ def matrix(p: int, q: int, dtype: torch.dtype = F32) -> Tensor:
 
 
 @pytest.mark.parametrize(("impl", "dtype", "direction_dtype"), CASES)
-@pytest.mark.parametrize(("p", "q"), [(1, 3), (33, 70), (576, 192), (577, 1535), (576, 8), (4, 1000), (2048, 4096)])
+@pytest.mark.parametrize(
+    ("p", "q"), [(1, 3), (33, 70), (576, 192), (577, 1535), (576, 1), (576, 8), (4, 1000), (2048, 4096)]
+)
 def test_matches_the_definition(impl: str, dtype: torch.dtype, direction_dtype: torch.dtype, p: int, q: int) -> None:
-    check_direction(impl, random_streams(LENGTHS, p, q, dtype, "cuda"), matrix(p, q, direction_dtype))
+    for place in PLACES:
+        streams = random_streams(ragged(7, 200, place=place), p, q, dtype, "cuda")
+        check_direction(impl, streams, matrix(p, q, direction_dtype))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

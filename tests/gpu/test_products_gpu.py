@@ -7,7 +7,7 @@ import torch
 
 from fpo_kernels import library
 from fpo_kernels.products import grad_products
-from fpo_kernels.testing import check_products, random_streams
+from fpo_kernels.testing import PLACES, check_products, ragged, random_streams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -41,16 +41,33 @@ def steering(candidates: int) -> torch.Tensor:
 
 
 @case
-@pytest.mark.parametrize(("p", "q"), [(1, 3), (33, 70), (576, 192), (577, 1535), (576, 8), (4, 1000)])
+@pytest.mark.parametrize(("p", "q"), [(1, 3), (33, 70), (576, 192), (577, 1535), (576, 8), (576, 1), (4, 1000)])
 def test_matches_the_definition(impl: str, way: str, dtype: torch.dtype, p: int, q: int) -> None:
-    streams = random_streams([3, 0, 1, 150, 64, 65, 200], p, q, dtype, "cuda")
-    check_products(impl, streams, all_pairs(7, 7), way=way)
-    check_products(impl, streams, all_pairs(7, 3), random_streams([0, 70, 1], p, q, dtype, "cuda", seed=1), way=way)
+    for place in PLACES:
+        streams = random_streams(ragged(7, 200, place=place), p, q, dtype, "cuda")
+        other = random_streams(ragged(3, 70, place=place), p, q, dtype, "cuda", seed=1)
+        check_products(impl, streams, all_pairs(7, 7), way=way)
+        check_products(impl, streams, all_pairs(7, 3), other, way=way)
+
+
+@case
+@pytest.mark.parametrize(("examples", "longest", "p", "q"), [(9, 256, 576, 1), (3, 257, 4096, 1), (16, 129, 576, 16)])
+def test_ragged_examples_of_narrow_layers(
+    impl: str, way: str, dtype: torch.dtype, examples: int, longest: int, p: int, q: int
+) -> None:
+    """Past what a piece holds: a score head, LoRA factors."""
+    own = torch.arange(examples)[:, None].repeat(1, 2).cuda()
+    for place in PLACES:
+        streams = random_streams(ragged(examples, longest, place=place), p, q, dtype, "cuda")
+        other = random_streams(ragged(examples, longest // 2, place=place), p, q, dtype, "cuda", seed=1)
+        check_products(impl, streams, own, way=way)
+        check_products(impl, streams, own, other, way=way)
+        check_products(impl, streams, all_pairs(examples, examples), other, way=way)
 
 
 @case
 def test_layers_that_share_their_inputs(impl: str, way: str, dtype: torch.dtype) -> None:
-    lengths = [5, 64, 0, 90, 17]
+    lengths = ragged(5, 90)
     a, d, offsets = random_streams(lengths, 96, 96, dtype, "cuda")
     more = tuple(random_streams(lengths, 96, q, dtype, "cuda", seed=q)[1] for q in (32, 33, 7))
     for ds in ((d, more[0], more[0]), (d, *more)):
@@ -106,7 +123,7 @@ def test_operator_contract(impl: str, way: str) -> None:
 def test_triton_waits_for_nothing(way: str) -> None:
     """In a CUDA graph any synchronisation is an error; the checks that read values are left out there."""
     pytest.importorskip("triton")
-    streams, pairs = random_streams([7, 0, 64, 3, 20] * 4, 96, 40, device="cuda"), steering(19)
+    streams, pairs = random_streams(20, 96, 40, device="cuda"), steering(19)
     expected = grad_products(*streams, pairs, impl="triton", way=way)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

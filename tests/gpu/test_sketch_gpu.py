@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fpo_kernels import library
 from fpo_kernels.sketch import grad_sketch
-from fpo_kernels.testing import random_streams
+from fpo_kernels.testing import PLACES, ragged, random_streams
 from tests.fpo_kernels.sketches import check_room, definition, siblings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 IMPLS = ["triton", "native", "torch"]
 CASES = [*((impl, dtype) for impl in IMPLS for dtype in (F32, BF16, F16)), ("native", F64), ("torch", F64)]
-LENGTHS = [3, 0, 1, 150, 64, 65, 200]
+LENGTHS = ragged(7, 200)
 DIMS = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 room = pytest.mark.parametrize("impl", IMPLS)
 case = pytest.mark.parametrize(("impl", "dtype"), CASES)
@@ -49,7 +49,8 @@ def check(impl: str, streams: tuple, dim: int) -> Tensor:
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize(("p", "q"), [(1, 3), (33, 70), (577, 192), (4097, 1535)])
 def test_matches_the_definition(impl: str, dtype: torch.dtype, dim: int, p: int, q: int) -> None:
-    check(impl, random_streams(LENGTHS, p, q, dtype, "cuda"), dim)
+    for place in PLACES:
+        check(impl, random_streams(ragged(7, 200, place=place), p, q, dtype, "cuda"), dim)
 
 
 @case
