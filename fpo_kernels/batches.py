@@ -1,8 +1,9 @@
-"""Batches as mappings for `model(**batch)`: counting, slicing, and joining two of the same shapes."""
+"""Batches as mappings for `model(**batch)`: what may be in one, counting, slicing, joining two of the same shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,6 +47,84 @@ def _take(batch: Batch, rows: slice | Tensor, size: int) -> dict[str, Any]:
     return {key: pick(value) for key, value in batch.items()}
 
 
+def check_entries(batch: Batch) -> None:
+    """Raises ValueError for an entry that a forward grows or changes: a cache of keys and values, a state."""
+    rows_of(batch)
+    for name, value in _entries(batch):
+        if hasattr(value, "get_seq_length") or (callable(getattr(value, "update", None)) and _holds_tensors(value)):
+            raise ValueError(
+                f"batch: {name} is a {type(value).__name__}, which a forward grows, and the model is run "
+                "more than once; put what it holds into the sequences themselves"
+            )
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(one, Tensor) for one in getattr(value, "__dict__", {}).values())
+
+
+def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and value of what a batch holds, of mappings, lists and tuples in it too."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _entries(one, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for n, one in enumerate(value):
+            yield from _entries(one, f"{name}[{n}]")
+    else:
+        yield name, value
+
+
+@contextmanager
+def unchanged(batch: Batch) -> Iterator[None]:
+    """Raises ValueError where a forward changed a tensor of the batch; the tensor is put back."""
+    tensors = [(name, x) for name, x in _entries(batch) if isinstance(x, Tensor) and not x.is_inference()]
+    before = [(name, x, x._version, x.detach().clone()) for name, x in tensors]
+    yield
+    for name, x, version, kept in before:
+        if x._version != version and not torch.equal(x.detach(), kept):
+            with torch.no_grad():
+                x.copy_(kept)
+            raise ValueError(f"batch: the model changes {name} in place, and it is run more than once; give it a copy")
+
+
+def as_long_as_the_batch(batch: Batch) -> set[str]:
+    """Names of the entries that are as long as the batch, and are not plainly its tokens."""
+    size = rows_of(batch)
+    keys = ["input_ids", "inputs_embeds", *batch]
+    lead = next(v for key in keys if isinstance(v := batch.get(key), Tensor) and v.ndim)
+    plain = {"attention_mask", "token_type_ids", "position_ids"}
+
+    def doubtful(name: str, value: Any) -> bool:
+        shape = getattr(value, "shape", (len(value),) if isinstance(value, (list, tuple)) else ())
+        if value is lead or not shape or shape[0] != size:
+            return False
+        return not (name in plain and len(shape) >= 2 and tuple(shape[:2]) == tuple(lead.shape[:2]))
+
+    def names(mapping: Mapping[str, Any], within: str) -> Iterator[str]:
+        for key, value in mapping.items():
+            if isinstance(value, Mapping):
+                yield from names(value, f"{within}{key}.")
+            elif doubtful(f"{within}{key}", value):
+                yield f"{within}{key}"
+
+    return set(names(batch, ""))
+
+
+def telling(batch: Batch) -> dict[str, Any]:
+    """A few examples that are like the whole: its ends, its longest and shortest, and a rise and a fall of length."""
+    size, mask = rows_of(batch), batch.get("attention_mask")
+    rows = {0, 1, size - 1}
+    if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == size:
+        lengths = mask.bool().sum(1).cpu()
+        steps = lengths.diff()
+        rows |= {int(lengths.argmin()), int(lengths.argmax())}
+        for turns in ((steps > 0).nonzero(), (steps < 0).nonzero()):
+            rows |= {int(turns[0]), int(turns[0]) + 1} if len(turns) else set()
+    if len(rows) >= size:
+        return dict(batch)
+    return take(batch, torch.tensor(sorted(rows)))
+
+
 def chunks(n: int, size: int | None) -> list[slice]:
     """Slices of at most `size` that cover range(n)."""
     step = size or n
@@ -58,6 +137,8 @@ def join(first: Batch, second: Batch, pad_id: int | None) -> dict[str, Any] | No
     Only batches of the same shapes are joined: padding the narrower one would move what a model reads at its
     last position. Without a pad id, transformers' classifiers take one sequence at a time.
     """
+    if rows_of(first) == rows_of(second) == 1 and (as_long_as_the_batch(first) or as_long_as_the_batch(second)):
+        return None  # an entry of length one may be the example's or the batch's
     if set(first) != set(second) or ("input_ids" in first and (pad_id is None or pad_id < 0)):
         return None
     sizes = rows_of(first), rows_of(second)

@@ -8,18 +8,22 @@ is ever computed, and nothing below the lowest tap is put on the tape.
 
 from __future__ import annotations
 
-import re
+import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
-from .layers import Site, input_of, looked_up, returns_what_it_should
+from .layers import Lookup, Site, input_of, looked_up, returns_what_it_should
 from .remake import Node, maker_of, remade
+from .uses import Uses
+
+PLAIN = Lookup()
 
 
 class UnservedError(Exception):
@@ -28,6 +32,10 @@ class UnservedError(Exception):
     def __init__(self, reasons: Mapping[str, str]) -> None:
         super().__init__("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
         self.reasons = dict(reasons)
+
+
+class UnusableError(RuntimeError):
+    """A model through which no gradient can come as it stands, whoever asks; the message says what to do."""
 
 
 class Shape(NamedTuple):
@@ -63,20 +71,28 @@ class _Tap(torch.autograd.Function):
         return grad, None, None, None
 
 
+class Manner(NamedTuple):
+    """How a pass calls a module: how often, and whether ever without the batch in front."""
+
+    module: nn.Module
+    times: int
+    odd: bool
+
+
 class Known:
     """What earlier passes saw of the modules, and what need not be looked at again.
 
     Attributes:
         checked: modules that return what their rules suppose.
-        separable: of those, the ones seen to keep two or more examples apart.
-        scales: what an embedding multiplies its rows by.
+        separable: of those, how they were called when they were seen to keep two or more examples apart.
+        lookups: what an embedding does with the rows it looks up.
         remade: modules whose input was seen to come out the same when it is multiplied again (`remake`).
     """
 
     def __init__(self) -> None:
         self.checked: set[nn.Module] = set()
-        self.separable: set[nn.Module] = set()
-        self.scales: dict[nn.Module, float] = {}
+        self.separable: set[Manner] = set()
+        self.lookups: dict[nn.Module, Lookup] = {}
         self.remade: set[nn.Module] = set()
 
 
@@ -88,12 +104,16 @@ class Taps:
         names: module → the chosen parameters it serves.
         idle: outputs are passed on untouched.
         expanded: modules whose call was broadcast over the batch and went on expanded to it.
+        untaped: modules with a call under no_grad, which adds nothing to any gradient.
+        inner: modules through which the forward itself took a gradient that can be differentiated again.
         uses: counts the uses of the sites' parameters while it is entered.
     """
 
     def __init__(self, sites: Sequence[Site], shape: Shape, device: torch.device, known: Known) -> None:
         self.calls: list[tuple[nn.Module, int]] = []
         self.expanded: set[nn.Module] = set()
+        self.untaped: set[nn.Module] = set()
+        self.inner: set[nn.Module] = set()
         self._odd: set[nn.Module] = set()
         self.idle = False
         self.uses = Uses(sites)
@@ -120,18 +140,21 @@ class Taps:
         if self.idle:
             return output
         if not torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{type(module).__name__}: it runs under no_grad inside the model's forward, so no gradient can "
-                "reach it; reentrant gradient checkpointing does that (pass use_reentrant=False)"
-            )
+            _refuse_reentrant(module)
+            self.untaped.add(module)
+            return output
         try:
+            if torch._C._are_functorch_transforms_active():
+                raise ValueError("it is called inside a torch.func transform")
             if module in self._known.checked and not isinstance(module, nn.Embedding):
-                a, scale = self._unchanged(module, args, kwargs, output), 1.0
+                a, lookup = self._unchanged(module, args, kwargs, output), PLAIN
             else:
                 with self.uses.paused(), torch.no_grad():
-                    a, scale = self._checked(module, args, kwargs, output)
+                    a, lookup = self._checked(module, args, kwargs, output)
         except ValueError as problem:
             raise UnservedError(dict.fromkeys(self.names[module], str(problem))) from None
+        except (TypeError, KeyError, AttributeError, IndexError, RuntimeError) as problem:
+            self._unreadable(module, "what it was called with", problem)
         group, given = self._group(a), a
         a, output = self._by_example(module, a.detach(), output)
         node = self._maker(module, given) if module in self._reads and a.shape == given.shape else None
@@ -139,10 +162,17 @@ class Taps:
             self.calls.append((module, group))
 
         def deliver(a: Tensor | None, d: Tensor) -> None:
+            if not self._backward:
+                if torch.is_grad_enabled():  # create_graph: the weight acts in that gradient too
+                    self.inner.add(module)
+                return
             kind = d.device.type
             a = a if node is None else self._remade(node, group)
             with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-                self._deliver(Delivery(module, group, a, d if scale == 1 else d * scale))
+                try:
+                    self._deliver(Delivery(module, group, a, lookup.gradient(a, d)))
+                except (TypeError, KeyError, AttributeError, IndexError, ValueError) as problem:
+                    self._unreadable(module, "its input and the gradient of its output", problem)
 
         return _Tap.apply(output, self._anchor, a if module in self._reads and node is None else None, deliver)
 
@@ -161,18 +191,24 @@ class Taps:
             self._latest = group, remade(node)
         return self._latest[1]
 
+    def _unreadable(self, module: nn.Module, what: str, problem: Exception) -> NoReturn:
+        if isinstance(problem, torch.OutOfMemoryError):
+            raise problem
+        told = f"{what} could not be read as a {type(module).__name__}'s ({type(problem).__name__}: {problem})"
+        raise UnservedError(dict.fromkeys(self.names[module], told)) from problem
+
     def _checked(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> tuple[Tensor, float]:
-        """The input (or ids) and the factor on the output, of a module that does what its rules suppose."""
-        scales = self._known.scales
+    ) -> tuple[Tensor, Lookup]:
+        """The input (or ids) and what becomes of the rows, of a module that does what its rules suppose."""
+        lookups = self._known.lookups
         a = self._unchanged(module, args, kwargs, output)
         if isinstance(module, nn.Embedding):
-            a, scales[module] = looked_up(module, args, kwargs, output, scales.get(module))
-            return a, scales[module]
+            a, lookups[module] = looked_up(module, args, kwargs, output, lookups.get(module))
+            return a, lookups[module]
         if module not in self._known.checked and not returns_what_it_should(module, a, output):
             raise ValueError(f"{type(module).__name__} does not return what a layer of its kind makes of its input")
-        return a, 1.0
+        return a, PLAIN
 
     def _unchanged(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         """The input of a module that runs on its own parameters, on one input, for one output."""
@@ -200,9 +236,10 @@ class Taps:
         raise UnservedError(dict.fromkeys(self.names[module], reason))
 
     @property
-    def plain(self) -> set[nn.Module]:
-        """Modules of which every call had the batch in its first dimension."""
-        return {module for module, _ in self.calls} - self._odd
+    def manners(self) -> set[Manner]:
+        """How each module was called."""
+        times = Counter(module for module, _ in self.calls)
+        return {Manner(module, count, module in self._odd) for module, count in times.items()}
 
     def _group(self, given: Tensor) -> int:
         state = given._version, given.data_ptr()
@@ -215,7 +252,10 @@ class Taps:
     def backward(self, outputs: Tensor, deliver: Callable[[Delivery], None], *, again: bool = False) -> None:
         """Send the gradient of `outputs.sum()` down the tape; `deliver` is called on the way, under no_grad."""
         if not outputs.requires_grad:
-            raise ValueError("output: it depends on none of the chosen parameters' modules (was it detached?)")
+            raise ValueError(
+                "output: it depends on none of the chosen parameters' modules (was it detached, or computed under "
+                "no_grad?)"
+            )
         self._deliver, self._backward = deliver, True
         torch.autograd.grad(outputs.sum(), self._anchor, allow_unused=True, retain_graph=again)
 
@@ -244,6 +284,17 @@ class Taps:
         leaking, reached = torch.stack([flags.cpu() for flags in told.values()]).T.tolist()
         leaks = {module for module, leak in zip(told, leaking, strict=True) if leak}
         return leaks, {module for module, own in zip(told, reached, strict=True) if own} - leaks
+
+
+def _refuse_reentrant(module: nn.Module) -> None:
+    """Raises where a call under no_grad is a checkpoint's, which runs again, with a gradient, on the way back."""
+    frame = sys._getframe(1)
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            raise UnusableError(
+                f"{type(module).__name__}: it runs under no_grad inside the model's forward, so no gradient can "
+                "reach it; reentrant gradient checkpointing does that (pass use_reentrant=False)"
+            )
 
 
 def _separating(size: int) -> list[Tensor]:
@@ -296,7 +347,8 @@ def tapped(model: nn.Module, sites: Sequence[Site], shape: Shape, known: Known) 
             handle = module.register_forward_hook(taps.hook, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
         for module in model.modules():
-            if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            # of a parametrised weight, asking for it would already be a step (spectral norm's)
+            if getattr(module._parameters.get("weight"), "quant_state", None) is not None:
                 stack.callback(module.register_forward_hook(_passes_gradients, with_kwargs=True).remove)
         # torch's fused encoder layers, taken where no weight requires grad, call none of their modules
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -315,61 +367,8 @@ def _passes_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     """Forward hook: bitsandbytes' 4-bit layers drop the gradient once they are packed for inference on a CPU."""
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     if any(x.requires_grad for x in given) and not output.requires_grad:
-        raise RuntimeError(
+        raise UnusableError(
             f"{type(module).__name__} passes no gradient on: its quantised weight was packed for inference, as "
             "bitsandbytes does on CPUs with AVX512-BF16 in eval mode; load the model again and call model.train() "
             "(without dropout) before the first forward"
         )
-
-
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    """The values, those in lists and tuples (torch.cat's, chunk's) one by one."""
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from value
-        else:
-            yield value
-
-
-# What takes a parameter's dtype, device or shape, or leaves the tape: no use of its values for a gradient.
-_NEUTRAL = re.compile(r"detach|data|(zeros|ones|empty|full|rand|randn|randint)_like|new_\w+|to|type_as")
-
-
-class Uses(TorchFunctionMode):
-    """Counts the torch functions that turn a parameter into a tensor: a module's own call is one."""
-
-    def __init__(self, sites: Iterable[Site]) -> None:
-        super().__init__()
-        self._names = {id(site.parameter): site.name for site in sites}
-        self._paused = False
-        self.count: dict[str, int] = {}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Without counting: what a tap looks up for itself is no use of the model's."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        if self._paused or not any(isinstance(x, Tensor) and x.is_floating_point() for x in _flat([out])):
-            return out  # sizes, dtypes, devices and comparisons are no use of its values
-        given = list(_flat([*args, *(kwargs or {}).values()]))
-        attribute = getattr(function, "__self__", None)  # of a property's __get__, which all share a name
-        if _NEUTRAL.fullmatch(getattr(attribute or function, "__name__", "")):
-            casts = function in (Tensor.to, Tensor.type_as)  # of the parameter itself they are a use
-            given = given[:1] if casts else []
-        for name in {self._names[id(x)] for x in given if id(x) in self._names}:
-            self.count[name] = self.count.get(name, 0) + 1
-        return out
-
-    def outside(self, calls: Mapping[nn.Module, int], sites: Iterable[Site]) -> dict[str, str]:
-        """Name → reason of parameters that are also used outside their modules' calls, where no tap sees them."""
-        return {
-            site.name: "used outside its module's call (functionally, or by another method)"
-            for site in sites
-            if self.count.get(site.name, 0) > sum(calls.get(module, 0) for module in site.rules)
-        }

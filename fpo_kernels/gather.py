@@ -32,14 +32,26 @@ class Layout:
         self._packings: dict[tuple[int, bool, torch.device], Packing] = {}
         mask = batch.get("attention_mask")
         self._tokens: np.ndarray[Any, Any] | None = None
+        self._left = False
         self.leak: Tensor | None = None
         if not whole and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == (size, self.shape.tokens):
             kept = mask.bool()
             counts = kept.sum(1).cpu().numpy()
             if counts.sum() < mask.numel():
                 self._tokens = counts
+                self._left = bool((~kept[:, 0]).any())
                 flat = kept.flatten()
                 self._keep, self._drop = flat.nonzero().flatten(), (~flat).nonzero().flatten()
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What a model may take another path for: about how wide the batch is, on which side padding stands, and in
+        what order the examples' lengths are."""
+        width = (self.shape.tokens or 0).bit_length()
+        if self._tokens is None:
+            return (width,)
+        steps = np.diff(self._tokens)
+        return width, self._left, bool((steps > 0).any()), bool((steps < 0).any())
 
     def pack(self, x: Tensor, per_token: int | None) -> Tensor:
         """(B, R, …) → (S, …), without padding where the R rows are the batch's tokens, `per_token` rows each."""

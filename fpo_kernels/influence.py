@@ -8,22 +8,21 @@ added up over the parameters.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, chunks, join, rows_of, take
+from .batches import Batch, check_entries, chunks, join, rows_of, take
 from .gradients import Pairs, Stream, Vectors, join_batches
 from .layers import Coverage, Parameters, Site, choose
 from .models import check_mode, lock_of, refuse_wrapped
-from .passes import PER_EXAMPLE, Passes
+from .outputs import Output, OutputMap, first_logit
+from .passes import CHECKS, PER_EXAMPLE, Passes
 from .sketched import Maps, Sketched
 from .totals import Held, Total, holding, symmetric, wide
 
-Output = Callable[..., Tensor]
 T = TypeVar("T")
 
 
@@ -53,6 +52,11 @@ class Influence:
             gradients, (sequences on a tape) × (its weights) numbers.
         micro_batch: the most sequences on one autograd tape; None puts a call's whole batch on one. Each
             piece of a steering call runs the references it needs again.
+        check: when a pass is compared with one ordinary backward along a random direction, and what differs beyond
+            rounding is refused by name. "first": at the first batch and at batches of a new kind (another width to a
+            power of two, side of padding, order of lengths, entries, mode), on up to seven of its examples, for about
+            three passes over these; "every": each batch whole, for about two and a half passes more; "never". What can
+            be seen without a comparison is looked at in every pass, whatever `check` is.
 
     An engine's first call also runs three of its examples once more, to see that examples do not meet.
 
@@ -69,17 +73,20 @@ class Influence:
         output: Output | None = None,
         fallback: str = "error",
         micro_batch: int | None = None,
+        check: str = "first",
     ) -> None:
         if fallback not in ("error", PER_EXAMPLE):
             raise ValueError(f"fallback={fallback!r}: wanted 'error' or {PER_EXAMPLE!r}")
+        if check not in CHECKS:
+            raise ValueError(f"check={check!r}: wanted 'first', 'every' or 'never'")
         if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
             raise ValueError(f"micro_batch={micro_batch!r}: wanted a positive number of sequences, or None")
         refuse_wrapped(model)
         self.model = model
         self.micro_batch = micro_batch
-        self._output = _Output(output or _first_logit)
-        self._fallback = fallback
-        self._passes = Passes(model, choose(model, parameters), self._output, fallback)
+        self._output = OutputMap(output or first_logit)
+        self._fallback, self._check = fallback, check
+        self._passes = Passes(model, choose(model, parameters), self._output, fallback, check)
 
     def coverage(self) -> list[Coverage]:
         """One row a chosen parameter: its name, shape, the rule that serves it, and a reason where it is not served.
@@ -97,7 +104,7 @@ class Influence:
             outputs = self._passes.run(part, total.over(Pairs(torch.stack([index, index], 1))))
             return total.result(outputs, len(outputs))
 
-        return self._call(lambda: torch.cat([one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]))
+        return self._call(lambda: torch.cat([one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]), batch)
 
     def direction(self, batch: Batch, vectors: Mapping[str, Tensor]) -> Tensor:
         """⟨g_i, v⟩ of every example, (B,), fp32 or float64 (accumulated so); the model's stated directional derivative.
@@ -123,7 +130,7 @@ class Influence:
             outputs = self._passes.run(take(batch, rows), consume)
             return total.result(outputs, len(outputs))
 
-        return self._call(lambda: torch.cat([one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]))
+        return self._call(lambda: torch.cat([one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]), batch)
 
     def gram(self, batch: Batch, other: Batch | None = None) -> Tensor:
         """⟨g_i, g_j⟩ over one batch, (B, B), or between two, (B, M); fp32 or float64 (accumulated so).
@@ -137,7 +144,7 @@ class Influence:
             ValueError: the model's output is not one scalar an example, or a chosen parameter turns out not
                 to be told apart by example under `fallback="error"`.
         """
-        return self._call(lambda: self._gram(batch) if other is None else self._cross_gram(batch, other))
+        return self._call(lambda: self._gram(batch) if other is None else self._cross_gram(batch, other), batch, other)
 
     def summed_gram(self, batch: Batch, other: Batch | None, states: Callable[[], Iterator[float]]) -> Tensor:
         """Σ_k w_k · gram over states of the model's weights, summed in float64; raises as `gram`.
@@ -155,7 +162,7 @@ class Influence:
                 raise ValueError("states: wanted at least one, got none")
             return total.to(gram.dtype)
 
-        return self._call(compute)
+        return self._call(compute, batch, other)
 
     @overload
     def sketch(self, batch: Batch, dim: int = 4096, seed: int = 0, per_layer: Literal[False] = False) -> Tensor: ...
@@ -194,7 +201,7 @@ class Influence:
             pieces = [one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]
             return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
-        sums = self._call(whole)
+        sums = self._call(whole, batch)
         return sums if per_layer else sums[""]
 
     def steering(self, candidates: Batch, references: Batch, reference_of: Tensor | None = None) -> Steering:
@@ -217,24 +224,31 @@ class Influence:
             ]
             return Steering(*(torch.cat(column) for column in zip(*pieces, strict=True)))
 
-        return self._call(whole)
+        return self._call(whole, candidates, references)
 
-    def _call(self, compute: Callable[[], T]) -> T:
+    def _call(self, compute: Callable[[], T], *batches: Batch | None) -> T:
+        given = [batch for batch in batches if batch is not None]
+        for batch in given:
+            check_entries(batch)
         with lock_of(self.model):
             check_mode(self.model)
             self._renew()
+            if self.micro_batch is not None or self._fallback == PER_EXAMPLE or len(given) > 1:
+                for batch in given:
+                    self._passes.see_entries(batch)
             return self._passes.settled(compute)
 
     def _renew(self) -> None:
         """Look at the model anew where modules or parameters were replaced since."""
         if self._passes.current():
             return
+        refuse_wrapped(self.model)
         now = dict(self.model.named_parameters())
         gone = [name for name in self._passes.chosen if name not in now]
         if gone:
             raise ValueError(f"model: {gone[0]} is gone since the engine was made; make a new one")
         chosen = {name: now[name] for name in self._passes.chosen}
-        self._passes = Passes(self.model, chosen, self._output, self._fallback)
+        self._passes = Passes(self.model, chosen, self._output, self._fallback, self._check)
 
     def _vectors(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The directions by canonical name, (q, p) of each parameter."""
@@ -372,23 +386,3 @@ def _partners(n: int, m: int, reference_of: Tensor | None) -> Tensor:
     if n and not (int(reference_of.min()) >= 0 and int(reference_of.max()) < m):
         raise ValueError(f"reference_of: indices must lie in [0, {m}), got {reference_of.tolist()}")
     return reference_of
-
-
-def _first_logit(returned: Any) -> Tensor:
-    return returned.logits[:, 0]
-
-
-class _Output:
-    """Lets an output map take (returned) or (returned, batch): two parameters without defaults ask for both."""
-
-    def __init__(self, output: Output) -> None:
-        try:
-            signature = inspect.signature(output.forward if isinstance(output, nn.Module) else output)
-        except ValueError:  # some built-ins show none
-            signature = inspect.Signature()
-        accepts = signature.parameters.values()
-        needed = [p for p in accepts if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
-        self.output, self.with_batch = output, len(needed) >= 2
-
-    def __call__(self, returned: Any, batch: Batch) -> Tensor:
-        return self.output(returned, batch) if self.with_batch else self.output(returned)

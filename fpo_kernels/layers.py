@@ -109,9 +109,6 @@ def _sum(module: nn.Module, call: Call) -> Vectors:
 def _lookup(module: nn.Module, call: Call) -> Rows:
     d, packing = call.gradients()
     ids = call.inputs(None).flatten()
-    padding = getattr(module, "padding_idx", None)
-    if padding is not None:  # its row never learns
-        d = d.masked_fill((ids == padding)[:, None], 0)
     weight = module.weight
     assert isinstance(weight, Tensor)
     return Rows(ids, d, packing, len(weight))
@@ -185,46 +182,64 @@ def _first_name(forward: Callable[..., Any]) -> str:
     return list(inspect.signature(forward).parameters)[1]
 
 
-def looked_up(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, scale: float | None
-) -> tuple[Tensor, float]:
-    """An embedding's ids and the factor s in output = s·weight[ids], also of classes that compute their own ids.
+@dataclass(frozen=True)
+class Lookup:
+    """What becomes of the rows that an embedding looks up: output = scale · weight[ids], and one row never learns."""
 
-    With the factor known from an earlier call, the output is not compared again.
+    scale: float = 1.0
+    padding: int | None = None
+
+    def gradient(self, ids: Tensor | None, d: Tensor) -> Tensor:
+        """d (B, …, h) as it arrives at the rows; of other modules, whose look-up is `Lookup()`, d itself."""
+        d = d if self.scale == 1 else d * self.scale
+        return d if self.padding is None or ids is None else d.masked_fill((ids == self.padding)[..., None], 0)
+
+
+def looked_up(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, known: Lookup | None
+) -> tuple[Tensor, Lookup]:
+    """An embedding's ids and what becomes of its rows, also of classes that look them up themselves.
+
+    With that known from an earlier call, the output is not compared again.
 
     Raises:
-        ValueError: the output is not that.
+        ValueError: the output is something else, or made with an option that no rule follows.
     """
     if type(module).forward is nn.Embedding.forward and "forward" not in vars(module):
-        return input_of(module, args, kwargs), 1.0
+        return input_of(module, args, kwargs), Lookup(padding=getattr(module, "padding_idx", None))
     with _Lookups(module) as seen:
         module.forward(*args, **kwargs)
     if len(seen.ids) == 1:
-        if scale is not None:
-            return seen.ids[0], scale
+        if known is not None:
+            return seen.ids[0], known
         for factor in dict.fromkeys((1.0, float(getattr(module, "embed_scale", 1.0)))):
             plain = seen.values[0]
             if plain.shape == output.shape and torch.equal(plain * torch.tensor(factor, dtype=plain.dtype), output):
-                return seen.ids[0], factor
+                return seen.ids[0], Lookup(factor, seen.padding)
     raise ValueError(f"{type(module).__name__} does more than look rows up")
 
 
 class _Lookups(TorchFunctionMode):
-    """Records what is looked up in a module's weight."""
+    """Records what is looked up in a module's weight, and which row is said not to learn."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.weight = module.weight
+        self.weight: Any = module.weight
         self.ids: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.padding: int | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         if function is nn.functional.embedding:
-            given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
+            given = inspect.signature(nn.functional.embedding).bind(*args, **(kwargs or {})).arguments
             if given["weight"] is self.weight:
+                if given.get("max_norm") is not None or given.get("scale_grad_by_freq"):
+                    raise ValueError("it looks rows up with max_norm or scale_grad_by_freq")
                 self.ids.append(given["input"])
                 self.values.append(out)
+                padding = given.get("padding_idx")
+                self.padding = padding + len(self.weight) if padding is not None and padding < 0 else padding
         return out
 
 
@@ -344,10 +359,17 @@ def survey(model: nn.Module, chosen: dict[str, nn.Parameter]) -> tuple[list[Site
     return sites, refused
 
 
+def is_hooked(parameter: Tensor) -> bool:
+    """Whether a hook of somebody's may change the gradient on its way to the parameter."""
+    return any(not getattr(hook, "only_reads", False) for hook in (parameter._backward_hooks or {}).values())
+
+
 def _objection(module: nn.Module, rule: Rule | None, attribute: str) -> str:
     if rule is None:
         return f"no rule for {type(module).__name__}.{attribute}"
     parameter = getattr(module, attribute)
+    if is_hooked(parameter):
+        return "a hook on it (register_hook) changes its gradient as it arrives"
     if not parameter.is_floating_point():
         return f"a {parameter.dtype} weight has no gradient"
     return rule.objection(module)

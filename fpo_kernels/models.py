@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _making = threading.Lock()
@@ -43,7 +44,7 @@ def _is_random(module: nn.Module) -> bool:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raises TypeError for a compiled or FSDP-sharded model."""
+    """Raises TypeError for a compiled or sharded model, ValueError for one whose weights are somewhere else."""
     for module in model.modules():
         kinds = {cls.__name__ for cls in type(module).__mro__}
         if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
@@ -53,3 +54,15 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
         if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
             raise TypeError(f"model: {type(module).__name__} is FSDP-sharded; pass an unsharded model")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"model: {name} has no shape yet (a lazy module); run the model once before")
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise TypeError(f"model: {name} is a sharded DTensor; pass an unsharded model")
+        if hasattr(parameter, "ds_id") and not parameter.numel():
+            raise TypeError(f"model: {name} is partitioned by DeepSpeed (ZeRO-3); gather the model first")
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"model: {name} is on the meta device: its values are kept elsewhere between calls (accelerate's CPU "
+                "or disk offload) or were never loaded; load the model onto one device"
+            )

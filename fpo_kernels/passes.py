@@ -1,9 +1,9 @@
 """Tapped passes of one model, and what they teach about it.
 
-What a parameter's module is called with is only seen when it runs. The first passes therefore look closely:
-that no parameter is used outside its modules, that no example's output depends on another's rows, that padding
-is not read. What they find is remembered; a parameter that cannot be told apart by example is refused by name,
-or served by one plain backward an example.
+What a parameter's module is called with is only seen when it runs. Every pass sees that no parameter is used outside
+its modules, that examples were seen to keep apart in modules called this way, and that padding is not read; batches
+of a new kind are compared with one ordinary backward (`compare`). A parameter that cannot be told apart by example is
+refused by name, or served by one plain backward an example.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, rows_of, take
-from .capture import Known, Taps, UnservedError, frozen, tapped
+from .batches import Batch, as_long_as_the_batch, rows_of, take, telling, unchanged
+from .capture import Known, Manner, Taps, UnservedError, UnusableError, frozen, tapped
+from .compare import Comparison, close
 from .gather import Consume, Gather, Layout, PaddingReadError
 from .gradients import Stream, Vectors
-from .layers import Coverage, Site, survey
+from .layers import Coverage, Site, is_hooked, survey
 
 T = TypeVar("T")
 PER_EXAMPLE = "per_example"
+CHECKS = ("first", "every", "never")
 
 
 class Passes:
@@ -34,15 +36,20 @@ class Passes:
         chosen: Mapping[str, nn.Parameter],
         output: Callable[[Any, Batch], Tensor],
         fallback: str,
+        check: str,
     ) -> None:
         self.model = model
         self.chosen = dict(chosen)
         self._output = output
         self._fallback = fallback
+        self._check = check
         self._sites, self._refused = survey(model, self.chosen)
         self._unused: set[str] = set()
+        self._silent: set[frozenset[str]] = set()  # parameters that a pass did without, and rightly so
         self._known = Known()
+        self._split: set[frozenset[str]] = set()  # entries seen to hold one thing an example
         self._looked: set[tuple[object, ...]] = set()  # kinds of batches that were looked at
+        self._compared: set[tuple[object, ...]] = set()  # and those that were compared
         self._whole = False  # whether padded positions count, because the model reads them
         self._reached = False  # whether a pass had a tape
         self._parts = list(_parts(model))
@@ -51,7 +58,7 @@ class Passes:
             self._refuse(hopeless or self._refused)
 
     def current(self) -> bool:
-        """Whether the model still consists of the very modules and parameters it had."""
+        """Whether the model still consists of the very modules, forwards, parameters and hooks on these it had."""
         now = list(_parts(self.model))
         return len(now) == len(self._parts) and all(a is b for a, b in zip(now, self._parts, strict=True))
 
@@ -94,11 +101,12 @@ class Passes:
         if not self._sites:
             outputs = self._plain(batch)
         else:
-            kind = self._kind(batch)
+            kind, layout = self._kind(batch), Layout(batch, self._whole)
             if kind not in self._looked:
                 self._look(batch)
                 self._looked |= {kind, (1, *kind[1:])}
-            outputs = self._tapped(batch, consume)
+            self._compare_if_due(batch, (kind, layout.kind))
+            outputs = self._tapped(batch, layout, consume)
         for name, vectors in self._formed(batch).items():
             consume([Site(name, self.chosen[name], {})], [vectors])
         return outputs
@@ -108,25 +116,58 @@ class Passes:
         entries = []
         for key in sorted(batch):
             value = batch[key]
-            told = value.ndim if isinstance(value, Tensor) else value if isinstance(value, (bool, str)) else None
+            told: object = value if isinstance(value, (bool, str)) else None
+            if isinstance(value, Tensor):
+                told = value.ndim, value.dtype
             entries.append((key, type(value), told))
         device = next(iter(self.chosen.values())).device.type
         return min(rows_of(batch), 2), tuple(entries), self.model.training, torch.is_autocast_enabled(device)
 
-    def _tapped(self, batch: Batch, consume: Consume) -> Tensor:
-        layout = Layout(batch, self._whole)
+    def _tapped(self, batch: Batch, layout: Layout, consume: Consume, comparison: Comparison | None = None) -> Tensor:
         with tapped(self.model, self._sites, layout.shape, self._known) as taps:
             outputs = self._forward(batch, taps)
+            self._account(taps, batch)
             self._probe(taps, batch, outputs, sizes=1)
-            self._unused -= {name for module, _ in taps.calls for name in taps.names[module]}
             gather = Gather(self._sites, layout, taps.calls, consume)
+            deliver = gather.deliver if comparison is None else comparison.weighing(taps, gather.deliver)
             # of a model that had a tape before, an output without one has no gradient
             if outputs.requires_grad or not (self._refused or self._reached):
-                taps.backward(outputs, gather.deliver)
+                taps.backward(outputs, deliver)
                 self._reached = True
         gather.finish()
         layout.check()
         return outputs.detach()
+
+    def _compare_if_due(self, batch: Batch, kind: tuple[object, ...]) -> None:
+        """Refuse by name what one ordinary backward tells otherwise, of this batch or of some of its examples."""
+        if self._check == "never" or (self._check == "first" and kind in self._compared):
+            return
+        some = batch if self._check == "every" else telling(batch)
+        sites = {site.name: site.parameter for site in self._sites}
+        comparison = Comparison(sites, rows_of(some))
+        before = self._tapped(some, Layout(some, self._whole), comparison.consume, comparison)
+        faults = comparison.faults(self.model, lambda: self._outputs(some), before)
+        if faults:
+            raise UnservedError(faults)
+        self._compared.add(kind)
+
+    def _account(self, taps: Taps, batch: Batch) -> None:
+        """That this pass used the parameters where taps see it, or not at all."""
+        calls = Counter(module for module, _ in taps.calls)
+        reasons = taps.uses.outside(calls, self._sites)
+        reasons |= _named(
+            taps, taps.inner, "a gradient is taken through it in the forward, where its weight acts again"
+        )
+        if reasons:
+            raise UnservedError(reasons)
+        silent = [site for site in self._sites if not any(calls[module] for module in site.rules)]
+        self._unused -= {name for module in calls for name in taps.names[module]}
+        key = frozenset(site.name for site in silent)
+        if silent and key not in self._silent:
+            taps.idle = True
+            self._check_unused(batch, silent, taps.untaped)
+            taps.idle = False
+            self._silent.add(key)
 
     def _look(self, batch: Batch) -> None:
         """A pass over two or three examples that only looks; over all where the output map takes no fewer."""
@@ -144,24 +185,18 @@ class Passes:
     def _look_at(self, batch: Batch, sizes: int) -> None:
         layout = Layout(batch, self._whole)
         with tapped(self.model, self._sites, layout.shape, self._known) as taps:
-            with taps.uses:
-                outputs = self._forward(batch, taps)
-            calls = Counter(module for module, _ in taps.calls)
-            if outside := taps.uses.outside(calls, self._sites):
-                raise UnservedError(outside)
+            outputs = self._forward(batch, taps)
+            self._account(taps, batch)
             self._probe(taps, batch, outputs, sizes)
-        silent = [s for s in self._sites if not any(calls[m] for m in s.rules) and s.name not in self._unused]
-        if silent:
-            self._check_unused(batch, silent)
 
     def _probe(self, taps: Taps, batch: Batch, outputs: Tensor, sizes: int) -> None:
-        """That examples do not meet in modules which no earlier pass has seen to keep them apart.
+        """That examples keep apart in modules of which no earlier pass has seen it, called in this manner.
 
         Where a module's calls have the batch in front at two sizes of it, that is evidence enough; otherwise its
         gradients have to show it.
         """
-        called = {module for module, _ in taps.calls}
-        self._known.checked |= called  # their taps would have raised
+        called = taps.manners
+        self._known.checked |= {manner.module for manner in called}  # their taps would have raised
         if len(outputs) == 1 or called <= self._known.separable or not outputs.requires_grad:
             return
         leaks, proven = taps.leaks(outputs)
@@ -170,30 +205,36 @@ class Passes:
                 raise ValueError("output: the scalars of a batch's examples depend on one another")
             reason = "the batch is not the first dimension of its module's call, or examples meet there"
             raise UnservedError(_named(taps, leaks, reason))
-        self._known.separable |= proven | (taps.plain if sizes == 2 else set())
+        plain: set[Manner] = {manner for manner in called if sizes == 2 and not manner.odd}
+        self._known.separable |= plain | {manner for manner in called if manner.module in proven}
 
     def _mixed(self, batch: Batch, taps: Taps, outputs: Tensor) -> bool:
         """Whether examples alone have other outputs than together."""
         taps.idle = True
         with torch.no_grad():
-            alone = torch.cat([self._outputs(take(batch, slice(i, i + 1))) for i in range(len(outputs))]).double()
-        off = (alone - outputs.double()).norm()
-        return bool(off > torch.finfo(outputs.dtype).eps ** 0.5 * outputs.double().norm())
+            alone = torch.cat([self._outputs(take(batch, slice(i, i + 1))) for i in range(len(outputs))])
+        return not close(alone, outputs)
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
         try:
-            return self._outputs(batch)
+            with taps.uses:
+                return self._outputs(batch)
         except Exception as problem:
-            if isinstance(problem, UnservedError) or not taps.expanded or not self._runs(batch, taps):
+            suspect = taps.expanded or self._fallback == PER_EXAMPLE
+            known = isinstance(problem, (UnservedError, UnusableError, torch.OutOfMemoryError))
+            if known or not suspect or not self._runs(batch, taps):
                 raise
             # of what was expanded, embeddings are the last suspects: position embeddings are everywhere
             odd = {m for m in taps.expanded if not isinstance(m, nn.Embedding)} or taps.expanded
-            raise UnservedError(
-                _named(taps, odd, "its call is broadcast over the batch and cannot be expanded")
-            ) from problem
+            reason = "its call is broadcast over the batch and cannot be expanded"
+            if not odd:
+                odd = set(taps.names)
+                reason = f"the model does not run with taps on it ({type(problem).__name__}: {problem})"
+            raise UnservedError(_named(taps, odd, reason)) from problem
 
     def _outputs(self, batch: Batch) -> Tensor:
-        outputs = self._output(self.model(**batch), batch)
+        with unchanged(batch):
+            outputs = self._output(self.model(**batch), batch)
         rows = rows_of(batch)
         if not isinstance(outputs, Tensor) or outputs.shape != (rows,) or not outputs.is_floating_point():
             got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -212,10 +253,17 @@ class Passes:
             taps.idle = False
         return True
 
-    def _check_unused(self, batch: Batch, sites: list[Site]) -> None:
-        """Parameters whose modules were not called may still be used in ways that no tap and no count sees."""
+    def _check_unused(self, batch: Batch, sites: list[Site], untaped: set[nn.Module]) -> None:
+        """Parameters whose modules were not called may still be used in ways that no tap and no count sees.
+
+        Under no_grad a module is called, and runs again with a gradient where that is a checkpoint of the model's own;
+        which needs a tape that reaches it, so that every parameter learns then.
+        """
         parameters = [site.parameter for site in sites]
-        with frozen(self.model, parameters), torch.enable_grad():
+        learning = parameters
+        if any(module in untaped for site in sites for module in site.rules):
+            learning = [p for p in self.model.parameters() if p.is_floating_point()]
+        with frozen(self.model, learning), torch.enable_grad():
             outputs = self._outputs(batch)
             used = []
             if outputs.requires_grad:
@@ -224,6 +272,33 @@ class Passes:
         if used:
             raise UnservedError(dict.fromkeys(used, "used outside its module's call (which is never made)"))
         self._unused |= {site.name for site in sites}
+
+    def see_entries(self, batch: Batch) -> None:
+        """That entries as long as the batch hold one thing an example: two examples have the same outputs apart as
+        together. Looked at once for the same entries.
+
+        Raises:
+            ValueError: they do; the entries are named.
+        """
+        doubtful = as_long_as_the_batch(batch)
+        if not doubtful or rows_of(batch) == 1 or (key := frozenset(doubtful)) in self._split:
+            return
+        told = ", ".join(sorted(doubtful))
+        wanted = "wanted entries that hold one thing an example, or are not as long as the batch"
+        try:
+            both = self._plain(take(batch, slice(0, 2)))
+            alone = torch.cat([self._plain(take(batch, slice(i, i + 1))) for i in range(2)])
+        except (RuntimeError, ValueError, IndexError, TypeError) as problem:
+            raise ValueError(
+                f"batch: {told}: as long as the batch, and the model does not take two examples of it with its share "
+                f"({type(problem).__name__}: {problem}); {wanted}"
+            ) from problem
+        if not close(both, alone):
+            raise ValueError(
+                f"batch: {told}: as long as the batch, but two examples give other outputs apart than "
+                f"together; {wanted}"
+            )
+        self._split.add(key)
 
     def _plain(self, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -274,4 +349,9 @@ def _some(names: list[str]) -> str:
 def _parts(model: nn.Module) -> Iterator[object]:
     for module in model.modules():
         yield module
-        yield from module._parameters.values()
+        yield getattr(type(module), "forward", None)
+        forward = vars(module).get("forward")  # kernel libraries replace it on the instance
+        yield getattr(forward, "stands_for", forward)
+        for parameter in module._parameters.values():
+            yield parameter
+            yield parameter is not None and is_hooked(parameter)

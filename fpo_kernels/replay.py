@@ -39,7 +39,9 @@ def replaying(model: nn.Module, changing: Iterable[nn.Parameter], chosen: Iterab
         stack.callback(begin.remove)
         for module in _free(model, {id(parameter) for parameter in (*changing, *chosen)}):
             stack.callback(_put_back, module, vars(module).get("forward"))
-            vars(module)["forward"] = kept.wrapped(module.forward)
+            replaced = kept.wrapped(module.forward)
+            replaced.stands_for = vars(module).get("forward")  # type: ignore[attr-defined]
+            vars(module)["forward"] = replaced
         stack.enter_context(watch)
         yield
 

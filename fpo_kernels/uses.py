@@ -1,0 +1,79 @@
+"""Which of a model's chosen parameters are used where no tap sees it: a count of torch's functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, is_grad_enabled, nn
+from torch.overrides import TorchFunctionMode
+
+from .layers import Site
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, those in lists and tuples (torch.cat's, chunk's) one by one."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+# What takes a parameter's dtype, device or shape, or leaves the tape: no use of its values for a gradient.
+_NEUTRAL = re.compile(r"detach|data|(zeros|ones|empty|full|rand|randn|randint)_like|new_\w+|to|type_as")
+
+
+class Uses(TorchFunctionMode):
+    """Counts the torch functions that turn a parameter into a tensor: a module's own call is one."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        super().__init__()
+        self._names = {id(site.parameter): site.name for site in sites}
+        self._paused = False
+        self.count: dict[str, int] = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Without counting: what a tap looks up for itself is no use of the model's."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if self._paused or not self._given(args, kwargs):
+            return out
+        # under no_grad a value is used, and its gradient is not
+        if not is_grad_enabled() or not any(isinstance(x, Tensor) and x.is_floating_point() for x in _flat([out])):
+            return out  # sizes, dtypes, devices and comparisons are no use of its values
+        given = list(_flat([*args, *(kwargs or {}).values()]))
+        attribute = getattr(function, "__self__", None)  # of a property's __get__, which all share a name
+        if _NEUTRAL.fullmatch(getattr(attribute or function, "__name__", "")):
+            casts = function in (Tensor.to, Tensor.type_as)  # of the parameter itself they are a use
+            given = given[:1] if casts else []
+        # a cast to the dtype that it has gives the parameter itself (Gemma's norms in fp32)
+        given = [x for x in given if x is not out]
+        for name in {self._names[id(x)] for x in given if id(x) in self._names}:
+            self.count[name] = self.count.get(name, 0) + 1
+        return out
+
+    def _given(self, args: Any, kwargs: Any) -> bool:
+        """Whether a parameter is among the arguments: asked of every function of a forward pass, so it is quick."""
+        names = self._names
+        for x in (*args, *kwargs.values()) if kwargs else args:
+            if id(x) in names or (type(x) in (list, tuple) and any(id(one) in names for one in x)):
+                return True
+        return False
+
+    def outside(self, calls: Mapping[nn.Module, int], sites: Iterable[Site]) -> dict[str, str]:
+        """Name → reason of parameters that are also used outside their modules' calls, where no tap sees them."""
+        return {
+            site.name: "used outside its module's call (functionally, or by another method)"
+            for site in sites
+            if self.count.get(site.name, 0) > sum(calls.get(module, 0) for module in site.rules)
+        }
