@@ -24,8 +24,9 @@ demo: $(STAMP) ## train SmolLM2 by plain RLHF and by FPO, side by side; the repo
 	rm -rf runs/demo
 	$(BIN)/fpo-train run --config demo.yaml --compare none,practical,relaxed --out runs/demo
 
+# a file a process: two with a thread each take half the time of one with two
 test: $(STAMP) ## run the tests, but for those on the real model
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 slow: $(STAMP) ## run the tests on the real model (SmolLM2), some minutes
 	$(BIN)/python -m pytest tests -m slow
