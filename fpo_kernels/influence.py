@@ -54,7 +54,7 @@ class Influence:
             piece of a steering call runs the references it needs again.
         check: when a pass is compared with one ordinary backward along a random direction, and what differs beyond
             rounding is refused by name. "first": at the first batch and at batches of a new kind (another width to a
-            power of two, side of padding, order of lengths, entries, mode), on up to seven of its examples, for about
+            power of two, side of padding, order of lengths, entries, mode), on up to nine of its examples, for about
             three passes over these; "every": each batch whole, for about two and a half passes more; "never". What can
             be seen without a comparison is looked at in every pass, whatever `check` is.
 
