@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -52,3 +55,33 @@ def brief(x: Tensor) -> str:
     """At most eight values."""
     values = str(x.flatten()[:8].tolist())
     return values if x.numel() <= 8 else values[:-1] + ", …]"
+
+
+class Extents:
+    """Where each example's rows lie in a stream, and which of them count: on the host, and on a device when wanted.
+
+    Attributes:
+        host: (B, 4) int64: first row, how many rows, the first of these that counts, how many count.
+    """
+
+    def __init__(self, host: NDArray[np.int64]) -> None:
+        self.host = host
+        self.key = host.tobytes()
+
+    @staticmethod
+    def packed(lengths: NDArray[np.int64]) -> Extents:
+        """Of examples that lie one after another, every row of which counts."""
+        lengths = lengths.astype(np.int64)
+        begin = lengths.cumsum() - lengths
+        return Extents(np.stack([begin, lengths, np.zeros_like(lengths), lengths], 1))
+
+
+def sent(values: NDArray[Any], device: torch.device) -> Tensor:
+    """A small host array on a device."""
+    return fill(torch.empty(values.shape, dtype=torch.from_numpy(values[:0]).dtype, device=device), values)
+
+
+def fill(held: Tensor, values: NDArray[Any]) -> Tensor:
+    """`held` with the values of a host array, copied without waiting for the device: from pinned memory."""
+    host = torch.from_numpy(values)
+    return held.copy_(host.pin_memory() if held.is_cuda else host, non_blocking=True)

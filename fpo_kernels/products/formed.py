@@ -38,6 +38,7 @@ def grad_products(
     offsets: Tensor,  # (B+1,)
     pairs: Tensor,  # (n, 2)
     other: tuple[Tensor, tuple[Tensor, ...], Tensor] | None,
+    longest: int,
 ) -> Tensor:  # (n,)
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     a2, ds2, offsets2 = other or (a, ds, offsets)

@@ -15,6 +15,7 @@ def grad_products(
     offsets: Tensor,  # (B+1,)
     pairs: Tensor,  # (n, 2)
     other: tuple[Tensor, tuple[Tensor, ...], Tensor] | None,
+    longest: int,
 ) -> Tensor:  # (n,)
     problem = library.why_not("grad_products", a)
     if problem is not None:

@@ -47,7 +47,7 @@ class Room(Protocol):
     """What every implementation's module offers."""
 
     def grad_products(
-        self, a: Tensor, ds: tuple[Tensor, ...], offsets: Tensor, pairs: Tensor, other: Other | None
+        self, a: Tensor, ds: tuple[Tensor, ...], offsets: Tensor, pairs: Tensor, other: Other | None, longest: int
     ) -> Tensor: ...
 
 
@@ -100,11 +100,12 @@ def run(
 ) -> Tensor:
     """Chooses the room and calls it without autograd and autocast; `work` None: nothing is known of the lengths."""
     room = load(*choose(a, [d.shape[1] for d in ds], work, impl, way))
+    longest = len(a) if work is None else work.longest
     kind = a.device.type
     # A room multiplies in the dtypes it says it does, whatever an autocast around the call would make of `@`.
     plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
     with torch.no_grad(), plain:
-        return room.grad_products(a, ds, offsets, pairs, other)
+        return room.grad_products(a, ds, offsets, pairs, other, longest)
 
 
 def load(impl: str, way: str) -> Room:

@@ -23,6 +23,7 @@ def grad_products(
     offsets: Tensor,  # (B+1,)
     pairs: Tensor,  # (n, 2)
     other: tuple[Tensor, tuple[Tensor, ...], Tensor] | None,
+    longest: int,
 ) -> Tensor:  # (n,)
     a2, ds2, offsets2 = other or (a, ds, offsets)
     out = a.new_zeros(len(pairs), dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)

@@ -152,6 +152,7 @@ def grad_products(
     offsets: Tensor,  # (B+1,)
     pairs: Tensor,  # (n, 2)
     other: tuple[Tensor, tuple[Tensor, ...], Tensor] | None,
+    longest: int,
 ) -> Tensor:  # (n,)
     refuse(a)
     if len(pairs) == 0:
