@@ -14,6 +14,7 @@ from .batches import Batch, rows_of
 from .capture import Delivery, Shape
 from .gradients import Factors, Packing, Stream, join_calls
 from .layers import Site
+from .streams import Extents, sent
 
 Consume = Callable[[list[Site], list[Stream]], None]
 
@@ -23,25 +24,36 @@ class PaddingReadError(Exception):
 
 
 class Layout:
-    """Where the rows of a batch's examples lie once padding is dropped."""
+    """Where the rows of a batch's examples lie, and how padding is dropped: by packing, or in place.
 
-    def __init__(self, batch: Batch, whole: bool) -> None:
+    Attributes:
+        in_place: streams stay as they are, padding is told by their extents; else it is cut out of them.
+        leak: () bool, whether a dropped row had a gradient; None where none was dropped, or nobody looked.
+    """
+
+    def __init__(self, batch: Batch, whole: bool, in_place: bool = False) -> None:
         """With `whole`, padded positions count like any other."""
         size = rows_of(batch)
         self.shape = Shape(size, _tokens(batch))
+        self.in_place = False
         self._packings: dict[tuple[int, bool, torch.device], Packing] = {}
+        self._indices: dict[tuple[bool, torch.device], Tensor] = {}
         mask = batch.get("attention_mask")
         self._tokens: np.ndarray[Any, Any] | None = None
         self._left = False
+        self._first: np.ndarray[Any, Any] | None = None
         self.leak: Tensor | None = None
         if not whole and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == (size, self.shape.tokens):
-            kept = mask.bool()
-            counts = kept.sum(1).cpu().numpy()
-            if counts.sum() < mask.numel():
-                self._tokens = counts
+            kept = mask.detach().cpu().numpy() != 0  # the one time that a pass waits for a device: before it begins
+            counts = kept.sum(1)
+            if counts.sum() < kept.size:
+                self._tokens = counts.astype(np.int64)
                 self._left = bool((~kept[:, 0]).any())
-                flat = kept.flatten()
-                self._keep, self._drop = flat.nonzero().flatten(), (~flat).nonzero().flatten()
+                self._kept = kept
+                self._first = kept.argmax(1)
+                ends = kept.shape[1] - kept[:, ::-1].argmax(1)
+                unbroken = (ends - self._first)[counts > 0] == counts[counts > 0]
+                self.in_place = in_place and bool(unbroken.all())
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -55,26 +67,39 @@ class Layout:
 
     def pack(self, x: Tensor, per_token: int | None) -> Tensor:
         """(B, R, …) → (S, …), without padding where the R rows are the batch's tokens, `per_token` rows each."""
-        if self._tokens is None or per_token is None:
+        if self._tokens is None or per_token is None or self.in_place:
             return x.flatten(0, 1)
         tokens = x.reshape(-1, per_token, *x.shape[2:])
-        return tokens.index_select(0, self._keep.to(x.device)).flatten(0, 1)
+        return tokens.index_select(0, self._rows(True, x.device)).flatten(0, 1)
+
+    def _rows(self, kept: bool, device: torch.device) -> Tensor:
+        """Which rows of (B·T, …) are kept, or dropped."""
+        if (kept, device) not in self._indices:
+            self._indices[kept, device] = sent(np.flatnonzero(self._kept == kept), device)
+        return self._indices[kept, device]
 
     def packing(self, rows: int, per_token: int | None, device: torch.device) -> Packing:
         """Where the examples lie in what `pack` returns of (B, rows, …)."""
-        kept = self._tokens is not None and per_token is not None
-        key = (per_token if kept and per_token else rows), kept, device
+        dropping = self._tokens is not None and per_token is not None
+        key = (per_token if dropping and per_token else rows), dropping, device
         if key not in self._packings:
-            whole = np.full(self.shape.examples, key[0], dtype=np.int64)
-            self._packings[key] = Packing.of(
-                whole if self._tokens is None or not kept else whole * self._tokens, device
-            )
+            self._packings[key] = Packing.among(self._extents(rows, key[0], dropping), device)
         return self._packings[key]
+
+    def _extents(self, rows: int, scale: int, dropping: bool) -> Extents:
+        whole = np.full(self.shape.examples, rows, dtype=np.int64)
+        if not dropping:
+            return Extents.packed(whole)
+        assert self._tokens is not None and self._first is not None
+        if not self.in_place:
+            return Extents.packed(scale * self._tokens)
+        begin = np.arange(len(whole)) * rows
+        return Extents(np.stack([begin, whole, scale * self._first, scale * self._tokens], 1))
 
     def look_at_padding(self, d: Tensor, per_token: int | None) -> None:
         """Remember whether a dropped row of d (B, R, q) has a gradient; read once, by `check`."""
-        if self._tokens is not None and per_token is not None:
-            dropped = d.reshape(-1, per_token * d.shape[2]).index_select(0, self._drop.to(d.device))
+        if self._tokens is not None and per_token is not None and not self.in_place:
+            dropped = d.reshape(-1, per_token * d.shape[2]).index_select(0, self._rows(False, d.device))
             leak = (dropped != 0).any()
             self.leak = leak if self.leak is None else self.leak | leak.to(self.leak.device)
 

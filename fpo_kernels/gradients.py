@@ -17,6 +17,7 @@ from torch import Tensor
 from .cost import Work
 from .direction import unchecked_direction
 from .products import unchecked_products
+from .streams import Extents, sent
 
 Lengths = NDArray[np.int64]
 
@@ -26,15 +27,27 @@ SCRATCH_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Packing:
-    """Which rows of a stream belong to which example: rows offsets[i]:offsets[i+1], lengths on the host."""
+    """Which rows of a stream belong to which example, and which of these count: of the others d is zero."""
 
-    lengths: Lengths  # (B,)
-    offsets: Tensor  # (B+1,) int64, on the stream's device
+    lengths: Lengths  # (B,) rows of each example, on the host
+    offsets: Tensor  # (B+1,) int64, on the stream's device: example i owns rows offsets[i]:offsets[i+1]
+    extents: Extents
 
     @staticmethod
     def of(lengths: Lengths, device: torch.device) -> Packing:
-        """The packing of examples with these lengths, one after another."""
-        return Packing(lengths, torch.from_numpy(np.concatenate([[0], lengths.cumsum()])).to(device))
+        """The packing of examples with these lengths, one after another; every row counts."""
+        return Packing.among(Extents.packed(lengths), device)
+
+    @staticmethod
+    def among(extents: Extents, device: torch.device) -> Packing:
+        """The packing of examples that lie one after another, whose rows do not all count."""
+        rows = extents.host[:, 1]
+        return Packing(rows, sent(np.concatenate([[0], rows.cumsum()]), device), extents)
+
+    @property
+    def counts(self) -> Lengths:
+        """(B,) rows that count."""
+        return self.extents.host[:, 3]
 
 
 class Pairs:
@@ -49,16 +62,16 @@ class Pairs:
     def on(self, device: torch.device) -> Tensor:
         """The list on a device, sent there once."""
         if device not in self._on:
-            self._on[device] = self._on[torch.device("cpu")].to(device)
+            self._on[device] = sent(self.host, device)
         return self._on[device]
 
     def work(self, left: Packing, right: Packing | None) -> Work:
         """The cost model's summary for these streams, made once for all layers that share their packings."""
         key = id(left), id(right)
         if key not in self._work:
-            lengths = None if right is None else right.lengths
+            counts = None if right is None else right.counts
             # the packings are kept beside the answer, so that no other can take their identities
-            self._work[key] = left, right, Work.of(left.lengths, self.host, lengths)
+            self._work[key] = left, right, Work.of(left.counts, self.host, counts)
         return self._work[key][2]
 
 
@@ -175,6 +188,13 @@ class Vectors:
         step = max(1, SCRATCH_BYTES // (3 * left.element_size() * max(left.shape[1], 1)))
         parts = [(left[i[k : k + step]] * right[j[k : k + step]]).sum(1) for k in range(0, len(i), step)]
         return torch.cat(parts) if parts else left.new_zeros(0)
+
+    @staticmethod
+    def of_many(own: Sequence[Vectors], pairs: Pairs, other: Sequence[Vectors] | None) -> Tensor:
+        """(n,) float64: the products of many parameters of one size, added up."""
+        left = torch.stack([vectors.v for vectors in own], 1)  # (B, L, n)
+        right = None if other is None else [Vectors(torch.stack([vectors.v for vectors in other], 1).flatten(1))]
+        return Vectors.products([Vectors(left.flatten(1))], pairs, right).double()
 
     @staticmethod
     def interleave(parts: Sequence[Vectors]) -> Vectors:

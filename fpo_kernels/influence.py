@@ -100,8 +100,8 @@ class Influence:
 
         def one(rows: slice) -> Tensor:
             part = take(batch, rows)
-            total, index = Total(), torch.arange(rows_of(part))
-            outputs = self._passes.run(part, total.over(Pairs(torch.stack([index, index], 1))))
+            total, index = self._total(), torch.arange(rows_of(part))
+            outputs = self._passes.run(part, total.over(Pairs(torch.stack([index, index], 1))), in_place=True)
             return total.result(outputs, len(outputs))
 
         return self._call(lambda: torch.cat([one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]), batch)
@@ -119,7 +119,7 @@ class Influence:
         wanted = self._vectors(vectors)
 
         def one(rows: slice) -> Tensor:
-            total = Total()
+            total = self._total()
 
             def consume(sites: list[Site], streams: list[Stream]) -> None:
                 for site, stream in zip(sites, streams, strict=True):
@@ -226,6 +226,9 @@ class Influence:
 
         return self._call(whole, candidates, references)
 
+    def _total(self) -> Total:
+        return Total(self._passes.padding_read)
+
     def _call(self, compute: Callable[[], T], *batches: Batch | None) -> T:
         given = [batch for batch in batches if batch is not None]
         for batch in given:
@@ -285,9 +288,9 @@ class Influence:
         fits = self.micro_batch is None or b + m <= self.micro_batch
         both = join(batch, other, self._pad_id()) if fits else None
         if both is not None:
-            total = Total()
+            total = self._total()
             crossed = Pairs(torch.cartesian_prod(torch.arange(b), b + torch.arange(m)))
-            return total.result(self._passes.run(both, total.over(crossed)), b * m).view(b, m)
+            return total.result(self._passes.run(both, total.over(crossed), in_place=True), b * m).view(b, m)
         rights = chunks(rows_of(other), self.micro_batch)
         grid = []
         for rows in chunks(rows_of(batch), self.micro_batch):
@@ -308,23 +311,23 @@ class Influence:
         n, m = len(partner), len(used)
         fits = self.micro_batch is None or n + m <= self.micro_batch
         both = join(candidates, references, self._pad_id()) if fits else None
-        total = Total()
+        total = self._total()
         index = torch.arange(n)
         own = torch.stack([index, index], 1)
         if both is not None:
-            outputs = self._passes.run(both, total.over(Pairs(torch.cat([own, torch.stack([index, n + partner], 1)]))))
+            outputs = self._passes.run(both, total.over(Pairs(torch.cat([own, torch.stack([index, n + partner], 1)]))), in_place=True)
             products = total.result(outputs, 2 * n)
             reward, reference_reward = outputs[:n], outputs[n:]
         else:
             reference_reward, held = self._hold(references)
-            crossed = Total()
+            crossed = self._total()
             own_pairs, cross_pairs = Pairs(own), Pairs(torch.stack([index, partner], 1))
 
             def consume(sites: list[Site], streams: list[Stream]) -> None:
                 total.multiply(sites, streams, own_pairs)
                 crossed.multiply(sites, streams, cross_pairs, held)
 
-            reward = self._passes.run(candidates, consume)
+            reward = self._passes.run(candidates, consume, in_place=True)
             products = torch.cat([total.result(reward, n), crossed.result(reward, n)])
         on_device = partner.to(reward.device)
         return wide(reward), wide(reference_reward)[on_device], products[:n] - products[n:]
@@ -334,13 +337,13 @@ class Influence:
         outputs, parts = [], []
         for rows in chunks(rows_of(batch), self.micro_batch):
             held: Held = {}
-            outputs.append(self._passes.run(take(batch, rows), holding(held)))
+            outputs.append(self._passes.run(take(batch, rows), holding(held), in_place=True))
             parts.append(held)
         merged = parts[0] if len(parts) == 1 else join_batches(parts, [len(o) for o in outputs])
         return torch.cat(outputs), merged
 
     def _gram_block(self, batch: Batch, hold: bool) -> tuple[Tensor, Held]:
-        total = Total()
+        total = self._total()
         held: Held = {}
         b = rows_of(batch)
         upper_pairs = Pairs(torch.triu_indices(b, b).T.contiguous())
@@ -350,7 +353,7 @@ class Influence:
             if hold:
                 holding(held)(sites, streams)
 
-        upper = total.result(self._passes.run(batch, consume), b * (b + 1) // 2)
+        upper = total.result(self._passes.run(batch, consume, in_place=True), b * (b + 1) // 2)
         rows, cols = torch.triu_indices(b, b, device=upper.device)
         gram = upper.new_empty(b, b)
         gram[rows, cols] = upper
@@ -359,14 +362,14 @@ class Influence:
 
     def _cross_block(self, size: int, held: Held, batch: Batch) -> Tensor:
         """⟨g_i, g_j⟩ of the `size` held examples i and the batch's examples j, (I, J)."""
-        total = Total()
+        total = self._total()
         b = rows_of(batch)
         pairs = Pairs(torch.cartesian_prod(torch.arange(b), torch.arange(size)))
 
         def consume(sites: list[Site], streams: list[Stream]) -> None:
             total.multiply(sites, streams, pairs, held)
 
-        outputs = self._passes.run(batch, consume)
+        outputs = self._passes.run(batch, consume, in_place=True)
         return total.result(outputs, b * size).view(-1, size).T
 
     def _pad_id(self) -> int | None:

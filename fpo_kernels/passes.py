@@ -21,6 +21,7 @@ from .compare import Comparison, close
 from .gather import Consume, Gather, Layout, PaddingReadError
 from .gradients import Stream, Vectors
 from .layers import Coverage, Site, is_hooked, survey
+from .products import are_grouped
 
 T = TypeVar("T")
 PER_EXAMPLE = "per_example"
@@ -52,6 +53,8 @@ class Passes:
         self._compared: set[tuple[object, ...]] = set()  # and those that were compared
         self._whole = False  # whether padded positions count, because the model reads them
         self._reached = False  # whether a pass had a tape
+        self._sound: set[tuple[object, ...]] = set()  # kinds of batches whose padding was seen not to be read
+        self._unseen: set[tuple[object, ...]] = set()  # and those of this call, where nobody looked yet
         self._parts = list(_parts(model))
         hopeless = {n: why for n, why in self._refused.items() if not chosen[n].is_floating_point()}
         if hopeless or fallback == "error":
@@ -81,8 +84,11 @@ class Passes:
     def settled(self, call: Callable[[], T]) -> T:
         """What `call` returns once its passes find nothing new; it is begun anew after each find."""
         while True:
+            self._unseen = set()
             try:
-                return call()
+                result = call()
+                self._sound |= self._unseen
+                return result
             except PaddingReadError:
                 self._whole = True
             except UnservedError as unserved:
@@ -91,8 +97,18 @@ class Passes:
                     self._refuse(unserved.reasons)
                 self._sites = [site for site in self._sites if site.name not in unserved.reasons]
 
-    def run(self, batch: Batch, consume: Consume) -> Tensor:
+    def padding_read(self, leak: Tensor) -> None:
+        """Begin anew with padding that counts, where `leak` says that a row of padding has a gradient.
+
+        Read once for each kind of batch, for which the host waits; later products of the kind are NaN instead.
+        """
+        if self._unseen - self._sound and bool(leak):
+            raise PaddingReadError
+
+    def run(self, batch: Batch, consume: Consume, in_place: bool = False) -> Tensor:
         """One forward and one backward; `consume` meets each parameter's stream as it is complete. → outputs (B,).
+
+        With `in_place`, streams may keep rows of padding, which their extents tell, for a `Total` to look at.
 
         Raises:
             ValueError: the outputs are not one scalar an example, or depend on no chosen parameter.
@@ -101,7 +117,10 @@ class Passes:
         if not self._sites:
             outputs = self._plain(batch)
         else:
-            kind, layout = self._kind(batch), Layout(batch, self._whole)
+            kind = self._kind(batch)
+            layout = Layout(batch, self._whole, in_place and are_grouped(next(iter(self.chosen.values()))))
+            if layout.in_place:
+                self._unseen.add((kind, layout.kind))
             if kind not in self._looked:
                 self._look(batch)
                 self._looked |= {kind, (1, *kind[1:])}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fpo_kernels.cost import Work
 from fpo_kernels.products import ops
 from fpo_kernels.streams import check_stream
+
+if TYPE_CHECKING:
+    from fpo_kernels.products.grouped import Ledger
 
 Outputs = Tensor | Sequence[Tensor]
 
@@ -102,6 +108,23 @@ def unchecked_products(
             others do not.
     """
     return ops.run(a, ds, offsets, pairs, other, work, impl, way)
+
+
+def are_grouped(d: Tensor) -> bool:
+    """Whether streams like `d` are multiplied many layers in a launch, by a `Ledger`."""
+    return d.is_cuda and d.dtype != torch.float64 and ops.has_triton()
+
+
+def choose_way(a: Tensor, ds: Sequence[Tensor], work: Work) -> str:
+    """The way that "auto" takes by Triton: "tokens" or "form"."""
+    return ops.choose(a, [d.shape[1] for d in ds], work, "triton", "auto")[1]
+
+
+def new_ledger(pairs: NDArray[np.int64]) -> Ledger:
+    """A `Ledger` for pairs (n, 2) on the host; `grad_products` of many layers, added up."""
+    from fpo_kernels.products.grouped import Ledger  # triton loads where it is wanted
+
+    return Ledger(pairs)
 
 
 def _outputs(d: Outputs) -> tuple[Tensor, ...]:

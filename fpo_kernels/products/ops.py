@@ -5,6 +5,7 @@ It is opaque to torch.compile, so the choice and the checks happen when it runs,
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from contextlib import nullcontext
@@ -108,9 +109,15 @@ def run(
         return room.grad_products(a, ds, offsets, pairs, other, longest)
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton is installed; it is not loaded for that."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def load(impl: str, way: str) -> Room:
     """The room of an implementation and way."""
-    if impl == "triton" and not importlib.util.find_spec("triton"):
+    if impl == "triton" and not has_triton():
         raise RuntimeError('grad_products: impl="triton" cannot run: triton is not installed')
     if (impl, way) not in _ROOMS:
         can = ", ".join(repr(w) for i, w in _ROOMS if i == impl)
@@ -139,7 +146,7 @@ def _room(a: Tensor, impl: str, way: str) -> str | None:
     """The implementation that does a way: the one named, if it has it, else the first of the device's that can."""
     if impl != "auto":
         return impl if (impl, way) in _ROOMS else None
-    if a.is_cuda and a.dtype != torch.float64 and importlib.util.find_spec("triton"):
+    if a.is_cuda and a.dtype != torch.float64 and has_triton():
         return "triton"
     if way == "tokens" and library.why_not("grad_products", a) is None:
         return "native"
