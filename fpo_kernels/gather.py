@@ -90,7 +90,8 @@ class Layout:
         whole = np.full(self.shape.examples, rows, dtype=np.int64)
         if not dropping:
             return Extents.packed(whole)
-        assert self._tokens is not None and self._first is not None
+        assert self._tokens is not None
+        assert self._first is not None
         if not self.in_place:
             return Extents.packed(scale * self._tokens)
         begin = np.arange(len(whole)) * rows

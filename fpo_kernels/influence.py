@@ -315,7 +315,9 @@ class Influence:
         index = torch.arange(n)
         own = torch.stack([index, index], 1)
         if both is not None:
-            outputs = self._passes.run(both, total.over(Pairs(torch.cat([own, torch.stack([index, n + partner], 1)]))), in_place=True)
+            outputs = self._passes.run(
+                both, total.over(Pairs(torch.cat([own, torch.stack([index, n + partner], 1)]))), in_place=True
+            )
             products = total.result(outputs, 2 * n)
             reward, reference_reward = outputs[:n], outputs[n:]
         else:

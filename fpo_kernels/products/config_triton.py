@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -26,18 +27,29 @@ class Formed(NamedTuple):
     stages: int  # copies in flight
 
 
-# Measured on an H200 (README.md): 16-bit tiles by the longest example, the best of a sweep for layers of 4096 and 14336
+# 16-bit tiles by the longest example: measured on an H200 (README.md), the best of a sweep for layers of 4096 and 14336
 # features. Tiles of 16 and 32 tokens lost everywhere, (128, 128) to (128, 64), whose two fp32 tiles take 128 registers
 # of each of 256 threads, and whose copies in flight 128 KiB of a processor's 228.
-SHORT_16BIT = Tokens(tokens=64, features=128, warps=8, stages=3)  # up to 64 tokens: 0.038 ms a Llama-3.1-8B block
-MIDDLE_16BIT = Tokens(tokens=64, features=128, warps=4, stages=3)  # up to 128: 0.096 ms
-LONG_16BIT = Tokens(tokens=128, features=64, warps=8, stages=4)  # longer: 0.237 ms at 256, 0.874 at 512
-# fp32 goes through the matrix units in three TF32 products of its parts (`tf32x3`). By arithmetic: two (64, 64) tiles
-# take 32 registers of a thread, copies in flight 48 KiB.
+SHORT = Tokens(tokens=64, features=128, warps=8, stages=3)  # up to 64 tokens: 0.038 ms a Llama-3.1-8B block
+MIDDLE = Tokens(tokens=64, features=128, warps=4, stages=3)  # up to 128: 0.096 ms
+LONG = Tokens(tokens=128, features=64, warps=8, stages=4)  # longer: 0.237 ms at 256, 0.874 at 512
+# The others by arithmetic; tests/compile_only reads them all in the binaries of sm_80, sm_90, sm_100 and gfx942.
+# sm_80 spilled 8 bytes a thread of SHORT.
+SHORT_SM80 = Tokens(tokens=64, features=64, warps=8, stages=4)
+# Rows that do not begin at multiples of 16 bytes are loaded number by number, which takes registers: MIDDLE and LONG
+# spilled 80 to 192 bytes of them.
+ODD = Tokens(tokens=64, features=32, warps=8, stages=3)
+# fp32 as six products of bf16 parts: two (64, 64) tiles take 32 registers of a thread, copies in flight 48 KiB; odd
+# rows spilled 16 bytes from 32 features on.
 FP32 = Tokens(tokens=64, features=32, warps=8, stages=3)
-# gfx942 has 64 KiB of shared memory and no TF32: fp32 is multiplied as it is. By arithmetic, compiled without spills.
-AMD_16BIT = Tokens(tokens=64, features=64, warps=4, stages=2)
+ODD_FP32 = Tokens(tokens=64, features=16, warps=8, stages=2)
+# gfx942 has 64 KiB of shared memory, and warps of 64 threads.
+AMD = Tokens(tokens=64, features=64, warps=4, stages=2)
 AMD_FP32 = Tokens(tokens=64, features=16, warps=4, stages=2)
+# How tl.dot multiplies. Products of 16-bit numbers are exact in fp32. Of fp32, three bf16 parts (8 bits each) add up to
+# it exactly; the six products of parts that reach 2^-16 of the whole are taken and three left out: an error of 3·2^-24
+# of a product, that of fp32 itself, on matrix units. TF32 in three products would err by 2^-21.
+PRECISION = {torch.float32: "bf16x6", torch.bfloat16: "ieee", torch.float16: "ieee"}
 # Rows further apart than this many elements are copied: 128 of them have to stay within 32 bits.
 MOST_STRIDE = 2**24
 # A launch is made when what was noted takes about a quarter of a millisecond (500 TFLOP/s, measured at 512 tokens),
@@ -65,16 +77,22 @@ def formed(narrow: int) -> Formed:
     return NARROW if narrow <= NARROW.narrow else SQUARE
 
 
-def tokens(dtype: torch.dtype, longest: int, amd: bool = torch.version.hip is not None) -> Tokens:
-    """The tile for streams of `dtype` whose longest example has so many tokens, on this torch's kind of GPU."""
+@functools.cache
+def chip(device: torch.device) -> str:
+    """Which tiles a device wants: "amd", "sm_80" (and what else is older than Hopper), or "sm_90"."""
+    if torch.version.hip is not None:
+        return "amd"
+    return "sm_80" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9 else "sm_90"
+
+
+def tokens(dtype: torch.dtype, longest: int, aligned: bool, chip: str) -> Tokens:
+    """The tile for streams of `dtype` whose longest example has so many tokens; `aligned`: in rows of 16 bytes."""
+    if chip == "amd":
+        return AMD_FP32 if dtype == torch.float32 else AMD
     if dtype == torch.float32:
-        return AMD_FP32 if amd else FP32
-    if amd:
-        return AMD_16BIT
-    return SHORT_16BIT if longest <= 64 else MIDDLE_16BIT if longest <= 128 else LONG_16BIT
-
-
-def precision(dtype: torch.dtype, amd: bool = torch.version.hip is not None) -> str:
-    """How `tl.dot` multiplies: 16-bit products are exact in fp32; fp32 is taken in three TF32 products where there are
-    units for it, which leaves an error of 2^-21 of a product, a sixteenth of what adding up 4096 of them makes."""
-    return "tf32x3" if dtype == torch.float32 and not amd else "ieee"
+        return FP32 if aligned else ODD_FP32
+    if not aligned:
+        return ODD
+    if longest <= 64:
+        return SHORT_SM80 if chip == "sm_80" else SHORT
+    return MIDDLE if longest <= 128 else LONG

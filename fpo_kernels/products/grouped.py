@@ -80,7 +80,8 @@ def _lists(x: bytes, y: bytes | None, pairs: bytes, tile: int, device: torch.dev
     left, right, listed = (
         None if b is None else np.frombuffer(b, np.int64).reshape(-1, w) for b, w in ((x, 4), (y, 4), (pairs, 2))
     )
-    assert left is not None and listed is not None
+    assert left is not None
+    assert listed is not None
     items, counts = items_of(left, right, listed, tile)
     extents = left if right is None else np.concatenate([left, right])
     return Lists(*(sent(values, device) for values in (items, extents.copy(), counts)))
@@ -145,7 +146,7 @@ class Ledger:
         extents2: Extents | None,
     ) -> None:
         longest = max(int(e.host[:, 3].max(initial=0)) for e in (extents, extents2) if e is not None)
-        tile = config.tokens(dtype, longest)
+        tile = config.tokens(dtype, longest, unit > 1, config.chip(device))
         lists = _lists(extents.key, None if extents2 is None else extents2.key, self._key, tile.tokens, device)
         if device not in self._leak:
             self._leak[device] = torch.zeros(1, dtype=torch.int32, device=device)
@@ -201,7 +202,7 @@ def launch(members: Sequence[Member], lists: Lists, tile: config.Tokens, unit: i
         if sums.numel():
             grouped_products_kernel[len(lists.items), len(members)](
                 held.view(dtype), held, held, held[4 * len(members) :], lists.items, lists.extents, leak, sums,
-                T=tile.tokens, F=tile.features, UNIT=unit, PRECISION=config.precision(dtype),
+                T=tile.tokens, F=tile.features, UNIT=unit, PRECISION=config.PRECISION[dtype],
                 INTERPRETED=triton.knobs.runtime.interpret, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return sums

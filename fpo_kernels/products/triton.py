@@ -24,8 +24,8 @@ def grad_products(
     refuse(a)
     if len(pairs) == 0:
         return a.new_empty(0, dtype=torch.float32)
-    tile = config.tokens(a.dtype, longest)
     layers, unit = member(a, ds, None if other is None else other[:2])
+    tile = config.tokens(a.dtype, longest, unit > 1, config.chip(a.device))
     lists = _lists(offsets, None if other is None else other[2], pairs, -(-longest // tile.tokens), tile.tokens)
     leak = torch.empty(1, dtype=torch.int32, device=a.device)  # every row counts: nothing writes it
     sums = launch([layers], lists, tile, unit, leak)

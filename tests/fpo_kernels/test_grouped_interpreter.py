@@ -149,7 +149,7 @@ def noted(problem: Problem, made: list[list[tuple[Tensor, tuple[Tensor, ...]]]],
 
     patch.setattr(config, "KEPT_BYTES", problem.bound)
     if problem.small:
-        patch.setattr(config, "tokens", lambda dtype, longest: SMALL)
+        patch.setattr(config, "tokens", lambda *_: SMALL)
     ledger = Ledger(problem.pairs.numpy())
     extents = [batch.extents() for batch in problem.batches]
     for sides in made:
@@ -167,7 +167,8 @@ def test_many_layers_equal_float64(problem: Problem) -> None:
     with pytest.MonkeyPatch.context() as patch:
         got, leak = noted(problem, made, patch).result()
     exact, allowed = expected(problem, made)
-    assert got is not None and leak is not None
+    assert got is not None
+    assert leak is not None
     assert not leak
     over = (got - exact).abs() - allowed
     assert over.max() <= 0, over.max()
@@ -187,7 +188,9 @@ def test_same_bits_whatever_lies_beyond_an_examples_end() -> None:
     """Items for tiles that no example has change nothing: one list serves every length up to its own."""
     from fpo_kernels.products.grouped import Lists, items_of, launch, member
 
-    problem = Problem((Layer(8, (16,), torch.float32),), (Batch((5, 40, 17), 64, False),), torch.tensor([[0, 0]]), 3, 1, True)
+    problem = Problem(
+        (Layer(8, (16,), torch.float32),), (Batch((5, 40, 17), 64, False),), torch.tensor([[0, 0]]), 3, 1, True
+    )
     ((a, ds),) = streams(problem)[0]
     extents = problem.batches[0].extents().host
     longest = extents.copy()
@@ -198,5 +201,7 @@ def test_same_bits_whatever_lies_beyond_an_examples_end() -> None:
         items, counts = items_of(lengths, None, pairs, 16)
         lists = Lists(torch.from_numpy(items), torch.from_numpy(extents), torch.from_numpy(counts))
         sums = launch([member(a, ds, None)[0]], lists, SMALL, 1, torch.zeros(1, dtype=torch.int32))
-        totals.append(torch.segment_reduce(sums.sum(1, dtype=torch.float64), "sum", lengths=lists.counts, initial=0)[:3])
+        totals.append(
+            torch.segment_reduce(sums.sum(1, dtype=torch.float64), "sum", lengths=lists.counts, initial=0)[:3]
+        )
     assert torch.equal(*totals)

@@ -1,4 +1,4 @@
-"""The engine as on a GPU, many layers in a launch and padding in place: under the interpreter, in a process of its own."""
+"""The engine as on a GPU, many layers a launch and padding in place: interpreted, in a process of its own."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_every_product_equals_the_autograd_loop(side: str, micro_batch: int | No
 
 
 @inside
-def test_a_tied_embedding_and_a_transformer() -> None:
+def test_a_transformer() -> None:
     model = tiny_llama(dtype=torch.float32)
     engine = fk.Influence(model)
     batch = batch_of([9, 4, 1, 12], 3)
