@@ -12,18 +12,20 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from .arrivals import on_arrival
 from .layers import Lookup, Site, input_of, looked_up, returns_what_it_should
-from .remake import Node, maker_of, remade
-from .uses import Uses
+from .remake import Node, are_saved_plainly, maker_of, remade
+from .uses import Reads, Uses
 
 PLAIN = Lookup()
+SMALL_BYTES = 2**18  # inputs up to this size are kept: making one again would be a launch to save nothing
 
 
 class UnservedError(Exception):
@@ -32,6 +34,10 @@ class UnservedError(Exception):
     def __init__(self, reasons: Mapping[str, str]) -> None:
         super().__init__("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
         self.reasons = dict(reasons)
+
+
+class UnexpectedError(Exception):
+    """A forward asked for parameters more or less often than those before: it has to be looked at anew."""
 
 
 class UnusableError(RuntimeError):
@@ -71,6 +77,31 @@ class _Tap(torch.autograd.Function):
         return grad, None, None, None
 
 
+class _Arrival:
+    """What is done when the gradient of a module's output arrives; called with it."""
+
+    __slots__ = ("a", "group", "module", "node", "taps", "version")
+
+    def __init__(self, taps: Taps, module: nn.Module, group: int, a: Tensor | None, node: Node | None) -> None:
+        self.taps, self.module, self.group, self.node = taps, module, group, node
+        self.a, self.version = a, 0 if a is None else a._version
+
+    def __call__(self, d: Tensor) -> None:
+        taps, a = self.taps, self.a
+        if not taps.arriving(self.module):
+            return
+        if self.node is not None:
+            a = taps.remade(self.node, self.group)
+        elif a is not None and a._version != self.version:
+            raise RuntimeError(
+                f"{type(self.module).__name__}: what it read was modified by an inplace operation before its gradient "
+                "came; the model has to make a copy"
+            )
+        taps.hand_over(Delivery(self.module, self.group, a, d))
+        if not taps.again:
+            self.a = None
+
+
 class Manner(NamedTuple):
     """How a pass calls a module: how often, and whether ever without the batch in front."""
 
@@ -94,6 +125,24 @@ class Known:
         self.separable: set[Manner] = set()
         self.lookups: dict[nn.Module, Lookup] = {}
         self.remade: set[nn.Module] = set()
+        self._rates: dict[nn.Module, tuple[int, int]] = {}  # how often its parameters were asked for, in so many calls
+
+    def expect(self, reads: Mapping[nn.Module, Reads], calls: Mapping[nn.Module, int]) -> None:
+        """A forward that was looked at: what it asked for belongs to so many calls."""
+        self._rates.update((module, (own.count, calls[module])) for module, own in reads.items() if calls[module])
+
+    def expects(self, reads: Mapping[nn.Module, Reads], calls: Mapping[nn.Module, int]) -> bool:
+        """Whether every module's parameters were asked for as often a call as before: any other use would be one more."""
+        rates = self._rates
+        for module, own in reads.items():
+            count, of = rates.get(module, (0, 1))
+            if own.count * of != count * calls[module]:
+                return False
+        return True
+
+    def is_plain(self, module: nn.Module) -> bool:
+        """Whether a call needs no look but at its shape: what it returns is known, and it looks nothing up."""
+        return module in self.checked and not isinstance(module, nn.Embedding)
 
 
 class Taps:
@@ -107,6 +156,8 @@ class Taps:
         untaped: modules with a call under no_grad, which adds nothing to any gradient.
         inner: modules through which the forward itself took a gradient that can be differentiated again.
         uses: counts the uses of the sites' parameters while it is entered.
+        reads: module → a count of how often its parameters were asked for.
+        again: the tape is left for another backward.
     """
 
     def __init__(self, sites: Sequence[Site], shape: Shape, device: torch.device, known: Known) -> None:
@@ -117,6 +168,7 @@ class Taps:
         self._odd: set[nn.Module] = set()
         self.idle = False
         self.uses = Uses(sites)
+        self.reads: dict[nn.Module, Reads] = {}
         self.names: dict[nn.Module, list[str]] = {}
         self._own: dict[nn.Module, list[tuple[str, Tensor]]] = {}
         self._reads: set[nn.Module] = set()
@@ -126,14 +178,19 @@ class Taps:
                 self._own.setdefault(module, []).append((rule.attribute, site.parameter))
                 if rule.reads_input:
                     self._reads.add(module)
+        self._plain = {module: own for module, own in self._own.items() if known.is_plain(module)}
         self._deliver: Callable[[Delivery], None] = lambda delivery: None
         self._known = known
         self._shape = shape
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         # id → an input, its version, where it lies, and its group
         self._inputs: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
+        self._nodes: dict[int, Node | None] = {}  # what makes a group's input again
+        self._last: tuple[Tensor | None, int, int] = None, 0, 0  # the input met last, its version and group
         self._latest: tuple[int, Tensor] | None = None  # the input made last, and its group
         self._backward = False
+        self._autocast = False
+        self.again = False
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: pass the output through an identity that remembers the input."""
@@ -143,10 +200,13 @@ class Taps:
             _refuse_reentrant(module)
             self.untaped.add(module)
             return output
+        if self._is_noted(module, args, kwargs, output):
+            return output
+        counted = self.reads[module].count  # what is asked for below is no use of the model's
         try:
             if torch._C._are_functorch_transforms_active():
                 raise ValueError("it is called inside a torch.func transform")
-            if module in self._known.checked and not isinstance(module, nn.Embedding):
+            if self._known.is_plain(module):
                 a, lookup = self._unchanged(module, args, kwargs, output), PLAIN
             else:
                 with self.uses.paused(), torch.no_grad():
@@ -155,6 +215,8 @@ class Taps:
             raise UnservedError(dict.fromkeys(self.names[module], str(problem))) from None
         except (TypeError, KeyError, AttributeError, IndexError, RuntimeError) as problem:
             self._unreadable(module, "what it was called with", problem)
+        finally:
+            self.reads[module].count = counted
         group, given = self._group(a), a
         a, output = self._by_example(module, a.detach(), output)
         node = self._maker(module, given) if module in self._reads and a.shape == given.shape else None
@@ -162,19 +224,57 @@ class Taps:
             self.calls.append((module, group))
 
         def deliver(a: Tensor | None, d: Tensor) -> None:
-            if not self._backward:
-                if torch.is_grad_enabled():  # create_graph: the weight acts in that gradient too
-                    self.inner.add(module)
-                return
-            kind = d.device.type
-            a = a if node is None else self._remade(node, group)
-            with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-                try:
-                    self._deliver(Delivery(module, group, a, lookup.gradient(a, d)))
-                except (TypeError, KeyError, AttributeError, IndexError, ValueError) as problem:
-                    self._unreadable(module, "its input and the gradient of its output", problem)
+            if self.arriving(module):
+                a = a if node is None else self.remade(node, group)
+                self.hand_over(Delivery(module, group, a, lookup.gradient(a, d)))
 
         return _Tap.apply(output, self._anchor, a if module in self._reads and node is None else None, deliver)
+
+    def _is_noted(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+        """The usual call, of a module that was seen to be plain, noted in a few microseconds; False for any other."""
+        own = self._plain.get(module)
+        if own is None or kwargs or len(args) != 1 or type(output) is not Tensor or not output.requires_grad:
+            return False
+        size = self._shape.examples
+        if size > 1 and (output.ndim < 2 or output.shape[0] != size):
+            return False
+        if torch._C._are_functorch_transforms_active() or not are_saved_plainly():
+            return False
+        parameters, a, node = module._parameters, args[0], None
+        for attribute, parameter in own:
+            if parameters.get(attribute) is not parameter:
+                return False
+        group, kept = self._group(a), None
+        if module in self._reads:
+            if group not in self._nodes:
+                self._nodes[group] = maker_of(a) if a.nbytes > SMALL_BYTES else None
+            node = self._nodes[group]
+            if node is None:
+                kept = a
+            elif module not in self._known.remade:
+                return False
+        if not on_arrival(output, _Arrival(self, module, group, kept, node)):
+            return False
+        if not self._backward:
+            self.calls.append((module, group))
+        return True
+
+    def arriving(self, module: nn.Module) -> bool:
+        """Whether a gradient that arrives at a module's output is the pass's, not one that the forward itself takes."""
+        if not self._backward and torch.is_grad_enabled():  # create_graph: the weight acts in that gradient too
+            self.inner.add(module)
+        return self._backward
+
+    def hand_over(self, delivery: Delivery) -> None:
+        """To the callback, without autocast."""
+        try:
+            if self._autocast:
+                with torch.autocast(delivery.d.device.type, enabled=False):
+                    self._deliver(delivery)
+            else:
+                self._deliver(delivery)
+        except (TypeError, KeyError, AttributeError, IndexError, ValueError) as problem:
+            self._unreadable(delivery.module, "its input and the gradient of its output", problem)
 
     def _maker(self, module: nn.Module, a: Tensor) -> Node | None:
         """What makes the input again, once a pass has seen that it comes out the same."""
@@ -186,7 +286,8 @@ class Taps:
                 return None
         return node
 
-    def _remade(self, node: Node, group: int) -> Tensor:
+    def remade(self, node: Node, group: int) -> Tensor:
+        """A group's input, made again."""
         if self._latest is None or self._latest[0] != group:  # siblings come one after another
             self._latest = group, remade(node)
         return self._latest[1]
@@ -242,12 +343,18 @@ class Taps:
         return {Manner(module, count, module in self._odd) for module, count in times.items()}
 
     def _group(self, given: Tensor) -> int:
+        last, version, group = self._last
+        if last is given and version == given._version:
+            return group
         state = given._version, given.data_ptr()
         known = self._inputs.get(id(given))
+        group = len(self.calls)
         if known is not None and known[0]() is given and known[1:3] == state:
-            return known[3]
-        self._inputs[id(given)] = weakref.ref(given), *state, len(self.calls)
-        return len(self.calls)
+            group = known[3]
+        else:
+            self._inputs[id(given)] = weakref.ref(given), *state, group
+        self._last = given, state[0], group
+        return group
 
     def backward(self, outputs: Tensor, deliver: Callable[[Delivery], None], *, again: bool = False) -> None:
         """Send the gradient of `outputs.sum()` down the tape; `deliver` is called on the way, under no_grad."""
@@ -256,7 +363,8 @@ class Taps:
                 "output: it depends on none of the chosen parameters' modules (was it detached, or computed under "
                 "no_grad?)"
             )
-        self._deliver, self._backward = deliver, True
+        self._deliver, self._backward, self.again, self._last = deliver, True, again, (None, 0, 0)
+        self._autocast = torch.is_autocast_enabled(outputs.device.type)
         torch.autograd.grad(outputs.sum(), self._anchor, allow_unused=True, retain_graph=again)
 
     def leaks(self, outputs: Tensor) -> tuple[set[nn.Module], set[nn.Module]]:
@@ -342,10 +450,15 @@ def tapped(model: nn.Module, sites: Sequence[Site], shape: Shape, known: Known) 
     taps = Taps(sites, shape, first.device if first is not None else torch.device("cpu"), known)
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
+        stack.callback(_untap, taps)
         for module in taps.names:
-            # first in line: a user's own hook may change the output, and d belongs to what the module made
-            handle = module.register_forward_hook(taps.hook, with_kwargs=True, prepend=True)
-            stack.callback(handle.remove)
+            # first in line: a user's own hook may change the output, and d belongs to what the module made. What
+            # register_forward_hook does, without handles, which cost as much as all the rest.
+            module._forward_hooks[taps] = taps.hook  # type: ignore[index, assignment]
+            module._forward_hooks.move_to_end(taps, last=False)  # type: ignore[arg-type]
+            module._forward_hooks_with_kwargs[taps] = True  # type: ignore[index]
+            taps.reads[module] = Reads(module._parameters)
+            module.__dict__["_parameters"] = taps.reads[module]
         for module in model.modules():
             # of a parametrised weight, asking for it would already be a step (spectral norm's)
             if getattr(module._parameters.get("weight"), "quant_state", None) is not None:
@@ -361,6 +474,17 @@ def tapped(model: nn.Module, sites: Sequence[Site], shape: Shape, known: Known) 
         stack.callback(_running.pop)
         stack.enter_context(torch.enable_grad())
         yield taps
+
+
+def _untap(taps: Taps) -> None:
+    for module, reads in taps.reads.items():
+        module._forward_hooks.pop(taps, None)  # type: ignore[call-overload]
+        module._forward_hooks_with_kwargs.pop(taps, None)  # type: ignore[call-overload]
+        own = reads.own
+        if len(own) != len(reads) or any(own.get(name) is not p for name, p in reads.items()):  # the forward changed it
+            own.clear()
+            own.update(reads)
+        module.__dict__["_parameters"] = own
 
 
 def _passes_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .batches import Batch, rows_of
 from .capture import Delivery, Shape
+from .course import Course
 from .gradients import Factors, Packing, Stream, join_calls
 from .layers import Site
 from .streams import Extents, sent
@@ -120,36 +120,41 @@ def _tokens(batch: Batch) -> int | None:
 class _Call:
     """One delivery as the rules want it (layers.Call)."""
 
+    __slots__ = ("_delivery", "_inputs", "_layout", "_packed", "_per_token", "d")
+
     def __init__(self, delivery: Delivery, layout: Layout, inputs: dict[tuple[Any, ...], Tensor]) -> None:
         size, tokens = layout.shape
         d = delivery.d
-        if size == 1 and d.ndim < 3:
-            d = d[None]
-        elif d.shape[0] != size:  # (B·T, q)
-            d = d.unflatten(0, (size, -1))
+        if d.ndim != 3 or d.shape[0] != size:
+            if size == 1 and d.ndim < 3:
+                d = d[None]
+            elif d.shape[0] != size:  # (B·T, q)
+                d = d.unflatten(0, (size, -1))
         own = d.shape[1] if d.ndim >= 3 else 1
-        self.d = d.reshape(size, -1, d.shape[-1])
-        self._a = delivery.a
-        # ids have no feature dimension
-        self._features = 0 if delivery.a is None else delivery.a.ndim - (delivery.d.ndim - 1)
+        self.d = d if d.ndim == 3 else d.reshape(size, -1, d.shape[-1])
         # rows that belong to a token: dropping those of padding is right wherever their gradient is zero
         self._per_token = self.d.shape[1] // own if own == tokens and d.ndim >= 3 else None
-        self._layout = layout
-        self._inputs = inputs
+        self._delivery, self._layout, self._inputs = delivery, layout, inputs
         self._packed: Tensor | None = None
 
     @property
     def a(self) -> Tensor:
-        assert self._a is not None  # a rule that reads the input says so
-        return self._a.reshape(*self.d.shape[:2], *self._a.shape[self._a.ndim - self._features :])
+        a = self._delivery.a
+        assert a is not None  # a rule that reads the input says so
+        if a.ndim == 3 and a.shape[:2] == self.d.shape[:2]:
+            return a
+        features = a.ndim - (self._delivery.d.ndim - 1)  # ids have no feature dimension
+        return a.reshape(*self.d.shape[:2], *a.shape[a.ndim - features :])
 
     def inputs(self, dtype: torch.dtype | None) -> Tensor:
         a = self.a
         key = dtype, a.shape, self._per_token
-        if key not in self._inputs:
-            packed = self._layout.pack(a, self._per_token)
-            self._inputs[key] = packed if dtype is None else packed.to(dtype)
-        return self._inputs[key]
+        packed = self._inputs.get(key)
+        if packed is None:
+            packed = self._layout.pack(a.detach(), self._per_token)
+            packed = packed if dtype is None else packed.to(dtype)
+            self._inputs[key] = packed
+        return packed
 
     def gradients(self) -> tuple[Tensor, Packing]:
         if self._packed is None:
@@ -161,70 +166,65 @@ class _Call:
 class Gather:
     """Joins what the taps deliver into one stream a parameter and passes it on when complete, siblings together."""
 
-    def __init__(
-        self, sites: Sequence[Site], layout: Layout, calls: Iterable[tuple[nn.Module, int]], consume: Consume
-    ) -> None:
-        """`calls` are the forward's (module, group), which say how many deliveries complete each parameter."""
-        self._consume = consume
-        self._layout = layout
-        self._sites = {site.name: site for site in sites}
-        self._of: dict[nn.Module, list[Site]] = {}
-        for site in sites:
-            for module in site.rules:
-                self._of.setdefault(module, []).append(site)
-        made = list(calls)
-        times, groups = Counter(module for module, _ in made), dict(made)
-        self._missing = {s.name: sum(times[module] for module in s.rules) for s in sites}
-        # siblings: parameters used once, in modules that read one and the same input
-        self._family: dict[str, int] = {
-            s.name: groups[next(m for m in s.rules if times[m])] for s in sites if self._missing[s.name] == 1
-        }
-        self._awaited = Counter(self._family.values())
-        self._unread = Counter(group for _, group in made)
+    def __init__(self, course: Course, layout: Layout, consume: Consume) -> None:
+        """`course` says how many deliveries complete each parameter."""
+        self._course, self._layout, self._consume = course, layout, consume
+        self._missing = dict(course.missing)
+        self._awaited = dict(course.awaited)
+        self._unread = dict(course.unread)
         self._inputs: dict[int, dict[tuple[Any, ...], Tensor]] = {}
-        self._parts: dict[str, list[Stream]] = {}
+        self._parts: dict[Site, list[Stream]] = {}
         self._ready: dict[int, list[tuple[Site, Stream]]] = {}
 
     def deliver(self, delivery: Delivery) -> None:
         """A tap's callback."""
-        module, group = delivery.module, delivery.group
-        call = _Call(delivery, self._layout, self._inputs.setdefault(group, {}))
-        for site in self._of[module]:
-            stream = site.rules[module].stream(module, call)
-            self._parts.setdefault(site.name, []).append(stream)
-            self._missing[site.name] -= 1
-            if not self._missing[site.name]:
+        module, group, _, _ = delivery
+        inputs = self._inputs.get(group)
+        if inputs is None:
+            inputs = self._inputs[group] = {}
+        call = _Call(delivery, self._layout, inputs)
+        for site, stream_of in self._course.served[module]:
+            stream = stream_of(module, call)
+            family = self._course.family.get(site)
+            if family is not None:
+                self._sibling(site, stream, family)
+                continue
+            self._parts.setdefault(site, []).append(stream)
+            self._missing[site] -= 1
+            if not self._missing[site]:
                 self._complete(site)
-        self._unread[group] -= 1
-        if not self._unread[group]:
+        left = self._unread[group] - 1
+        self._unread[group] = left
+        if not left:
             del self._inputs[group]
 
     def finish(self) -> None:
         """Pass on what is left: parameters of which some calls, or siblings, did not reach the output."""
-        for name in list(self._parts):
-            self._complete(self._sites[name])
+        for site in list(self._parts):
+            self._complete(site)
         for family in list(self._ready):
             self._pass_on(family)
 
     def _complete(self, site: Site) -> None:
-        stream = join_calls(self._parts.pop(site.name))
-        family = self._family.get(site.name)
-        if family is None or not isinstance(stream, Factors):
-            self._consume([site], [stream])
-            if family is None:
-                return
-        else:
+        self._consume([site], [join_calls(self._parts.pop(site))])
+
+    def _sibling(self, site: Site, stream: Stream, family: int) -> None:
+        if isinstance(stream, Factors):
             self._ready.setdefault(family, []).append((site, stream))
-        self._awaited[family] -= 1
-        if not self._awaited[family]:
+        else:
+            self._consume([site], [stream])
+        left = self._awaited[family] - 1
+        self._awaited[family] = left
+        if not left:
             self._pass_on(family)
 
     def _pass_on(self, family: int) -> None:
-        ready = self._ready.pop(family, [])
         # siblings that did not come to share a tensor (a dtype apart, another layout) go one by one
-        together: dict[int, list[tuple[Site, Stream]]] = {}
-        for site, stream in ready:
+        together: dict[int, tuple[list[Site], list[Stream]]] = {}
+        for site, stream in self._ready.pop(family, ()):
             assert isinstance(stream, Factors)
-            together.setdefault(id(stream.a), []).append((site, stream))
-        for members in together.values():
-            self._consume([site for site, _ in members], [stream for _, stream in members])
+            sites, streams = together.setdefault(id(stream.a), ([], []))
+            sites.append(site)
+            streams.append(stream)
+        for sites, streams in together.values():
+            self._consume(sites, streams)

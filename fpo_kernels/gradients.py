@@ -75,7 +75,7 @@ class Pairs:
         return self._work[key][2]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Factors:
     """G_i = Σ_t d_t a_tᵀ: a linear layer's weight."""
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .batches import Batch, as_long_as_the_batch, rows_of, take, telling, unchanged
-from .capture import Known, Manner, Taps, UnservedError, UnusableError, frozen, tapped
+from .capture import Known, Manner, Taps, UnexpectedError, UnservedError, UnusableError, frozen, tapped
 from .compare import Comparison, close
 from .gather import Consume, Gather, Layout, PaddingReadError
 from .gradients import Stream, Vectors
@@ -53,6 +54,8 @@ class Passes:
         self._compared: set[tuple[object, ...]] = set()  # and those that were compared
         self._whole = False  # whether padded positions count, because the model reads them
         self._reached = False  # whether a pass had a tape
+        self._counting = True  # whether every function of the forward is looked at for uses of parameters
+        self._counted: set[tuple[object, ...]] = set()  # kinds of batches for which they were
         self._sound: set[tuple[object, ...]] = set()  # kinds of batches whose padding was seen not to be read
         self._unseen: set[tuple[object, ...]] = set()  # and those of this call, where nobody looked yet
         self._parts = list(_parts(model))
@@ -91,6 +94,8 @@ class Passes:
                 return result
             except PaddingReadError:
                 self._whole = True
+            except UnexpectedError:
+                self._counted.clear()
             except UnservedError as unserved:
                 self._refused |= unserved.reasons
                 if self._fallback == "error":
@@ -124,8 +129,10 @@ class Passes:
             if kind not in self._looked:
                 self._look(batch)
                 self._looked |= {kind, (1, *kind[1:])}
+            self._counting = self._check == "every" or (kind, layout.kind) not in self._counted
             self._compare_if_due(batch, (kind, layout.kind))
             outputs = self._tapped(batch, layout, consume)
+            self._counted.add((kind, layout.kind))
         for name, vectors in self._formed(batch).items():
             consume([Site(name, self.chosen[name], {})], [vectors])
         return outputs
@@ -173,12 +180,15 @@ class Passes:
     def _account(self, taps: Taps, batch: Batch) -> None:
         """That this pass used the parameters where taps see it, or not at all."""
         calls = Counter(module for module, _ in taps.calls)
-        reasons = taps.uses.outside(calls, self._sites)
+        if not taps.uses.entered and not self._known.expects(taps.reads, calls):
+            raise UnexpectedError
+        reasons = taps.uses.outside(calls, self._sites) if taps.uses.entered else {}
         reasons |= _named(
             taps, taps.inner, "a gradient is taken through it in the forward, where its weight acts again"
         )
         if reasons:
             raise UnservedError(reasons)
+        self._known.expect(taps.reads, calls)
         silent = [site for site in self._sites if not any(calls[module] for module in site.rules)]
         self._unused -= {name for module in calls for name in taps.names[module]}
         key = frozenset(site.name for site in silent)
@@ -236,7 +246,7 @@ class Passes:
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
         try:
-            with taps.uses:
+            with taps.uses if self._counting else nullcontext():
                 return self._outputs(batch)
         except Exception as problem:
             suspect = taps.expanded or self._fallback == PER_EXAMPLE

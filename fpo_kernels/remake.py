@@ -15,15 +15,17 @@ from torch import Tensor
 Node = Any  # torch.autograd.graph.Node, with its _saved_ attributes
 
 
-def maker_of(x: Tensor) -> Node | None:
-    """The node that made x as a product of kept factors; None where there is none.
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
-    None also while saved tensors are packed by hooks, as under checkpointing: there nothing is kept.
-    """
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if hooks is None or hooks(False) is not None:
-        return None
-    return x.grad_fn if _is_product(x.grad_fn) else None
+
+def are_saved_plainly() -> bool:
+    """Whether autograd keeps what it saves as it is: no hooks pack it, as under checkpointing, where nothing is kept."""
+    return _hooks is not None and _hooks(False) is None
+
+
+def maker_of(x: Tensor) -> Node | None:
+    """The node that made x as a product of kept factors; None where there is none, or where nothing is kept."""
+    return x.grad_fn if are_saved_plainly() and _is_product(x.grad_fn) else None
 
 
 def remade(node: Node) -> Tensor:

@@ -26,6 +26,22 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 _NEUTRAL = re.compile(r"detach|data|(zeros|ones|empty|full|rand|randn|randint)_like|new_\w+|to|type_as")
 
 
+class Reads(dict[str, Any]):
+    """A module's parameters, counting how often one is asked for: what a pass costs that needs no `Uses`."""
+
+    __slots__ = ("count", "own")
+
+    def __init__(self, own: dict[str, Any]) -> None:
+        """`own` is the module's dictionary, for which this stands."""
+        super().__init__(own)
+        self.own = own
+        self.count = 0
+
+    def __getitem__(self, name: str) -> Any:
+        self.count += 1
+        return super().__getitem__(name)
+
+
 class Uses(TorchFunctionMode):
     """Counts the torch functions that turn a parameter into a tensor: a module's own call is one."""
 
@@ -33,7 +49,12 @@ class Uses(TorchFunctionMode):
         super().__init__()
         self._names = {id(site.parameter): site.name for site in sites}
         self._paused = False
+        self.entered = False
         self.count: dict[str, int] = {}
+
+    def __enter__(self) -> Any:
+        self.entered = True
+        return super().__enter__()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -55,7 +55,7 @@ MOST_STRIDE = 2**24
 # A launch is made when what was noted takes about a quarter of a millisecond (500 TFLOP/s, measured at 512 tokens),
 # beside which a launch of 10 µs and its last wave are nothing, ...
 ENOUGH_FLOPS = 1.3e11
-# ... or when the streams kept for it reach this many bytes: five blocks of an 8B model at 9 × 64 tokens, one at 9 × 256,
+# ... or when the streams kept for it reach this many bytes: five blocks of an 8B model at 9 × 64 tokens or one at 256,
 # about a sixth of what the backward of such a model keeps at 64 tokens and a twenty-fifth at 256.
 KEPT_BYTES = 384 * 2**20
 # Partial sums, one fp32 number an item and layer, are added up when there are so many bytes of them.

@@ -1,0 +1,50 @@
+"""How a forward went through the tapped modules, and what follows from that for what their taps will deliver."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .gradients import Stream
+from .layers import Site
+
+Calls = list[tuple[nn.Module, int]]
+
+
+class Course:
+    """The uses of tapped modules in a forward, in order; worked out once for all passes that go the same way.
+
+    Attributes:
+        calls: (module, group) of every use; uses of one group read the same input.
+        times: module → how often it was called.
+        served: module → the sites it serves, each with its rule.
+        missing: site → how many deliveries complete it, of those that are not complete with one.
+        family: site → its group, of those that are. Sites of one group are siblings.
+        awaited: group → how many such sites it has. unread: group → how many uses.
+        looked: whether a pass that goes this way was looked at and has nothing new to show.
+    """
+
+    def __init__(self, calls: Calls, sites: Sequence[Site]) -> None:
+        self.calls = list(calls)
+        self.sites = sites
+        self.times = Counter(module for module, _ in calls)
+        groups = dict(calls)
+        self.served: dict[nn.Module, list[tuple[Site, Callable[[nn.Module, Any], Stream]]]] = {}
+        for site in sites:
+            for module, rule in site.rules.items():
+                self.served.setdefault(module, []).append((site, rule.stream))
+        counts = {site: sum(self.times[module] for module in site.rules) for site in sites}
+        self.missing = {site: count for site, count in counts.items() if count != 1}
+        self.family = {
+            site: groups[next(m for m in site.rules if self.times[m])] for site, count in counts.items() if count == 1
+        }
+        self.awaited = Counter(self.family.values())
+        self.unread = Counter(group for _, group in calls)
+        self.looked = False
+
+    def is_of(self, calls: Calls, sites: Sequence[Site]) -> bool:
+        """Whether a forward with these calls went this way."""
+        return sites is self.sites and calls == self.calls
