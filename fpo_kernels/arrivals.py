@@ -23,8 +23,6 @@ def on_arrival(x: Tensor, arrived: Callable[[Tensor], None]) -> bool:
     node = x.grad_fn
     if node is None or x._backward_hooks is not None:
         return False
-    hooks: OrderedDict[int, Callable[[Tensor], None]] = OrderedDict()
-    hooks[0] = arrived
-    x._backward_hooks = hooks
-    node._register_hook_dict(x)  # type: ignore[attr-defined]
+    x._backward_hooks = OrderedDict({0: arrived})
+    node._register_hook_dict(x)
     return True

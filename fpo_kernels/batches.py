@@ -110,19 +110,24 @@ def as_long_as_the_batch(batch: Batch) -> set[str]:
     return set(names(batch, ""))
 
 
-def telling(batch: Batch) -> dict[str, Any]:
-    """A few examples that are like the whole: its ends, its longest and shortest, and a rise and a fall of length."""
+def telling(batch: Batch, least: int) -> Tensor:
+    """A few examples that tell of the whole, rising: `least`, or an eighth of the batch up to four.
+
+    First come those, one or two, that a model would move that sorts by length inside, longest or shortest first; then
+    long ones with padding, the longest, the shortest. Of equals those inside, where fewer permutations leave them.
+    """
     size, mask = rows_of(batch), batch.get("attention_mask")
-    rows = {0, 1, size - 1}
+    lengths, order = torch.zeros(size, dtype=torch.long), torch.arange(size)
     if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == size:
         lengths = mask.bool().sum(1).cpu()
-        steps = lengths.diff()
-        rows |= {int(lengths.argmin()), int(lengths.argmax())}
-        for turns in ((steps > 0).nonzero(), (steps < 0).nonzero()):
-            rows |= {int(turns[0]), int(turns[0]) + 1} if len(turns) else set()
-    if len(rows) >= size:
-        return dict(batch)
-    return take(batch, torch.tensor(sorted(rows)))
+    falling, rising = ((lengths * sign).argsort(stable=True) != order for sign in (-1, 1))
+    moved = (falling & rising,) if bool((falling & rising).any()) else (falling, rising)
+    worth = lengths.where(lengths < lengths.max(), -1).tolist()
+    places = [*range(size - 2, -1, -1), size - 1]
+    wanted = [max((i for i in places if group[i]), key=worth.__getitem__) for group in moved if bool(group.any())]
+    count = max(least, min(size // 8, 4), len(wanted))
+    wanted += [max(places, key=worth.__getitem__), int(lengths.argmax()), int(lengths.argmin()), *places]
+    return torch.tensor(sorted(list(dict.fromkeys(wanted))[:count]))
 
 
 def chunks(n: int, size: int | None) -> list[slice]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from .arrivals import on_arrival
-from .layers import Lookup, Site, input_of, looked_up, returns_what_it_should
+from .known import Known, Manner, Plan
+from .layers import Lookup, input_of, looked_up, returns_what_it_should
 from .remake import Node, are_saved_plainly, maker_of, remade
 from .uses import Reads, Uses
 
@@ -102,49 +102,6 @@ class _Arrival:
             self.a = None
 
 
-class Manner(NamedTuple):
-    """How a pass calls a module: how often, and whether ever without the batch in front."""
-
-    module: nn.Module
-    times: int
-    odd: bool
-
-
-class Known:
-    """What earlier passes saw of the modules, and what need not be looked at again.
-
-    Attributes:
-        checked: modules that return what their rules suppose.
-        separable: of those, how they were called when they were seen to keep two or more examples apart.
-        lookups: what an embedding does with the rows it looks up.
-        remade: modules whose input was seen to come out the same when it is multiplied again (`remake`).
-    """
-
-    def __init__(self) -> None:
-        self.checked: set[nn.Module] = set()
-        self.separable: set[Manner] = set()
-        self.lookups: dict[nn.Module, Lookup] = {}
-        self.remade: set[nn.Module] = set()
-        self._rates: dict[nn.Module, tuple[int, int]] = {}  # how often its parameters were asked for, in so many calls
-
-    def expect(self, reads: Mapping[nn.Module, Reads], calls: Mapping[nn.Module, int]) -> None:
-        """A forward that was looked at: what it asked for belongs to so many calls."""
-        self._rates.update((module, (own.count, calls[module])) for module, own in reads.items() if calls[module])
-
-    def expects(self, reads: Mapping[nn.Module, Reads], calls: Mapping[nn.Module, int]) -> bool:
-        """Whether every module's parameters were asked for as often a call as before: any other use would be one more."""
-        rates = self._rates
-        for module, own in reads.items():
-            count, of = rates.get(module, (0, 1))
-            if own.count * of != count * calls[module]:
-                return False
-        return True
-
-    def is_plain(self, module: nn.Module) -> bool:
-        """Whether a call needs no look but at its shape: what it returns is known, and it looks nothing up."""
-        return module in self.checked and not isinstance(module, nn.Embedding)
-
-
 class Taps:
     """What a forward pass under `tapped` left behind: each use of a module in order, and the way back.
 
@@ -154,35 +111,27 @@ class Taps:
         idle: outputs are passed on untouched.
         expanded: modules whose call was broadcast over the batch and went on expanded to it.
         untaped: modules with a call under no_grad, which adds nothing to any gradient.
+        odd: modules that were called without the batch in front.
         inner: modules through which the forward itself took a gradient that can be differentiated again.
         uses: counts the uses of the sites' parameters while it is entered.
         reads: module → a count of how often its parameters were asked for.
         again: the tape is left for another backward.
     """
 
-    def __init__(self, sites: Sequence[Site], shape: Shape, device: torch.device, known: Known) -> None:
+    def __init__(self, plan: Plan, shape: Shape, known: Known) -> None:
         self.calls: list[tuple[nn.Module, int]] = []
         self.expanded: set[nn.Module] = set()
         self.untaped: set[nn.Module] = set()
         self.inner: set[nn.Module] = set()
-        self._odd: set[nn.Module] = set()
+        self.odd: set[nn.Module] = set()
         self.idle = False
-        self.uses = Uses(sites)
+        self.uses = Uses(plan.sites)
         self.reads: dict[nn.Module, Reads] = {}
-        self.names: dict[nn.Module, list[str]] = {}
-        self._own: dict[nn.Module, list[tuple[str, Tensor]]] = {}
-        self._reads: set[nn.Module] = set()
-        for site in sites:
-            for module, rule in site.rules.items():
-                self.names.setdefault(module, []).append(site.name)
-                self._own.setdefault(module, []).append((rule.attribute, site.parameter))
-                if rule.reads_input:
-                    self._reads.add(module)
-        self._plain = {module: own for module, own in self._own.items() if known.is_plain(module)}
+        self.names, self._own, self._reads = plan.names, plan.own, plan.reading
         self._deliver: Callable[[Delivery], None] = lambda delivery: None
         self._known = known
         self._shape = shape
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._anchor = torch.zeros((), device=plan.device, requires_grad=True)
         # id → an input, its version, where it lies, and its group
         self._inputs: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
         self._nodes: dict[int, Node | None] = {}  # what makes a group's input again
@@ -232,7 +181,7 @@ class Taps:
 
     def _is_noted(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
         """The usual call, of a module that was seen to be plain, noted in a few microseconds; False for any other."""
-        own = self._plain.get(module)
+        own = self._own[module] if self._known.is_plain(module) else None
         if own is None or kwargs or len(args) != 1 or type(output) is not Tensor or not output.requires_grad:
             return False
         size = self._shape.examples
@@ -324,7 +273,7 @@ class Taps:
         size, tokens = self._shape
         if size == 1 or (output.ndim >= 2 and output.shape[0] == size):
             return a, output
-        self._odd.add(module)
+        self.odd.add(module)
         if output.ndim >= 3 and output.shape[0] == a.shape[0] == 1:
             self.expanded.add(module)
             # a copy, because a model may go on in place
@@ -340,7 +289,7 @@ class Taps:
     def manners(self) -> set[Manner]:
         """How each module was called."""
         times = Counter(module for module, _ in self.calls)
-        return {Manner(module, count, module in self._odd) for module, count in times.items()}
+        return {Manner(module, count, module in self.odd) for module, count in times.items()}
 
     def _group(self, given: Tensor) -> int:
         last, version, group = self._last
@@ -412,87 +361,3 @@ def _separating(size: int) -> list[Tensor]:
         return [index == one for one in range(size)]
     bits = [(index >> bit) & 1 == 1 for bit in range((size - 1).bit_length())]
     return [subset for mask in bits for subset in (mask, ~mask)]
-
-
-@contextmanager
-def frozen(model: nn.Module, learning: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """No parameter requires grad but the given ones; they, and buffers, as before afterwards, whatever happens."""
-    wanted = {id(parameter) for parameter in learning}
-    modules = list(model.modules())  # walking the tree takes longer than what is done on the way
-    with ExitStack() as stack:
-        for parameter in dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None):
-            if parameter.requires_grad != (id(parameter) in wanted):
-                stack.callback(parameter.requires_grad_, parameter.requires_grad)
-                parameter.requires_grad_(id(parameter) in wanted)
-        for module in modules:
-            if module.training:  # spectral norms and their likes keep count as they run
-                for buffer in module.buffers(recurse=False):
-                    stack.callback(_put_back, buffer, buffer._version, buffer.clone())
-        yield
-
-
-def _put_back(buffer: Tensor, version: int, before: Tensor) -> None:
-    if buffer._version != version:
-        with torch.no_grad():
-            buffer.copy_(before)
-
-
-_running: list[Taps] = []  # passes that are under way, the innermost last
-
-
-@contextmanager
-def tapped(model: nn.Module, sites: Sequence[Site], shape: Shape, known: Known) -> Iterator[Taps]:
-    """Taps on the sites' modules for one forward and `Taps.backward`; the model is restored whatever happens.
-
-    Within another pass, of an output map that asks an engine of its own, the outer taps stand idle.
-    """
-    first = next(model.parameters(), None)
-    taps = Taps(sites, shape, first.device if first is not None else torch.device("cpu"), known)
-    with ExitStack() as stack:
-        stack.enter_context(frozen(model))
-        stack.callback(_untap, taps)
-        for module in taps.names:
-            # first in line: a user's own hook may change the output, and d belongs to what the module made. What
-            # register_forward_hook does, without handles, which cost as much as all the rest.
-            module._forward_hooks[taps] = taps.hook  # type: ignore[index, assignment]
-            module._forward_hooks.move_to_end(taps, last=False)  # type: ignore[arg-type]
-            module._forward_hooks_with_kwargs[taps] = True  # type: ignore[index]
-            taps.reads[module] = Reads(module._parameters)
-            module.__dict__["_parameters"] = taps.reads[module]
-        for module in model.modules():
-            # of a parametrised weight, asking for it would already be a step (spectral norm's)
-            if getattr(module._parameters.get("weight"), "quant_state", None) is not None:
-                stack.callback(module.register_forward_hook(_passes_gradients, with_kwargs=True).remove)
-        # torch's fused encoder layers, taken where no weight requires grad, call none of their modules
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        for outer in _running:
-            stack.callback(setattr, outer, "idle", outer.idle)
-            outer.idle = True
-            stack.enter_context(outer.uses.paused())
-        _running.append(taps)
-        stack.callback(_running.pop)
-        stack.enter_context(torch.enable_grad())
-        yield taps
-
-
-def _untap(taps: Taps) -> None:
-    for module, reads in taps.reads.items():
-        module._forward_hooks.pop(taps, None)  # type: ignore[call-overload]
-        module._forward_hooks_with_kwargs.pop(taps, None)  # type: ignore[call-overload]
-        own = reads.own
-        if len(own) != len(reads) or any(own.get(name) is not p for name, p in reads.items()):  # the forward changed it
-            own.clear()
-            own.update(reads)
-        module.__dict__["_parameters"] = own
-
-
-def _passes_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-    """Forward hook: bitsandbytes' 4-bit layers drop the gradient once they are packed for inference on a CPU."""
-    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    if any(x.requires_grad for x in given) and not output.requires_grad:
-        raise UnusableError(
-            f"{type(module).__name__} passes no gradient on: its quantised weight was packed for inference, as "
-            "bitsandbytes does on CPUs with AVX512-BF16 in eval mode; load the model again and call model.train() "
-            "(without dropout) before the first forward"
-        )

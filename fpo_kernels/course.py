@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from torch import nn
@@ -24,12 +25,14 @@ class Course:
         missing: site → how many deliveries complete it, of those that are not complete with one.
         family: site → its group, of those that are. Sites of one group are siblings.
         awaited: group → how many such sites it has. unread: group → how many uses.
-        looked: whether a pass that goes this way was looked at and has nothing new to show.
+        odd: modules that were called without the batch in front.
+        looked: whether examples were seen to keep apart in modules called this way.
+        reads: how often the modules' parameters were asked for.
     """
 
-    def __init__(self, calls: Calls, sites: Sequence[Site]) -> None:
+    def __init__(self, calls: Calls, sites: Sequence[Site], odd: AbstractSet[nn.Module]) -> None:
         self.calls = list(calls)
-        self.sites = sites
+        self.sites, self.odd = sites, set(odd)
         self.times = Counter(module for module, _ in calls)
         groups = dict(calls)
         self.served: dict[nn.Module, list[tuple[Site, Callable[[nn.Module, Any], Stream]]]] = {}
@@ -44,7 +47,8 @@ class Course:
         self.awaited = Counter(self.family.values())
         self.unread = Counter(group for _, group in calls)
         self.looked = False
+        self.reads: list[int] = []
 
-    def is_of(self, calls: Calls, sites: Sequence[Site]) -> bool:
+    def is_of(self, calls: Calls, sites: Sequence[Site], odd: AbstractSet[nn.Module]) -> bool:
         """Whether a forward with these calls went this way."""
-        return sites is self.sites and calls == self.calls
+        return sites is self.sites and odd == self.odd and calls == self.calls

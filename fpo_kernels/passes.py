@@ -8,7 +8,6 @@ refused by name, or served by one plain backward an example.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -17,12 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch, as_long_as_the_batch, rows_of, take, telling, unchanged
-from .capture import Known, Manner, Taps, UnexpectedError, UnservedError, UnusableError, frozen, tapped
-from .compare import Comparison, close
+from .capture import Taps, UnexpectedError, UnservedError, UnusableError
+from .compare import Comparison, close, is_fine
+from .course import Course
+from .entries import refuse_shared
+from .formed import formed
 from .gather import Consume, Gather, Layout, PaddingReadError
 from .gradients import Stream, Vectors
+from .known import Known, Manner, Plan
 from .layers import Coverage, Site, is_hooked, survey
 from .products import are_grouped
+from .tapping import frozen, tapped
 
 T = TypeVar("T")
 PER_EXAMPLE = "per_example"
@@ -52,8 +56,11 @@ class Passes:
         self._split: set[frozenset[str]] = set()  # entries seen to hold one thing an example
         self._looked: set[tuple[object, ...]] = set()  # kinds of batches that were looked at
         self._compared: set[tuple[object, ...]] = set()  # and those that were compared
+        self._coarse = False  # whether a pass of fp32 weights had 16-bit gradients
         self._whole = False  # whether padded positions count, because the model reads them
         self._reached = False  # whether a pass had a tape
+        self._planned: Plan | None = None
+        self._course: Course | None = None  # of the latest forward that was looked at
         self._counting = True  # whether every function of the forward is looked at for uses of parameters
         self._counted: set[tuple[object, ...]] = set()  # kinds of batches for which they were
         self._sound: set[tuple[object, ...]] = set()  # kinds of batches whose padding was seen not to be read
@@ -119,23 +126,49 @@ class Passes:
             ValueError: the outputs are not one scalar an example, or depend on no chosen parameter.
             UnservedError, PaddingReadError: for `settled`.
         """
-        if not self._sites:
-            outputs = self._plain(batch)
-        else:
-            kind = self._kind(batch)
-            layout = Layout(batch, self._whole, in_place and are_grouped(next(iter(self.chosen.values()))))
-            if layout.in_place:
-                self._unseen.add((kind, layout.kind))
-            if kind not in self._looked:
-                self._look(batch)
-                self._looked |= {kind, (1, *kind[1:])}
-            self._counting = self._check == "every" or (kind, layout.kind) not in self._counted
-            self._compare_if_due(batch, (kind, layout.kind))
-            outputs = self._tapped(batch, layout, consume)
-            self._counted.add((kind, layout.kind))
+        outputs = self._ruled(batch, consume, in_place) if self._sites else self._plain(batch)
         for name, vectors in self._formed(batch).items():
             consume([Site(name, self.chosen[name], {})], [vectors])
         return outputs
+
+    def _ruled(self, batch: Batch, consume: Consume, in_place: bool) -> Tensor:
+        """The tapped pass, looked at and compared where its batch is of a new kind."""
+        layout = Layout(batch, self._whole, in_place and are_grouped(self._sites[0].parameter))
+        size, kind = rows_of(batch), self._kind(batch)
+        whole_kind = kind, layout.kind
+        if layout.in_place:
+            self._unseen.add(whole_kind)
+        self._counting = self._check == "every" or whole_kind not in self._counted
+        outputs = self._compared_if_due(batch, kind, layout, size, consume)
+        self._counted.add(whole_kind)
+        return outputs
+
+    def _compared_if_due(
+        self, batch: Batch, kind: tuple[object, ...], layout: Layout, size: int, consume: Consume
+    ) -> Tensor:
+        due = self._check == "every" or (self._check == "first" and (kind, layout.kind) not in self._compared)
+        if not due:
+            self._look_once(batch, kind)
+            return self._tapped(batch, layout, consume)
+        fine, every = self._fine(), torch.arange(size)
+        # a single example is another's in no order of its own batch
+        rows = every if self._check == "every" else telling(batch, least=1 if fine else 3)
+        if not fine:
+            self._look_once(batch, kind)
+        if fine or len(rows) == size:
+            outputs = self._compare(batch, kind, layout, rows, consume)
+        else:  # in two batches 16 bits round too differently
+            some = take(batch, rows)
+            self._compare(some, kind, Layout(some, self._whole), every[: len(rows)], _ignore)
+            outputs = self._tapped(batch, layout, consume)
+        self._compared.add((kind, layout.kind))
+        return outputs
+
+    def _fine(self) -> bool:
+        """Whether the same examples in two batches differ by little."""
+        device = next(iter(self.chosen.values())).device.type
+        coarse = self._coarse or torch.is_autocast_enabled(device)
+        return not coarse and all(is_fine(parameter) for parameter in self.model.parameters())
 
     def _kind(self, batch: Batch) -> tuple[object, ...]:
         """What a model may take another path for: one example or several, entries, modes."""
@@ -150,12 +183,13 @@ class Passes:
         return min(rows_of(batch), 2), tuple(entries), self.model.training, torch.is_autocast_enabled(device)
 
     def _tapped(self, batch: Batch, layout: Layout, consume: Consume, comparison: Comparison | None = None) -> Tensor:
-        with tapped(self.model, self._sites, layout.shape, self._known) as taps:
+        with tapped(self._plan(), layout.shape, self._known) as taps:
             outputs = self._forward(batch, taps)
-            self._account(taps, batch)
-            self._probe(taps, batch, outputs, sizes=1)
-            gather = Gather(self._sites, layout, taps.calls, consume)
-            deliver = gather.deliver if comparison is None else comparison.weighing(taps, gather.deliver)
+            course = self._account(taps, batch)
+            if comparison is None or not comparison.fine:
+                self._probe(taps, batch, outputs, sizes=1)
+            gather = Gather(course, layout, comparison.beside(consume) if comparison else consume)
+            deliver = comparison.weighing(taps, gather.deliver) if comparison else gather.deliver
             # of a model that had a tape before, an output without one has no gradient
             if outputs.requires_grad or not (self._refused or self._reached):
                 taps.backward(outputs, deliver)
@@ -164,25 +198,57 @@ class Passes:
         layout.check()
         return outputs.detach()
 
-    def _compare_if_due(self, batch: Batch, kind: tuple[object, ...]) -> None:
-        """Refuse by name what one ordinary backward tells otherwise, of this batch or of some of its examples."""
-        if self._check == "never" or (self._check == "first" and kind in self._compared):
-            return
-        some = batch if self._check == "every" else telling(batch)
-        sites = {site.name: site.parameter for site in self._sites}
-        comparison = Comparison(sites, rows_of(some))
-        before = self._tapped(some, Layout(some, self._whole), comparison.consume, comparison)
-        faults = comparison.faults(self.model, lambda: self._outputs(some), before)
-        if faults:
-            raise UnservedError(faults)
-        self._compared.add(kind)
+    def _plan(self) -> Plan:
+        if self._planned is None or self._planned.sites is not self._sites:
+            self._planned = Plan(self.model, self._sites)
+        return self._planned
 
-    def _account(self, taps: Taps, batch: Batch) -> None:
-        """That this pass used the parameters where taps see it, or not at all."""
-        calls = Counter(module for module, _ in taps.calls)
-        if not taps.uses.entered and not self._known.expects(taps.reads, calls):
+    def _compare(
+        self, batch: Batch, kind: tuple[object, ...], layout: Layout, rows: Tensor, consume: Consume
+    ) -> Tensor:
+        """A tapped pass, and one ordinary backward over some of its examples, or all. → outputs (B,).
+
+        Over some, in other company than they had, both agree only where examples do not meet. Where they do not
+        agree, the reason is looked for: where examples meet, or by the same over all of the batch.
+        """
+        sites = {site.name: site.parameter for site in self._sites}
+        comparison = Comparison(sites, rows, rows_of(batch), fine=self._fine())
+        outputs = self._tapped(batch, layout, consume, comparison)
+        some, own = (batch, outputs) if comparison.whole else (take(batch, rows), outputs[rows.to(outputs.device)])
+        faults: dict[str, str] = {}
+        problem: Exception | None = None
+        try:
+            faults = comparison.faults(self.model, lambda: self._outputs(some), own)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as caught:  # an output map may take no fewer examples than all
+            problem = caught
+        self._coarse |= comparison.coarse
+        if not faults and problem is None and (comparison.whole or not comparison.coarse):
+            self._known.separable |= comparison.separated
+            if len(outputs) == 1 or comparison.manners <= self._known.separable:
+                self._looked |= {kind, (1, *kind[1:])}
+            self._look_once(batch, kind)  # where no gradient came that could show it
+            return outputs
+        self._look_once(batch, kind)
+        if problem is not None and comparison.whole:
+            raise problem
+        if comparison.whole:
+            raise UnservedError(faults)
+        self._compare(batch, kind, Layout(batch, self._whole), torch.arange(rows_of(batch)), _ignore)
+        return outputs
+
+    def _account(self, taps: Taps, batch: Batch) -> Course:
+        """How the forward went, and that it used the parameters where taps see it, or not at all."""
+        course, reads = self._course, [own.count for own in taps.reads.values()]
+        if course is None or not course.is_of(taps.calls, self._sites, taps.odd):
+            course = Course(taps.calls, self._sites, taps.odd)
+        elif not self._counting and reads == course.reads and not taps.inner and not taps.untaped:
+            return course
+        calls = course.times
+        if not self._counting and not self._known.expects(taps.reads, calls):
             raise UnexpectedError
-        reasons = taps.uses.outside(calls, self._sites) if taps.uses.entered else {}
+        reasons = taps.uses.outside(calls, self._sites) if self._counting else {}
         reasons |= _named(
             taps, taps.inner, "a gradient is taken through it in the forward, where its weight acts again"
         )
@@ -197,9 +263,14 @@ class Passes:
             self._check_unused(batch, silent, taps.untaped)
             taps.idle = False
             self._silent.add(key)
+        self._known.checked |= set(calls)  # their taps would have raised
+        course.reads, self._course = reads, course
+        return course
 
-    def _look(self, batch: Batch) -> None:
+    def _look_once(self, batch: Batch, kind: tuple[object, ...]) -> None:
         """A pass over two or three examples that only looks; over all where the output map takes no fewer."""
+        if kind in self._looked:
+            return
         size = rows_of(batch)
         few = take(batch, slice(0, 2 if size == 3 else 3))
         try:
@@ -210,10 +281,11 @@ class Passes:
             if size <= 2:
                 raise
             self._look_at(batch, sizes=1)
+        self._looked |= {kind, (1, *kind[1:])}
 
     def _look_at(self, batch: Batch, sizes: int) -> None:
         layout = Layout(batch, self._whole)
-        with tapped(self.model, self._sites, layout.shape, self._known) as taps:
+        with tapped(self._plan(), layout.shape, self._known) as taps:
             outputs = self._forward(batch, taps)
             self._account(taps, batch)
             self._probe(taps, batch, outputs, sizes)
@@ -224,8 +296,12 @@ class Passes:
         Where a module's calls have the batch in front at two sizes of it, that is evidence enough; otherwise its
         gradients have to show it.
         """
+        course = self._course
+        if course is not None and course.looked:
+            return
         called = taps.manners
-        self._known.checked |= {manner.module for manner in called}  # their taps would have raised
+        if course is not None and called <= self._known.separable:
+            course.looked = True
         if len(outputs) == 1 or called <= self._known.separable or not outputs.requires_grad:
             return
         leaks, proven = taps.leaks(outputs)
@@ -303,55 +379,20 @@ class Passes:
         self._unused |= {site.name for site in sites}
 
     def see_entries(self, batch: Batch) -> None:
-        """That entries as long as the batch hold one thing an example: two examples have the same outputs apart as
-        together. Looked at once for the same entries.
-
-        Raises:
-            ValueError: they do; the entries are named.
-        """
-        doubtful = as_long_as_the_batch(batch)
-        if not doubtful or rows_of(batch) == 1 or (key := frozenset(doubtful)) in self._split:
-            return
-        told = ", ".join(sorted(doubtful))
-        wanted = "wanted entries that hold one thing an example, or are not as long as the batch"
-        try:
-            both = self._plain(take(batch, slice(0, 2)))
-            alone = torch.cat([self._plain(take(batch, slice(i, i + 1))) for i in range(2)])
-        except (RuntimeError, ValueError, IndexError, TypeError) as problem:
-            raise ValueError(
-                f"batch: {told}: as long as the batch, and the model does not take two examples of it with its share "
-                f"({type(problem).__name__}: {problem}); {wanted}"
-            ) from problem
-        if not close(both, alone):
-            raise ValueError(
-                f"batch: {told}: as long as the batch, but two examples give other outputs apart than "
-                f"together; {wanted}"
-            )
-        self._split.add(key)
+        """That entries as long as the batch hold one thing an example; looked at once for the same entries."""
+        doubtful = frozenset(as_long_as_the_batch(batch))
+        if doubtful and rows_of(batch) > 1 and doubtful not in self._split:
+            refuse_shared(batch, doubtful, self._plain)
+            self._split.add(doubtful)
 
     def _plain(self, batch: Batch) -> Tensor:
         with torch.no_grad():
             return self._outputs(batch)
 
-    def _formed(self, batch: Batch) -> dict[str, Stream]:
+    def _formed(self, batch: Batch) -> dict[str, Vectors]:
         """Gradients of the refused parameters by one forward and backward an example: (B, weights) each."""
-        parameters = {name: self.chosen[name] for name in self.chosen if name in self._refused}
-        if not parameters:
-            return {}
-        size = rows_of(batch)
-        wide = {name: torch.float64 if p.dtype == torch.float64 else torch.float32 for name, p in parameters.items()}
-        rows = {n: torch.zeros(size, p.numel(), dtype=wide[n], device=p.device) for n, p in parameters.items()}
-        with frozen(self.model, parameters.values()), torch.enable_grad():
-            for i in range(size):
-                one = take(batch, slice(i, i + 1))
-                scalar = self._outputs(one).sum()
-                if not scalar.requires_grad:
-                    continue
-                gradients = torch.autograd.grad(scalar, list(parameters.values()), allow_unused=True)
-                for name, gradient in zip(parameters, gradients, strict=True):
-                    if gradient is not None:
-                        rows[name][i] = gradient.flatten()
-        return {name: Vectors(v) for name, v in rows.items()}
+        refused = {name: self.chosen[name] for name in self.chosen if name in self._refused}
+        return formed(self.model, refused, self._outputs, batch) if refused else {}
 
     def _refuse(self, reasons: Mapping[str, str]) -> None:
         if not reasons:
@@ -364,6 +405,10 @@ class Passes:
             f"parameters whose gradients cannot be told apart by example were chosen ({told}); leave them out "
             'through `parameters`, or compute them by one backward an example with fallback="per_example"'
         )
+
+
+def _ignore(sites: list[Site], streams: list[Stream]) -> None:
+    """A consumer of a pass that is only compared."""
 
 
 def _named(taps: Taps, modules: set[nn.Module], reason: str) -> dict[str, str]:

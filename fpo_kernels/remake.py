@@ -19,7 +19,7 @@ _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def are_saved_plainly() -> bool:
-    """Whether autograd keeps what it saves as it is: no hooks pack it, as under checkpointing, where nothing is kept."""
+    """Whether autograd keeps what it saves as it is; not where hooks pack it, as under checkpointing."""
     return _hooks is not None and _hooks(False) is None
 
 

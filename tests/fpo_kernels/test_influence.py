@@ -190,7 +190,7 @@ def test_no_weight_gradient_and_nothing_below_the_lowest_tap_is_computed():
                 node += [parent for parent, _ in one.next_functions]
         return output
 
-    fk.Influence(model, "head", output=lambda out: reaches(out.logits[:, 0])).norms(batch_of([4, 6], 26))
+    fk.Influence(model, "head", output=lambda out: reaches(out.logits[:, 0]), check="never").norms(batch_of([4, 6], 26))
     assert tape.count("_TapBackward") == 1
     assert not {name for name in tape if "Mm" in name or "Attention" in name or "Silu" in name}
     assert tape.count("AccumulateGrad") == 1  # the anchor; no weight

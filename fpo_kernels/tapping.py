@@ -1,0 +1,102 @@
+"""Taps on a model for one pass, parameters frozen meanwhile; everything as it was afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Shape, Taps, UnusableError
+from .known import Known, Plan
+from .uses import Reads
+
+
+def frozen(model: nn.Module, learning: Iterable[nn.Parameter] = ()) -> AbstractContextManager[None]:
+    """No parameter requires grad but the given ones; they, and buffers, as before afterwards, whatever happens."""
+    modules = list(model.modules())
+    return _frozen([p for m in modules for p in m._parameters.values() if p is not None], modules, learning)
+
+
+@contextmanager
+def _frozen(
+    parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module], learning: Iterable[nn.Parameter] = ()
+) -> Iterator[None]:
+    wanted = {id(parameter) for parameter in learning}
+    with ExitStack() as stack:
+        for parameter in parameters:
+            if parameter.requires_grad != (id(parameter) in wanted):
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(id(parameter) in wanted)
+        for module in modules:
+            if module.training:  # spectral norms and their likes keep count as they run
+                for buffer in module.buffers(recurse=False):
+                    stack.callback(_put_back, buffer, buffer._version, buffer.clone())
+        yield
+
+
+def _put_back(buffer: Tensor, version: int, before: Tensor) -> None:
+    if buffer._version != version:
+        with torch.no_grad():
+            buffer.copy_(before)
+
+
+_running: list[Taps] = []  # passes that are under way, the innermost last
+
+
+@contextmanager
+def tapped(plan: Plan, shape: Shape, known: Known) -> Iterator[Taps]:
+    """Taps on the sites' modules for one forward and `Taps.backward`; the model is restored whatever happens.
+
+    Within another pass, of an output map that asks an engine of its own, the outer taps stand idle.
+    """
+    taps = Taps(plan, shape, known)
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(plan.parameters, plan.modules))
+        stack.callback(_untap, taps)
+        for module in taps.names:
+            # first in line: a user's own hook may change the output, and d belongs to what the module made. What
+            # register_forward_hook does, without handles, which cost as much as all the rest.
+            hooks: Any = module._forward_hooks
+            hooks[taps] = taps.hook
+            hooks.move_to_end(taps, last=False)
+            module._forward_hooks_with_kwargs[taps] = True  # type: ignore[index]
+            taps.reads[module] = Reads(module._parameters)
+            module.__dict__["_parameters"] = taps.reads[module]
+        for module in plan.quantised:
+            stack.callback(module.register_forward_hook(_passes_gradients, with_kwargs=True).remove)
+        # torch's fused encoder layers, taken where no weight requires grad, call none of their modules
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        for outer in _running:
+            stack.callback(setattr, outer, "idle", outer.idle)
+            outer.idle = True
+            stack.enter_context(outer.uses.paused())
+        _running.append(taps)
+        stack.callback(_running.pop)
+        stack.enter_context(torch.enable_grad())
+        yield taps
+
+
+def _untap(taps: Taps) -> None:
+    for module, reads in taps.reads.items():
+        module._forward_hooks.pop(taps, None)  # type: ignore[call-overload]
+        module._forward_hooks_with_kwargs.pop(taps, None)  # type: ignore[call-overload]
+        own = reads.own
+        if len(own) != len(reads) or any(own.get(name) is not p for name, p in reads.items()):  # the forward changed it
+            own.clear()
+            own.update(reads)
+        module.__dict__["_parameters"] = own
+
+
+def _passes_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    """Forward hook: bitsandbytes' 4-bit layers drop the gradient once they are packed for inference on a CPU."""
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if any(x.requires_grad for x in given) and not output.requires_grad:
+        raise UnusableError(
+            f"{type(module).__name__} passes no gradient on: its quantised weight was packed for inference, as "
+            "bitsandbytes does on CPUs with AVX512-BF16 in eval mode; load the model again and call model.train() "
+            "(without dropout) before the first forward"
+        )
