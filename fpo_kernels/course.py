@@ -21,9 +21,9 @@ class Course:
     Attributes:
         calls: (module, group) of every use; uses of one group read the same input.
         times: module → how often it was called.
-        served: module → the sites it serves, each with its rule.
+        served: module → the sites it serves, each with its rule, and its group where one delivery completes it. Sites
+            of one group are siblings.
         missing: site → how many deliveries complete it, of those that are not complete with one.
-        family: site → its group, of those that are. Sites of one group are siblings.
         awaited: group → how many such sites it has. unread: group → how many uses.
         odd: modules that were called without the batch in front.
         looked: whether examples were seen to keep apart in modules called this way.
@@ -35,16 +35,16 @@ class Course:
         self.sites, self.odd = sites, set(odd)
         self.times = Counter(module for module, _ in calls)
         groups = dict(calls)
-        self.served: dict[nn.Module, list[tuple[Site, Callable[[nn.Module, Any], Stream]]]] = {}
-        for site in sites:
-            for module, rule in site.rules.items():
-                self.served.setdefault(module, []).append((site, rule.stream))
         counts = {site: sum(self.times[module] for module in site.rules) for site in sites}
         self.missing = {site: count for site, count in counts.items() if count != 1}
-        self.family = {
+        family = {
             site: groups[next(m for m in site.rules if self.times[m])] for site, count in counts.items() if count == 1
         }
-        self.awaited = Counter(self.family.values())
+        self.served: dict[nn.Module, list[tuple[Site, Callable[[nn.Module, Any], Stream], int | None]]] = {}
+        for site in sites:
+            for module, rule in site.rules.items():
+                self.served.setdefault(module, []).append((site, rule.stream, family.get(site)))
+        self.awaited = Counter(family.values())
         self.unread = Counter(group for _, group in calls)
         self.looked = False
         self.reads: list[int] = []

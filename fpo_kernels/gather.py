@@ -37,6 +37,7 @@ class Layout:
         self.shape = Shape(size, _tokens(batch))
         self.in_place = False
         self._packings: dict[tuple[int, bool, torch.device], Packing] = {}
+        self._usual: tuple[Any, Any] = None, None  # what was asked for last
         self._indices: dict[tuple[bool, torch.device], Tensor] = {}
         mask = batch.get("attention_mask")
         self._tokens: np.ndarray[Any, Any] | None = None
@@ -80,10 +81,14 @@ class Layout:
 
     def packing(self, rows: int, per_token: int | None, device: torch.device) -> Packing:
         """Where the examples lie in what `pack` returns of (B, rows, …)."""
+        usual, packing = self._usual
+        if usual == (rows, per_token, device):
+            return packing
         dropping = self._tokens is not None and per_token is not None
         key = (per_token if dropping and per_token else rows), dropping, device
         if key not in self._packings:
             self._packings[key] = Packing.among(self._extents(rows, key[0], dropping), device)
+        self._usual = (rows, per_token, device), self._packings[key]
         return self._packings[key]
 
     def _extents(self, rows: int, scale: int, dropping: bool) -> Extents:
@@ -183,9 +188,8 @@ class Gather:
         if inputs is None:
             inputs = self._inputs[group] = {}
         call = _Call(delivery, self._layout, inputs)
-        for site, stream_of in self._course.served[module]:
+        for site, stream_of, family in self._course.served[module]:
             stream = stream_of(module, call)
-            family = self._course.family.get(site)
             if family is not None:
                 self._sibling(site, stream, family)
                 continue
