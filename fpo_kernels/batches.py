@@ -161,3 +161,19 @@ def join(first: Batch, second: Batch, pad_id: int | None) -> dict[str, Any] | No
         else:
             return None
     return joined
+
+
+def partners(n: int, m: int, reference_of: Tensor | None) -> Tensor:
+    """(n,) int64 on the CPU: the reference of each candidate among m; raises where `reference_of` does not fit."""
+    if reference_of is None:
+        if m not in (1, n):
+            raise ValueError(f"references: {m} for {n} candidates; wanted one for all, one each, or `reference_of`")
+        return torch.zeros(n, dtype=torch.long) if m == 1 else torch.arange(n)
+    if not isinstance(reference_of, Tensor):
+        raise TypeError(f"reference_of: wanted a tensor of integers ({n},), got {type(reference_of).__name__}")
+    if reference_of.shape != (n,) or reference_of.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"reference_of: {reference_of.dtype} {tuple(reference_of.shape)}; wanted integers ({n},)")
+    reference_of = reference_of.long().cpu()
+    if n and not (int(reference_of.min()) >= 0 and int(reference_of.max()) < m):
+        raise ValueError(f"reference_of: indices must lie in [0, {m}), got {reference_of.tolist()}")
+    return reference_of

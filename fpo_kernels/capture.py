@@ -36,6 +36,25 @@ class UnservedError(Exception):
         self.reasons = dict(reasons)
 
 
+def refuse(reasons: Mapping[str, str]) -> None:
+    """Raises ValueError where there are parameters, name → reason, that cannot be told apart by example."""
+    if not reasons:
+        return
+    named: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        named.setdefault(reason, []).append(name)
+    told = "; ".join(f"{_some(names)}: {reason}" for reason, names in named.items())
+    raise ValueError(
+        f"parameters whose gradients cannot be told apart by example were chosen ({told}); leave them out "
+        'through `parameters`, or compute them by one backward an example with fallback="per_example"'
+    )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:12])
+    return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"
+
+
 class UnexpectedError(Exception):
     """A forward asked for parameters more or less often than those before: it has to be looked at anew."""
 

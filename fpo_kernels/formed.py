@@ -1,14 +1,15 @@
-"""Per-example gradients as they are defined, where no rule serves: one forward and backward an example."""
+"""What plain autograd says where no rule serves: gradients one example at a time, and what is used at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
 
 from .batches import Batch, rows_of, take
 from .gradients import Vectors
+from .layers import Site
 from .tapping import frozen
 
 
@@ -32,3 +33,23 @@ def formed(
                 if gradient is not None:
                     rows[name][i] = gradient.flatten()
     return {name: Vectors(v) for name, v in rows.items()}
+
+
+def used_after_all(
+    model: nn.Module, sites: Sequence[Site], untaped: Set[nn.Module], outputs: Callable[[], Tensor]
+) -> list[str]:
+    """Those of the sites, whose modules were not called, that the outputs depend on all the same: no tap sees how.
+
+    Under no_grad a module is called, and runs again with a gradient where that is a checkpoint of the model's own;
+    which needs a tape that reaches it, so that every parameter learns then.
+    """
+    parameters = [site.parameter for site in sites]
+    learning = parameters
+    if any(module in untaped for site in sites for module in site.rules):
+        learning = [p for p in model.parameters() if p.is_floating_point()]
+    with frozen(model, learning), torch.enable_grad():
+        scalars = outputs()
+        if not scalars.requires_grad:
+            return []
+        got = torch.autograd.grad(scalars.sum(), parameters, allow_unused=True)
+    return [site.name for site, gradient in zip(sites, got, strict=True) if gradient is not None]

@@ -57,6 +57,24 @@ class Layout:
                 self.in_place = in_place and bool(unbroken.all())
 
     @property
+    def left(self) -> bool:
+        """Whether padding stands on the left."""
+        return self._left
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row counts."""
+        return self._tokens is None
+
+    @property
+    def kept(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """(B,) the first token of each example that counts, and how many do."""
+        if self._tokens is None or self._first is None:
+            whole = np.full(self.shape.examples, self.shape.tokens, dtype=np.int64)
+            return np.zeros_like(whole), whole
+        return self._first, self._tokens
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """What a model may take another path for: about how wide the batch is, on which side padding stands, and in
         what order the examples' lengths are."""

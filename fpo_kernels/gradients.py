@@ -44,11 +44,6 @@ class Packing:
         rows = extents.host[:, 1]
         return Packing(rows, sent(np.concatenate([[0], rows.cumsum()]), device), extents)
 
-    @property
-    def counts(self) -> Lengths:
-        """(B,) rows that count."""
-        return self.extents.host[:, 3]
-
 
 class Pairs:
     """Pairs (i, j) of examples, on the host and the device, and what multiplying them takes in any layer."""
@@ -69,9 +64,10 @@ class Pairs:
         """The cost model's summary for these streams, made once for all layers that share their packings."""
         key = id(left), id(right)
         if key not in self._work:
-            counts = None if right is None else right.counts
+            lengths = None if right is None else right.lengths
+            # by the room that examples have, so that a batch is multiplied alike whether it is recorded or not;
             # the packings are kept beside the answer, so that no other can take their identities
-            self._work[key] = left, right, Work.of(left.counts, self.host, counts)
+            self._work[key] = left, right, Work.of(left.lengths, self.host, lengths)
         return self._work[key][2]
 
 

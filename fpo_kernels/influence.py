@@ -14,13 +14,16 @@ from typing import Literal, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, check_entries, chunks, join, rows_of, take
+from .batches import Batch, check_entries, chunks, join, partners, rows_of, take
+from .captured import MODES, Captures
+from .gather import Layout
 from .gradients import Pairs, Stream, Vectors, join_batches
 from .layers import Coverage, Parameters, Site, choose
 from .models import check_mode, lock_of, refuse_wrapped
 from .outputs import Output, OutputMap, first_logit
 from .passes import CHECKS, PER_EXAMPLE, Passes
 from .sketched import Maps, Sketched
+from .streams import sent
 from .totals import Held, Total, holding, symmetric, wide
 
 T = TypeVar("T")
@@ -74,11 +77,14 @@ class Influence:
         fallback: str = "error",
         micro_batch: int | None = None,
         check: str = "first",
+        capture: str = "auto",
     ) -> None:
         if fallback not in ("error", PER_EXAMPLE):
             raise ValueError(f"fallback={fallback!r}: wanted 'error' or {PER_EXAMPLE!r}")
         if check not in CHECKS:
             raise ValueError(f"check={check!r}: wanted 'first', 'every' or 'never'")
+        if capture not in MODES:
+            raise ValueError(f"capture={capture!r}: wanted 'auto' or 'never'")
         if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
             raise ValueError(f"micro_batch={micro_batch!r}: wanted a positive number of sequences, or None")
         refuse_wrapped(model)
@@ -86,6 +92,7 @@ class Influence:
         self.micro_batch = micro_batch
         self._output = OutputMap(output or first_logit)
         self._fallback, self._check = fallback, check
+        self._capture, self._captures = capture, Captures(capture)
         self._passes = Passes(model, choose(model, parameters), self._output, fallback, check)
 
     def coverage(self) -> list[Coverage]:
@@ -93,16 +100,17 @@ class Influence:
 
         Reasons that show only when the model runs are known after the first call.
         """
-        return self._passes.coverage()
+        rows = self._passes.coverage()
+        eager = self._captures.reason
+        return [row if row.reason or not eager else row._replace(reason=f"runs eagerly: {eager}") for row in rows]
 
     def norms(self, batch: Batch) -> Tensor:
         """‖g_i‖² of every example, (B,), fp32 or float64 (accumulated so). Raises as `gram` does."""
 
         def one(rows: slice) -> Tensor:
             part = take(batch, rows)
-            total, index = self._total(), torch.arange(rows_of(part))
-            outputs = self._passes.run(part, total.over(Pairs(torch.stack([index, index], 1))), in_place=True)
-            return total.result(outputs, len(outputs))
+            index = torch.arange(rows_of(part))
+            return self._ask(part, Pairs(torch.stack([index, index], 1)))[1]
 
         return self._call(lambda: torch.cat([one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]), batch)
 
@@ -215,7 +223,7 @@ class Influence:
         Raises: as `gram`; ValueError for a `reference_of` that does not fit.
         """
         n, m = rows_of(candidates), rows_of(references)
-        partner = _partners(n, m, reference_of)
+        partner = partners(n, m, reference_of)
 
         def whole() -> Steering:
             pieces = [
@@ -228,6 +236,18 @@ class Influence:
 
     def _total(self) -> Total:
         return Total(self._passes.padding_read)
+
+    def _ask(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """One pass: outputs (B,) and the products of pairs (n,); replayed where its shape came before."""
+        if not self._passes.is_repeatable:
+            return self._run(batch, pairs, None)
+        layout = self._passes.layout(batch)
+        return self._captures.answer(batch, pairs, self._run, layout, self._passes.weights, self._pad_id())
+
+    def _run(self, batch: Batch, pairs: Pairs, layout: Layout | None) -> tuple[Tensor, Tensor]:
+        total = self._total()
+        outputs = self._passes.run(batch, total.over(pairs), in_place=True, layout=layout)
+        return outputs, total.result(outputs, len(pairs.host))
 
     def _call(self, compute: Callable[[], T], *batches: Batch | None) -> T:
         given = [batch for batch in batches if batch is not None]
@@ -252,6 +272,7 @@ class Influence:
             raise ValueError(f"model: {gone[0]} is gone since the engine was made; make a new one")
         chosen = {name: now[name] for name in self._passes.chosen}
         self._passes = Passes(self.model, chosen, self._output, self._fallback, self._check)
+        self._captures = Captures(self._capture)
 
     def _vectors(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The directions by canonical name, (q, p) of each parameter."""
@@ -288,9 +309,8 @@ class Influence:
         fits = self.micro_batch is None or b + m <= self.micro_batch
         both = join(batch, other, self._pad_id()) if fits else None
         if both is not None:
-            total = self._total()
             crossed = Pairs(torch.cartesian_prod(torch.arange(b), b + torch.arange(m)))
-            return total.result(self._passes.run(both, total.over(crossed), in_place=True), b * m).view(b, m)
+            return self._ask(both, crossed)[1].view(b, m)
         rights = chunks(rows_of(other), self.micro_batch)
         grid = []
         for rows in chunks(rows_of(batch), self.micro_batch):
@@ -307,22 +327,19 @@ class Influence:
 
     def _steer(self, candidates: Batch, references: Batch, partner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         used, partner = torch.unique(partner, return_inverse=True)
-        references = take(references, used)
+        if len(used) < rows_of(references):
+            references = take(references, used)
         n, m = len(partner), len(used)
         fits = self.micro_batch is None or n + m <= self.micro_batch
         both = join(candidates, references, self._pad_id()) if fits else None
-        total = self._total()
         index = torch.arange(n)
         own = torch.stack([index, index], 1)
         if both is not None:
-            outputs = self._passes.run(
-                both, total.over(Pairs(torch.cat([own, torch.stack([index, n + partner], 1)]))), in_place=True
-            )
-            products = total.result(outputs, 2 * n)
+            outputs, products = self._ask(both, Pairs(torch.cat([own, torch.stack([index, n + partner], 1)])))
             reward, reference_reward = outputs[:n], outputs[n:]
         else:
             reference_reward, held = self._hold(references)
-            crossed = self._total()
+            total, crossed = self._total(), self._total()
             own_pairs, cross_pairs = Pairs(own), Pairs(torch.stack([index, partner], 1))
 
             def consume(sites: list[Site], streams: list[Stream]) -> None:
@@ -331,8 +348,8 @@ class Influence:
 
             reward = self._passes.run(candidates, consume, in_place=True)
             products = torch.cat([total.result(reward, n), crossed.result(reward, n)])
-        on_device = partner.to(reward.device)
-        return wide(reward), wide(reference_reward)[on_device], products[:n] - products[n:]
+        own_reference = wide(reference_reward)[sent(partner.numpy(), reward.device)]
+        return wide(reward), own_reference, products[:n] - products[n:]
 
     def _hold(self, batch: Batch) -> tuple[Tensor, Held]:
         """Outputs and every parameter's stream of a batch, at most `micro_batch` sequences on a tape."""
@@ -376,18 +393,3 @@ class Influence:
 
     def _pad_id(self) -> int | None:
         return getattr(getattr(self.model, "config", None), "pad_token_id", None)
-
-
-def _partners(n: int, m: int, reference_of: Tensor | None) -> Tensor:
-    if reference_of is None:
-        if m not in (1, n):
-            raise ValueError(f"references: {m} for {n} candidates; wanted one for all, one each, or `reference_of`")
-        return torch.zeros(n, dtype=torch.long) if m == 1 else torch.arange(n)
-    if not isinstance(reference_of, Tensor):
-        raise TypeError(f"reference_of: wanted a tensor of integers ({n},), got {type(reference_of).__name__}")
-    if reference_of.shape != (n,) or reference_of.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"reference_of: {reference_of.dtype} {tuple(reference_of.shape)}; wanted integers ({n},)")
-    reference_of = reference_of.long().cpu()
-    if n and not (int(reference_of.min()) >= 0 and int(reference_of.max()) < m):
-        raise ValueError(f"reference_of: indices must lie in [0, {m}), got {reference_of.tolist()}")
-    return reference_of

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+
+from .layers import is_hooked
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _making = threading.Lock()
@@ -66,3 +69,15 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"model: {name} is on the meta device: its values are kept elsewhere between calls (accelerate's CPU "
                 "or disk offload) or were never loaded; load the model onto one device"
             )
+
+
+def parts_of(model: nn.Module) -> Iterator[object]:
+    """What a model consists of: its modules, their forwards, their parameters and whether a hook is on these."""
+    for module in model.modules():
+        yield module
+        yield getattr(type(module), "forward", None)
+        forward = vars(module).get("forward")  # kernel libraries replace it on the instance
+        yield getattr(forward, "stands_for", forward)
+        for parameter in module._parameters.values():
+            yield parameter
+            yield parameter is not None and is_hooked(parameter)

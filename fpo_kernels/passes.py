@@ -8,7 +8,7 @@ refused by name, or served by one plain backward an example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch, as_long_as_the_batch, rows_of, take, telling, unchanged
-from .capture import Taps, UnexpectedError, UnservedError, UnusableError
+from .capture import Taps, UnexpectedError, UnservedError, UnusableError, refuse
 from .compare import Comparison, close, is_fine
 from .course import Course
 from .entries import refuse_shared
-from .formed import formed
+from .formed import formed, used_after_all
 from .gather import Consume, Gather, Layout, PaddingReadError
 from .gradients import Stream, Vectors
 from .known import Known, Manner, Plan
-from .layers import Coverage, Site, is_hooked, survey
+from .layers import Coverage, Site, survey
+from .models import parts_of
 from .products import are_grouped
-from .tapping import frozen, tapped
+from .tapping import tapped
 
 T = TypeVar("T")
 PER_EXAMPLE = "per_example"
@@ -65,14 +66,14 @@ class Passes:
         self._counted: set[tuple[object, ...]] = set()  # kinds of batches for which they were
         self._sound: set[tuple[object, ...]] = set()  # kinds of batches whose padding was seen not to be read
         self._unseen: set[tuple[object, ...]] = set()  # and those of this call, where nobody looked yet
-        self._parts = list(_parts(model))
+        self._parts = list(parts_of(model))
         hopeless = {n: why for n, why in self._refused.items() if not chosen[n].is_floating_point()}
         if hopeless or fallback == "error":
-            self._refuse(hopeless or self._refused)
+            refuse(hopeless or self._refused)
 
     def current(self) -> bool:
         """Whether the model still consists of the very modules, forwards, parameters and hooks on these it had."""
-        now = list(_parts(self.model))
+        now = list(parts_of(self.model))
         return len(now) == len(self._parts) and all(a is b for a, b in zip(now, self._parts, strict=True))
 
     def coverage(self) -> list[Coverage]:
@@ -106,7 +107,7 @@ class Passes:
             except UnservedError as unserved:
                 self._refused |= unserved.reasons
                 if self._fallback == "error":
-                    self._refuse(unserved.reasons)
+                    refuse(unserved.reasons)
                 self._sites = [site for site in self._sites if site.name not in unserved.reasons]
 
     def padding_read(self, leak: Tensor) -> None:
@@ -117,15 +118,33 @@ class Passes:
         if self._unseen - self._sound and bool(leak):
             raise PaddingReadError
 
-    def run(self, batch: Batch, consume: Consume, in_place: bool = False) -> Tensor:
+    def layout(self, batch: Batch) -> Layout:
+        """How a batch lies where streams may keep rows of padding, which their extents tell, for a `Total` to see."""
+        return Layout(batch, self._whole, bool(self._sites) and are_grouped(self._sites[0].parameter))
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether a pass of a kind that was met needs no more than a forward and a backward."""
+        return bool(self._sites) and not self._refused and self._check != "every"
+
+    def weights(self) -> object:
+        """Where the model's numbers lie."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return tuple([x.data_ptr() for x in tensors]), self.model.training
+
+    def run(self, batch: Batch, consume: Consume, in_place: bool = False, layout: Layout | None = None) -> Tensor:
         """One forward and one backward; `consume` meets each parameter's stream as it is complete. → outputs (B,).
 
-        With `in_place`, streams may keep rows of padding, which their extents tell, for a `Total` to look at.
+        With `in_place`, streams may keep rows of padding (`layout`). With a layout given, the pass is one of a kind
+        that was met, and nothing of it is looked at.
 
         Raises:
             ValueError: the outputs are not one scalar an example, or depend on no chosen parameter.
             UnservedError, PaddingReadError: for `settled`.
         """
+        if layout is not None:
+            self._counting = False
+            return self._tapped(batch, layout, consume)
         outputs = self._ruled(batch, consume, in_place) if self._sites else self._plain(batch)
         for name, vectors in self._formed(batch).items():
             consume([Site(name, self.chosen[name], {})], [vectors])
@@ -133,7 +152,7 @@ class Passes:
 
     def _ruled(self, batch: Batch, consume: Consume, in_place: bool) -> Tensor:
         """The tapped pass, looked at and compared where its batch is of a new kind."""
-        layout = Layout(batch, self._whole, in_place and are_grouped(self._sites[0].parameter))
+        layout = self.layout(batch) if in_place else Layout(batch, self._whole)
         size, kind = rows_of(batch), self._kind(batch)
         whole_kind = kind, layout.kind
         if layout.in_place:
@@ -260,7 +279,10 @@ class Passes:
         key = frozenset(site.name for site in silent)
         if silent and key not in self._silent:
             taps.idle = True
-            self._check_unused(batch, silent, taps.untaped)
+            used = used_after_all(self.model, silent, taps.untaped, lambda: self._outputs(batch))
+            if used:
+                raise UnservedError(dict.fromkeys(used, "used outside its module's call (which is never made)"))
+            self._unused |= {site.name for site in silent}
             taps.idle = False
             self._silent.add(key)
         self._known.checked |= set(calls)  # their taps would have raised
@@ -358,26 +380,6 @@ class Passes:
             taps.idle = False
         return True
 
-    def _check_unused(self, batch: Batch, sites: list[Site], untaped: set[nn.Module]) -> None:
-        """Parameters whose modules were not called may still be used in ways that no tap and no count sees.
-
-        Under no_grad a module is called, and runs again with a gradient where that is a checkpoint of the model's own;
-        which needs a tape that reaches it, so that every parameter learns then.
-        """
-        parameters = [site.parameter for site in sites]
-        learning = parameters
-        if any(module in untaped for site in sites for module in site.rules):
-            learning = [p for p in self.model.parameters() if p.is_floating_point()]
-        with frozen(self.model, learning), torch.enable_grad():
-            outputs = self._outputs(batch)
-            used = []
-            if outputs.requires_grad:
-                got = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True)
-                used = [site.name for site, gradient in zip(sites, got, strict=True) if gradient is not None]
-        if used:
-            raise UnservedError(dict.fromkeys(used, "used outside its module's call (which is never made)"))
-        self._unused |= {site.name for site in sites}
-
     def see_entries(self, batch: Batch) -> None:
         """That entries as long as the batch hold one thing an example; looked at once for the same entries."""
         doubtful = frozenset(as_long_as_the_batch(batch))
@@ -394,18 +396,6 @@ class Passes:
         refused = {name: self.chosen[name] for name in self.chosen if name in self._refused}
         return formed(self.model, refused, self._outputs, batch) if refused else {}
 
-    def _refuse(self, reasons: Mapping[str, str]) -> None:
-        if not reasons:
-            return
-        named: dict[str, list[str]] = {}
-        for name, reason in reasons.items():
-            named.setdefault(reason, []).append(name)
-        told = "; ".join(f"{_some(names)}: {reason}" for reason, names in named.items())
-        raise ValueError(
-            f"parameters whose gradients cannot be told apart by example were chosen ({told}); leave them out "
-            'through `parameters`, or compute them by one backward an example with fallback="per_example"'
-        )
-
 
 def _ignore(sites: list[Site], streams: list[Stream]) -> None:
     """A consumer of a pass that is only compared."""
@@ -413,19 +403,3 @@ def _ignore(sites: list[Site], streams: list[Stream]) -> None:
 
 def _named(taps: Taps, modules: set[nn.Module], reason: str) -> dict[str, str]:
     return {name: reason for module in modules for name in taps.names[module]}
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:12])
-    return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"
-
-
-def _parts(model: nn.Module) -> Iterator[object]:
-    for module in model.modules():
-        yield module
-        yield getattr(type(module), "forward", None)
-        forward = vars(module).get("forward")  # kernel libraries replace it on the instance
-        yield getattr(forward, "stands_for", forward)
-        for parameter in module._parameters.values():
-            yield parameter
-            yield parameter is not None and is_hooked(parameter)

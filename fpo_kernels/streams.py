@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -62,11 +63,15 @@ class Extents:
 
     Attributes:
         host: (B, 4) int64: first row, how many rows, the first of these that counts, how many count.
+        lying: a device's own, where that differs from call to call and the host says how much room there is; or None.
     """
 
-    def __init__(self, host: NDArray[np.int64]) -> None:
+    def __init__(self, host: NDArray[np.int64], lying: bool = False) -> None:
         self.host = host
         self.key = host.tobytes()
+        self.differs = lying
+        self.lying: Tensor | None = None
+        self.lists: dict[tuple[object, ...], tuple[Tensor, ...]] = {}  # what operations make of them, once
 
     @staticmethod
     def packed(lengths: NDArray[np.int64]) -> Extents:
@@ -74,6 +79,26 @@ class Extents:
         lengths = lengths.astype(np.int64)
         begin = lengths.cumsum() - lengths
         return Extents(np.stack([begin, lengths, np.zeros_like(lengths), lengths], 1))
+
+    def on(self, device: torch.device) -> Tensor:
+        """The device's own, made of the host's when first asked for."""
+        if self.lying is None:
+            self.lying = sent(self.host, device)
+        return self.lying
+
+
+_deferred: list[tuple[Tensor, NDArray[Any]]] | None = None
+
+
+@contextmanager
+def deferred_fills() -> Iterator[list[tuple[Tensor, NDArray[Any]]]]:
+    """Within, `fill` only notes what is to be filled: a graph that is captured holds no copy from the host."""
+    global _deferred
+    before, _deferred = _deferred, []
+    try:
+        yield _deferred
+    finally:
+        _deferred = before
 
 
 def sent(values: NDArray[Any], device: torch.device) -> Tensor:
@@ -83,5 +108,8 @@ def sent(values: NDArray[Any], device: torch.device) -> Tensor:
 
 def fill(held: Tensor, values: NDArray[Any]) -> Tensor:
     """`held` with the values of a host array, copied without waiting for the device: from pinned memory."""
+    if _deferred is not None:
+        _deferred.append((held, values))
+        return held
     host = torch.from_numpy(values)
     return held.copy_(host.pin_memory() if held.is_cuda else host, non_blocking=True)

@@ -87,6 +87,20 @@ def _lists(x: bytes, y: bytes | None, pairs: bytes, tile: int, device: torch.dev
     return Lists(*(sent(values, device) for values in (items, extents.copy(), counts)))
 
 
+def _roomy_lists(extents: Extents, pairs: Ints, tile: int, device: torch.device) -> Lists:
+    """For lengths that only the device knows: items for all the room there is; kept with the extents."""
+    key = pairs.tobytes(), tile, device
+    if key not in extents.lists:
+        items, counts = items_of(extents.host, None, pairs, tile)
+        empty = extents.host * np.array([1, 1, 1, 0])
+        looks = _looks(empty, 0, 0, tile).astype(np.int32)
+        counts[-1] = len(looks)
+        made = (sent(values, device) for values in (np.concatenate([items, looks]), counts))
+        extents.lists[key] = tuple(made)
+    items_on, counts_on = extents.lists[key]
+    return Lists(items_on, extents.on(device), counts_on)
+
+
 class Ledger:
     """Σ over layers of ⟨G_i, G_j⟩ for one list of pairs: noted layer by layer, multiplied many layers at a time.
 
@@ -145,17 +159,21 @@ class Ledger:
         extents: Extents,
         extents2: Extents | None,
     ) -> None:
-        longest = max(int(e.host[:, 3].max(initial=0)) for e in (extents, extents2) if e is not None)
+        # by how much room they have, not by how long they are: the same tile, and bits, whatever batch fills the room
+        longest = max(int(e.host[:, 1].max(initial=0)) for e in (extents, extents2) if e is not None)
         tile = config.tokens(dtype, longest, unit > 1, config.chip(device))
-        lists = _lists(extents.key, None if extents2 is None else extents2.key, self._key, tile.tokens, device)
+        if extents.differs:
+            lists = _roomy_lists(extents, self._pairs, tile.tokens, device)
+        else:
+            lists = _lists(extents.key, None if extents2 is None else extents2.key, self._key, tile.tokens, device)
         if device not in self._leak:
             self._leak[device] = torch.zeros(1, dtype=torch.int32, device=device)
         sums = launch(members, lists, tile, unit, self._leak[device])
         self.launches += 1
-        parts = self._sums.setdefault(id(lists), (lists, []))[1]
+        parts = self._sums.setdefault(id(lists.items), (lists, []))[1]
         parts.append(sums)
         if sum(part.nbytes for part in parts) > config.SUM_BYTES:
-            self._add_up(id(lists))
+            self._add_up(id(lists.items))
 
     def _add_up(self, key: int) -> None:
         lists, parts = self._sums.pop(key)
