@@ -37,6 +37,7 @@ slow: $(STAMP) ## run the tests on the real model (SmolLM2), some minutes
 	$(BIN)/python -m pytest tests -m slow
 
 # in a copy of the tree: its libraries are built against the oldest torch, and not in place of those of .venv
+# 900 s: compiling every Triton kernel anew takes minutes where the machine is busy
 floor: ## build and test the kernels with the oldest versions served (constraints-floor.txt), in .floor: about ten minutes
 	test -x $(FLOOR)/python || $(PYTHON) -m venv .floor
 	$(FLOOR)/python -m pip install --quiet --disable-pip-version-check -c constraints-floor.txt torch setuptools numpy
@@ -46,7 +47,7 @@ floor: ## build and test the kernels with the oldest versions served (constraint
 	rm -f .floor/tree/fpo_kernels/_native*
 	$(FLOOR)/python -m pip install --quiet --disable-pip-version-check -c constraints-floor.txt --no-build-isolation \
 		-e '.floor/tree[triton]' hypothesis pytest pytest-benchmark pytest-timeout pytest-xdist
-	cd .floor/tree && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider \
+	cd .floor/tree && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile --timeout 900 -p no:cacheprovider \
 		tests/fpo_kernels tests/compile_only tests/gpu tests/test_sanitizers.py
 
 lint: $(STAMP) ## check style, format and types
