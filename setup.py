@@ -30,6 +30,7 @@ TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: one library
 FLAGS = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 # What is built for where no device says: a build for each generation of data centre, and what later ones translate.
 ARCHITECTURES = ("8.0", "9.0", "10.0")
+REQUIRED = os.environ.get("FPO_REQUIRE_NATIVE", "0") not in ("", "0")
 
 
 def compiler() -> str | None:
@@ -37,7 +38,7 @@ def compiler() -> str | None:
     return None if sys.platform == "win32" else shutil.which(os.environ.get("CXX", "c++").split()[0])
 
 
-def said(*command: str | Path) -> str:
+def answer(*command: str | Path) -> str:
     """What a program prints; nothing where there is none."""
     with contextlib.suppress(OSError):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -48,7 +49,7 @@ def said(*command: str | Path) -> str:
 def find_toolkit() -> None:
     """Set CUDA_HOME to the toolkit of the nvcc on PATH; torch takes the folder above nvcc, wrong for a wrapper."""
     if not os.environ.get("CUDA_HOME") and not os.environ.get("CUDA_PATH"):
-        home = re.search(r"^#\$ TOP=(.+)$", said("nvcc", "--dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE)
+        home = re.search(r"^#\$ TOP=(.+)$", answer("nvcc", "--dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE)
         if home and Path(home[1], "bin", "nvcc").is_file():
             os.environ["CUDA_HOME"] = str(Path(home[1]).resolve())
 
@@ -58,7 +59,7 @@ def name_architectures(nvcc: Path) -> None:
     import torch
 
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.device_count():
-        known = re.findall(r"compute_(\d+)(\d)\b", said(nvcc, "--list-gpu-arch"))
+        known = re.findall(r"compute_(\d+)(\d)\b", answer(nvcc, "--list-gpu-arch"))
         listed = [arch for arch in ARCHITECTURES if tuple(arch.split(".")) in known] or ARCHITECTURES[:1]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(listed) + "+PTX"
 
@@ -135,7 +136,10 @@ def native() -> dict:
     try:
         extensions, absent = choose()
         from torch.utils.cpp_extension import BuildExtension
-    except ImportError:  # no torch to build against
+    except ImportError as error:
+        if REQUIRED:
+            raise
+        print(f"fpo-kernels: no native library: there is no torch to build it against ({error})", file=sys.stderr)
         return {}
 
     class Build(BuildExtension):
@@ -157,19 +161,19 @@ def native() -> dict:
 
         def run(self) -> None:
             wanted, failed = self.extensions, {}
-            compiler, inplace = self.compiler, self.inplace
+            kind, inplace = self.compiler, self.inplace
             for extension in wanted:
                 if why := self.attempt(extension):
                     failed[extension.name] = why
-                self.compiler, self.inplace = compiler, inplace  # a run changes both, and one that fails leaves them so
+                self.compiler, self.inplace = kind, inplace  # a run changes both, and one that fails leaves them so
             self.extensions = [extension for extension in wanted if extension.name not in failed]
             settle(Path(self.build_lib, "fpo_kernels"), absent | failed)
             if self.inplace:
                 settle(Path(self.get_finalized_command("build_py").get_package_dir("fpo_kernels")), absent | failed)
             told = "".join(f"\nfpo-kernels: no {name}: {why}" for name, why in failed.items())
-            if failed and os.environ.get("FPO_REQUIRE_NATIVE", "0") not in ("", "0"):
+            if failed and REQUIRED:
                 raise SystemExit(f"{told}\nfpo-kernels: FPO_REQUIRE_NATIVE=0 installs without what does not build")
-            print(told, file=sys.stderr)
+            print(told, end="\n" if told else "", file=sys.stderr)
 
     return {
         "ext_modules": extensions,
