@@ -4,14 +4,19 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
-export TOKENIZERS_PARALLELISM := false
+FLOOR := .floor/bin
+# a native build that fails ends the target; 0 goes on without, as plain pip does
+FPO_REQUIRE_NATIVE ?= 1
 
-.PHONY: help setup demo test slow lint bench clean
+export TOKENIZERS_PARALLELISM := false
+export FPO_REQUIRE_NATIVE
+
+.PHONY: help setup demo test slow floor lint bench clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make .venv, install pinned torch and this package (editable, native library in place)
+setup: $(STAMP) ## make .venv, install pinned torch and this package (editable; what native code can be built must build)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,6 +36,20 @@ test: $(STAMP) ## run the tests, but for those on the real model
 slow: $(STAMP) ## run the tests on the real model (SmolLM2), some minutes
 	$(BIN)/python -m pytest tests -m slow
 
+# in a copy of the tree: its libraries are built against the oldest torch, and not in place of those of .venv
+# 900 s: compiling every Triton kernel anew takes minutes where the machine is busy
+floor: ## build and test the kernels with the oldest versions served (constraints-floor.txt), in .floor: about ten minutes
+	test -x $(FLOOR)/python || $(PYTHON) -m venv .floor
+	$(FLOOR)/python -m pip install --quiet --disable-pip-version-check -c constraints-floor.txt torch setuptools numpy
+	mkdir -p .floor/tree
+	cd .floor/tree && rm -rf csrc fpo_kernels fpo_train benchmarks tests
+	cp -rp csrc fpo_kernels fpo_train benchmarks tests setup.py pyproject.toml README.md LICENSE .floor/tree
+	rm -f .floor/tree/fpo_kernels/_native*
+	$(FLOOR)/python -m pip install --quiet --disable-pip-version-check -c constraints-floor.txt --no-build-isolation \
+		-e '.floor/tree[triton]' hypothesis pytest pytest-benchmark pytest-timeout pytest-xdist
+	cd .floor/tree && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile --timeout 900 -p no:cacheprovider \
+		tests/fpo_kernels tests/compile_only tests/gpu tests/test_sanitizers.py
+
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,5 +58,5 @@ lint: $(STAMP) ## check style, format and types
 bench: $(STAMP) ## run every benchmark case and write benchmarks/results/<device>/
 	$(BIN)/python -m benchmarks run all
 
-clean: ## remove what make built (.venv, native library, caches), never runs/
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fpo_kernels/*.so
+clean: ## remove what make built (.venv, .floor, native libraries, caches), never runs/
+	rm -rf .venv .floor build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fpo_kernels/_native*

@@ -6,6 +6,7 @@ from .direction import grad_direction
 from .fingerprint import fingerprint
 from .influence import Influence, Steering
 from .layers import Coverage
+from .library import native_libraries
 from .packing import pack
 from .products import grad_products
 from .sketch import SJLT, DenseProjection, LoGra, TensorSketch, grad_sketch
@@ -29,6 +30,7 @@ __all__ = [
     "grad_products",
     "grad_sketch",
     "logistic_weights",
+    "native_libraries",
     "pack",
     "tracin",
 ]

@@ -1,22 +1,42 @@
-"""The compiled kernels of csrc/, loaded when first asked for."""
+"""The compiled kernels of csrc/: two libraries, each loaded when first asked for.
+
+`_native` holds the operators' schemas and their CPU kernels, `_native_cuda` the CUDA kernels. The second is opened when
+streams on a GPU ask for it, and costs a CPU nothing where it is absent or does not load.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
+import os
+import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+_FOLDER = Path(__file__).resolve().parent
+_STEMS = {"cpu": "_native", "cuda": "_native_cuda"}
+_NAMES = {"cpu": "the native library", "cuda": "the native CUDA library"}
 _BUILD = "build it with `pip install --no-build-isolation -e .` or `python setup.py build_ext --inplace`"
 
 
+def native_libraries() -> dict[str, str]:
+    """Whether the compiled kernels load, by device type ("cpu", "cuda"): "loads", else why they do not."""
+    return {kind: _load(kind) or "loads" for kind in _STEMS}
+
+
 @functools.cache
-def _load() -> str | None:
-    """Loads the library; None when that went well, else why it did not."""
-    found = sorted(Path(__file__).resolve().parent.glob("_native*.so"))
+def _load(kind: str) -> str | None:
+    """Loads a device type's library; None when that went well, else why it did not."""
+    if kind == "cuda":
+        if not torch.version.cuda:
+            return f"torch {torch.__version__} was built without CUDA"
+        if (problem := _load("cpu")) is not None:  # which has the schemas
+            return problem
+    found = sorted(_FOLDER.glob(f"{_STEMS[kind]}.*so"))
     if not found:
-        return f"the native library is not built; {_BUILD}"
+        return f"{_NAMES[kind]} is not built ({_why_not_built(kind)}); {_BUILD}"
     try:
         torch.ops.load_library(found[-1])
     except OSError as error:
@@ -24,16 +44,26 @@ def _load() -> str | None:
     return None
 
 
+def _why_not_built(kind: str) -> str:
+    """What the last build noted, else what a build would want."""
+    try:
+        noted = json.loads((_FOLDER / "_native_build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        noted = {}
+    if _STEMS[kind] in noted:
+        return noted[_STEMS[kind]]
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    return "no build was tried" if shutil.which(compiler) else f"no C++ compiler: {compiler} is not on PATH"
+
+
 def why_not(operation: str, a: Tensor) -> str | None:
     """Why the library's `operation` cannot take streams like `a` here; None when it can."""
     kind = a.device.type
-    if kind not in ("cpu", "cuda"):
+    if kind not in _STEMS:
         return f"the native library serves cpu and cuda, not {kind}"
-    problem = _load()
+    problem = _load(kind)
     if problem is None and not _has(operation, kind.upper()):
-        if a.is_cuda:
-            return f"the native library was built without CUDA (it needs a CUDA torch and nvcc); {_BUILD}"
-        return f"the native library was built before it had {operation}; {_BUILD}"
+        return f"{_NAMES[kind]} was built before it had {operation}; {_BUILD}"
     return problem
 
 

@@ -250,6 +250,8 @@ def _fetch(options: Any) -> int:
 
 
 def _doctor(options: Any) -> int:
+    import fpo_kernels as fk
+
     from .folder import environment
     from .sources import KNOWN, cached
 
@@ -257,6 +259,8 @@ def _doctor(options: Any) -> int:
     print(f"python {facts['python']} on {facts['platform']}, {facts['threads']} threads, device {facts['device']}")
     for name, version in facts["versions"].items():
         print(f"  {name:<16}{version or 'absent'}")
+    for kind, state in fk.native_libraries().items():
+        print(f"  native/{kind:<9}{state}")
     for impl, state in _kernels().items():
         print(f"  kernels/{impl:<8}{state}")
     for name in ("trl", "bitsandbytes", "vllm", "datasets"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,9 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+from tests.toolchain import COMPILER, NO_COMPILER
+
 CSRC = Path(__file__).parents[1] / "csrc"
-COMPILER = os.environ.get("CXX", "c++").split()[0]
 FLAGS = ["-O1", "-g", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # every report ends the process; vptr wants type information that torch's libraries keep to themselves
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
@@ -28,8 +28,8 @@ def runtime(name: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no compiler: {COMPILER} is not on PATH")
+    if NO_COMPILER:
+        pytest.skip(NO_COMPILER)
     # libstdc++ too: the sanitizer looks for its throw before Python loads it
     libraries = [runtime("libasan.so"), runtime("libstdc++.so.6")]
     if None in libraries:

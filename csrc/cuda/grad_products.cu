@@ -1,7 +1,6 @@
 // fpo_native::grad_products on CUDA: one block a pair walks the tiles of both token-by-token matrices, holds
 // one tile of each in registers, multiplies and sums. Plain FMA throughout, so fp32 stays fp32 and float64 is
 // served too; the Triton room is the one that uses matrix units.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -16,6 +15,8 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
+
+#include "launch.h"
 
 namespace {
 
@@ -122,11 +123,10 @@ Tensor grad_products(Tensor a, std::vector<Tensor> d, Tensor offsets, Tensor pai
   STD_TORCH_CHECK(pairs.size(0) <= std::numeric_limits<int32_t>::max(), "grad_products: over 2^31 - 1 pairs");
   STD_TORCH_CHECK(d.size() <= kLayers && d.size() == d2.size(), "grad_products: over 8 layers in one launch");
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(a.get_device_index(), &stream));
+  const cudaStream_t stream = current_stream(a);
   auto with = [&]<class T>(T*) {
     using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    kernel<T, Acc><<<static_cast<unsigned>(pairs.size(0)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+    kernel<T, Acc><<<static_cast<unsigned>(pairs.size(0)), kThreads, 0, stream>>>(
         {a, d}, offsets.const_data_ptr<int64_t>(), pairs.const_data_ptr<int64_t>(),
         {a2, d2}, offsets2.const_data_ptr<int64_t>(), mirrored,
         out.mutable_data_ptr<Acc>());

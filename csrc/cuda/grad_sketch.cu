@@ -1,7 +1,6 @@
 // fpo_native::grad_sketch on CUDA: a group of warps takes a token, gathers its row with signs into k buckets in
 // registers, transforms them there, multiplies both spectra and adds them to the sums it keeps; the only numbers
 // written are the sums of a chunk of tokens.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -18,6 +17,8 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
+
+#include "launch.h"
 
 namespace {
 
@@ -220,9 +221,7 @@ Tensor grad_sketch(Tensor a, Tensor table_a, std::vector<Tensor> d, std::vector<
   STD_TORCH_CHECK(dim >= 64 && (dim & (dim - 1)) == 0,
                   "grad_sketch: dim is no power of two from 64");
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-  void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(a.get_device_index(), &current));
-  const cudaStream_t stream = static_cast<cudaStream_t>(current);
+  const cudaStream_t stream = current_stream(a);
   Tensor sums = torch::stable::new_empty(a, {chunks, dim}, kind);
   const int64_t buckets = std::min<int64_t>(dim, kMost);
   const dim3 grid(static_cast<unsigned>(chunks), static_cast<unsigned>(dim / buckets));

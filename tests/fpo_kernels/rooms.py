@@ -11,16 +11,15 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fpo_kernels import library
 from fpo_kernels.products import blocked, formed
 from fpo_kernels.testing import EDGES, PLACES
+from tests import toolchain
 
-NO_NATIVE = library.why_not("grad_products", torch.empty(0))
 WAYS = [
     ("reference", "form"),
     ("torch", "tokens"),
     ("torch", "form"),
-    pytest.param("native", "tokens", marks=pytest.mark.skipif(NO_NATIVE is not None, reason=str(NO_NATIVE))),
+    pytest.param("native", "tokens", marks=toolchain.native.marks),
 ]
 ways = pytest.mark.parametrize(("impl", "way"), WAYS)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

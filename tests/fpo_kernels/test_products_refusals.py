@@ -81,7 +81,7 @@ def test_an_implementation_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPa
         grad_products(*GOOD, impl="reference", way="tokens")
     with pytest.raises(RuntimeError, match=r"triton.*cannot run"):
         grad_products(*GOOD, impl="triton", way="tokens")
-    monkeypatch.setattr(library, "_load", lambda: "the native library is not built; build it with …")
+    monkeypatch.setattr(library, "_load", lambda kind: "the native library is not built; build it with …")
     with pytest.raises(RuntimeError, match=r"native.*cannot run.*not built"):
         grad_products(*GOOD, impl="native")
     for way in ("auto", "tokens", "form"):  # auto does without it

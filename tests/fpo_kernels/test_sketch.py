@@ -20,14 +20,10 @@ from fpo_kernels.sketch import blocked
 from fpo_kernels.sketch.config import SCRATCH_BYTES
 from fpo_kernels.sketch.maps import bucket_map, numbers
 from fpo_kernels.testing import ragged, random_streams, sketch_budget
+from tests import toolchain
 from tests.fpo_kernels.rooms import BF16, F16, F32, F64, most_held, ragged_lengths
 
-NO_NATIVE = library.why_not("grad_sketch", torch.empty(0))
-IMPLS = [
-    "reference",
-    "torch",
-    pytest.param("native", marks=pytest.mark.skipif(NO_NATIVE is not None, reason=str(NO_NATIVE))),
-]
+IMPLS = ["reference", "torch", toolchain.native]
 impls = pytest.mark.parametrize("impl", IMPLS)
 
 
@@ -96,7 +92,7 @@ def test_sizes_far_from_the_dim(impl: str, p: int, q: int, k: int, dtype: torch.
 
 
 def test_the_largest_dim() -> None:  # W as a matrix would take 2 GB
-    for impl in ("torch", "native") if NO_NATIVE is None else ("torch",):
+    for impl in ("torch",) if toolchain.NO_COMPILER else ("torch", "native"):
         check(impl, random_streams([9], 40, 30), fk.TensorSketch(40, 30, 16384))
 
 
@@ -235,7 +231,7 @@ def test_import_loads_neither_triton_nor_the_compiler() -> None:
 def test_without_the_library_auto_does_and_native_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     a, d, offsets = random_streams([4, 7], 30, 20)
     sketch = fk.TensorSketch(30, 20, 64)
-    monkeypatch.setattr(library, "_load", lambda: "the native library is not built; build it with …")
+    monkeypatch.setattr(library, "_load", lambda kind: "the native library is not built; build it with …")
     with pytest.raises(RuntimeError, match=r"grad_sketch: impl=\"native\" cannot run: .*not built"):
         fk.grad_sketch(a, d, offsets, sketch, impl="native")
     assert torch.equal(fk.grad_sketch(a, d, offsets, sketch), fk.grad_sketch(a, d, offsets, sketch, impl="torch"))

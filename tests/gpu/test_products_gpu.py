@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpo_kernels import library
 from fpo_kernels.products import grad_products
 from fpo_kernels.testing import PLACES, check_products, ragged, random_streams
+from tests import toolchain
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -26,7 +26,7 @@ def _can_run(request: pytest.FixtureRequest) -> None:
     impl = getattr(request.node, "callspec", None) and request.node.callspec.params.get("impl")
     if impl == "triton":
         pytest.importorskip("triton")
-    if impl == "native" and (why := library.why_not("grad_products", torch.empty(0, device="cuda"))):
+    if impl == "native" and (why := toolchain.no_cuda_build()):
         pytest.skip(why)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpo_kernels import library
 from fpo_kernels.sketch import grad_sketch
 from fpo_kernels.testing import PLACES, ragged, random_streams
+from tests import toolchain
 from tests.fpo_kernels.sketches import check_room, definition, siblings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -27,7 +27,7 @@ def _can_run(request: pytest.FixtureRequest) -> None:
     impl = getattr(request.node, "callspec", None) and request.node.callspec.params.get("impl")
     if impl == "triton":
         pytest.importorskip("triton")
-    if impl == "native" and (why := library.why_not("grad_sketch", torch.empty(0, device="cuda"))):
+    if impl == "native" and (why := toolchain.no_cuda_build()):
         pytest.skip(why)
 
 
