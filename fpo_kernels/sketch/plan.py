@@ -57,6 +57,16 @@ class Piece(NamedTuple):
     rounds: int
 
 
+class Cut(NamedTuple):
+    """Streams cut to a launch's spans: its sides' pieces, with the stream each is of, and bfloat16 parts of buckets."""
+
+    sides: tuple[list[tuple[Tensor, Piece]], list[tuple[Tensor, Piece]]]
+    parts: tuple[int, int]
+    starts: Tensor
+    lengths: Tensor
+    slot: int
+
+
 class Run(NamedTuple):
     """Streams first to last of a launch, which its programs add up."""
 
@@ -66,7 +76,7 @@ class Run(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What one launch takes: streams of one dtype and alignment, all of at most SPAN features or some wider.
+    """What one launch takes: streams of one dtype and alignment; `wide`: some are cut to wider spans.
 
     Attributes:
         align: elements that every address and width is a multiple of.
@@ -79,7 +89,7 @@ class Launch(NamedTuple):
     align: int
     place: int
     chunks: int
-    streams: list[Streams]
+    streams: list[Cut]
     runs: list[Run]
 
 
@@ -136,34 +146,41 @@ def plan(streams: Sequence[Streams], k: int, major: int) -> list[Launch]:
     groups: dict[tuple[torch.dtype, bool, int], list[Streams]] = {}
     for one in streams:
         of_a, of_d = ([(_readable(x), table) for x, table in side] for side in one.sides)
-        one = one._replace(sides=(of_a, of_d), starts=_long(one.starts), lengths=_long(one.lengths))
         every = [x for x, _ in (*of_a, *of_d)]
         dtype = every[0].dtype
         if dtype not in _PARTS:
             raise RuntimeError(f'grad_sketch: impl="triton" takes no {str(dtype).removeprefix("torch.")}')
-        wide = any(x.shape[1] > config.SPAN for x in every)
         align = _VECTOR // dtype.itemsize if all(map(_aligned, every)) else 1
-        groups.setdefault((dtype, wide, align), []).append(one)
+        # read one by one, the features of a wide span take more registers than there are
+        wide = align > 1 and any(x.shape[1] > config.SPAN for x in every)
+        groups.setdefault((dtype, wide, align), []).append(one._replace(sides=(of_a, of_d)))
     launches, place = [], 0
     for (dtype, wide, align), together in groups.items():
         together.sort(key=lambda one: one.slot)
         span = config.wide_span(dtype, major) if wide else config.SPAN
-        runs = _runs(together, k, span)
+        cut = [_cut(one, span) for one in together]
+        runs = _runs(cut, k)
         chunks = -(-max(one.longest for one in together) // config.CHUNK)
-        launches.append(Launch(dtype, wide, align, place, chunks, together, runs))
+        launches.append(Launch(dtype, wide, align, place, chunks, cut, runs))
         place += len(runs) * chunks
     return launches
 
 
-def _runs(streams: list[Streams], k: int, span: int) -> list[Run]:
+def _cut(one: Streams, span: int) -> Cut:
+    of_a, of_d = ([(x, piece) for x, table in side for piece in pieces(table, x.shape[1], span)] for side in one.sides)
+    parts = []
+    for side in one.sides:
+        alone = len(side) == 1 and len(side[0][1]) == 1  # no bucket holds more than one coordinate
+        parts.append(_PARTS[side[0][0].dtype if alone else torch.float32])
+    return Cut((of_a, of_d), (parts[0], parts[1]), _long(one.starts), _long(one.lengths), one.slot)
+
+
+def _runs(streams: list[Cut], k: int) -> list[Run]:
     runs: list[Run] = []
     work = 0
     for n, one in enumerate(streams):
-        # entries gathered, and two spectra of log₂ k additions a number, whose matrix products take about as long
-        own = 2 * k + sum(
-            config.ENTRIES * piece.rounds for side in one.sides for x, table in side
-            for piece in pieces(table, x.shape[1], span)
-        )  # fmt: skip
+        # entries gathered, and the numbers of two spectra
+        own = 2 * k + config.ENTRIES * sum(piece.rounds for side in one.sides for _, piece in side)
         if runs and runs[-1].slot == one.slot and work + own <= config.RUN_WORK:
             runs[-1] = runs[-1]._replace(last=n + 1)
             work += own
@@ -179,7 +196,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _long(x: Tensor) -> Tensor:
-    return x.long().contiguous()
+    return x if x.dtype == torch.int64 and x.is_contiguous() else x.long().contiguous()
 
 
 def _aligned(x: Tensor) -> bool:
@@ -187,7 +204,7 @@ def _aligned(x: Tensor) -> bool:
 
 
 def lay(
-    launches: Sequence[Launch], slots: int, major: int, held: list[Tensor] | None = None
+    launches: Sequence[Launch], slots: int, held: list[Tensor] | None = None
 ) -> tuple[list[Layout], Tensor, Tensor]:
     """Every launch's arguments; and for `add_runs` (place, chunks) of every run, slot by slot, and where slots begin.
 
@@ -197,7 +214,7 @@ def lay(
     bases = []
     by_slot: list[list[int]] = [[] for _ in range(slots)]
     for launch in launches:
-        base, members, parts = _rows(launch, config.wide_span(launch.dtype, major) if launch.wide else config.SPAN)
+        base, members, parts = _rows(launch)
         bases.append(base)
         sections += [[n for run in launch.runs for n in (run.first, run.last)], members, parts]
         for n, run in enumerate(launch.runs):
@@ -208,25 +225,19 @@ def lay(
     return [Layout(*base, *laid[3 * n : 3 * n + 3]) for n, base in enumerate(bases)], laid[-2], laid[-1]
 
 
-def _rows(launch: Launch, span: int) -> tuple[tuple[Tensor, Tensor, Tensor], list[int], list[int]]:
+def _rows(launch: Launch) -> tuple[tuple[Tensor, Tensor, Tensor], list[int], list[int]]:
     """The tensors that addresses count from, the rows of its members and those of their pieces."""
-    first, table = launch.streams[0].sides[0][0]
-    base, starts = first, launch.streams[0].starts
-    entries = pieces(table, first.shape[1], span)[0].entries
+    (base, first), starts = launch.streams[0].sides[0][0], launch.streams[0].starts
     members: list[int] = []
     rows: list[int] = []
     for one in launch.streams:
-        at, counts, parts = len(rows) // 5, [], []
-        for side in one.sides:
-            cut = [(x, piece) for x, table in side for piece in pieces(table, x.shape[1], span)]
-            for x, piece in cut:
-                rows += [_distance(x, base) + piece.first, x.stride(0), piece.width]
-                rows += [_distance(piece.entries, entries), piece.rounds]
-            counts.append(len(cut))
-            alone = len(side) == 1 and len(side[0][1]) == 1  # every bucket holds one coordinate at most
-            parts.append(_PARTS[launch.dtype] if alone else _PARTS[torch.float32])
-        members += [_distance(one.starts, starts), _distance(one.lengths, starts), at, *counts, *parts]
-    return (base, entries, starts), members, rows
+        of_a, of_d = one.sides
+        members += [_distance(one.starts, starts), _distance(one.lengths, starts), len(rows) // 5]
+        members += [len(of_a), len(of_d), *one.parts]
+        for x, piece in (*of_a, *of_d):
+            rows += [_distance(x, base) + piece.first, x.stride(0), piece.width]
+            rows += [_distance(piece.entries, first.entries), piece.rounds]
+    return (base, first.entries, starts), members, rows
 
 
 def _distance(x: Tensor, base: Tensor) -> int:

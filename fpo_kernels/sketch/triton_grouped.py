@@ -250,7 +250,7 @@ def unadded(
     device = streams[0].starts.device
     major = config.architecture(device)
     launches = plan(streams, k, major)
-    layouts, runs, begin = lay(launches, slots, major, held)
+    layouts, runs, begin = lay(launches, slots, held)
     examples = len(streams[0].starts)
     end = launches[-1].place + len(launches[-1].runs) * launches[-1].chunks
     sums = torch.empty(end * examples, k, dtype=torch.float32, device=device)

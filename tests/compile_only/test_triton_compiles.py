@@ -51,6 +51,8 @@ def jobs(target: str) -> Iterator[Job]:
             yield from formed(dtype, aligned)
             yield from direction(dtype, aligned)
             yield from sketch(dtype, target, every=aligned)
+            if aligned and target not in ("sm_80", "sm_100"):
+                yield from sketch(dtype, target, every=False)
     yield from list(sketch("fp16", target))[-2:]
     if target == "sm_90":
         yield from integers()
@@ -114,7 +116,7 @@ def direction(dtype: str, aligned: bool) -> Iterator[Job]:
 
 
 def sketch(dtype: str, target: str, every: bool = True) -> Iterator[Job]:
-    """Every tile, for streams within a span and wider ones; or one of each number of warps."""
+    """Every kind of tile, for streams within a span and wider ones; or two for streams that are read one by one."""
     import torch
 
     from fpo_kernels.sketch import config_triton as config
@@ -122,8 +124,8 @@ def sketch(dtype: str, target: str, every: bool = True) -> Iterator[Job]:
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     major = 0 if target == "gfx942" else int(target[3:]) // 10
-    for k in (64, 128, 256, 512, 1024, 2048, 4096, 16384) if every else (1024, 4096):
-        for wide in (False, True):
+    for k in (64, 256, 1024, 2048, 4096, 16384) if every else (1024, 4096):
+        for wide in (False, True) if every else (False,):
             sides, tile = config.sides(k), config.tile(k, wide, kind, major)
             arguments = sketch_arguments(dtype) | {"C": Constant(sides.blocks)}
             arguments |= {"M": Constant(sides.rows), "N": Constant(sides.columns), "CHUNK": Constant(config.CHUNK)}
@@ -199,13 +201,32 @@ def compile_one(job: Job, target: str) -> dict[str, Any]:
     code = done.asm["amdgcn" if target == "gfx942" else "ptx"]
     found = {"matrix": MATRIX[target] in code, "tf32": "tf32" in code, "shared": done.metadata.shared}
     # the older products, which every chip has, do where a tile has too few rows for the newer ones
-    found |= {"older": "mma.sync" in code, "vectors": "ld.global.v4.b32" in code}
+    # and what a plan says is 64 bits: a load of fewer reads a stream or a table one by one
+    found |= {"interleaved": interleaved(done.asm["ttgir"])}
+    found |= {"older": "mma.sync" in code, "vectors": not re.search(r"ld\.global\.b(16|32) ", code)}
     if target == "gfx942":
         counts = (".vgpr_spill_count", ".private_segment_fixed_size")
         spilled = [int(n) for count in counts for n in re.findall(rf"\{count}:\s*(\d+)", code)]
         assert len(spilled) == 2, "the AMD assembly names no spills"
         return found | {"spilled": sum(spilled)}
     return found | {"spilled": stack(done.asm["cubin"])}
+
+
+def interleaved(ttgir: str) -> list[str]:
+    """Layouts in which sums run across warps that their axis shares with another, bit by bit in turn.
+
+    Triton 3.6 and 3.7 add up other warps' numbers there: for (2, 2048) on warps [[0, 1024], [1, 0], [0, 32]], those of
+    the third bit.
+    """
+    warps = dict(re.findall(r"^(#\w+) = #ttg\.linear<\{.*?warp = \[(.*?)\], block", ttgir, re.MULTILINE))
+    found = []
+    for summed in re.findall(r'"tt\.reduce".*?\}\) : \(tensor<[^,>]*, (#\w+)>', ttgir, re.DOTALL):
+        bases = [json.loads(base) for base in re.findall(r"\[[-\d, ]+\]", warps.get(summed, ""))]
+        axes = [axis for base in bases for axis, size in enumerate(base) if size]
+        turns = [axis for n, axis in enumerate(axes) if axis != axes[n - 1] or n == 0]
+        if len(turns) > len(set(turns)):
+            found.append(summed)
+    return found
 
 
 def stack(cubin: bytes) -> int | None:
@@ -254,6 +275,7 @@ def test_instructions_registers_and_memory(compiled: dict, target: str) -> None:
         assert not kernel["tf32"], name
         assert kernel["shared"] <= SHARED[target], name
         assert not kernel["spilled"], name
+        assert not kernel["interleaved"], name
     if None in {kernel["spilled"] for kernel in kernels.values()}:
         pytest.skip("this triton ships no cuobjdump: spills not checked")
 

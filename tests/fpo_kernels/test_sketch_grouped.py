@@ -147,7 +147,7 @@ def test_one_example_one_token_one_layer(dim: int) -> None:
 @inside
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_runs_end_and_wide_streams_are_cut(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer a run of its own, narrow, wide and odd ones launched apart, three windows of a stream."""
+    """Every layer a run of its own, narrow, wide and odd ones launched apart, several windows of a stream."""
     monkeypatch.setattr(config, "RUN_WORK", 1)
     monkeypatch.setattr(config, "SPAN", 64)
     monkeypatch.setattr(config, "WIDE_SPAN", 128)
