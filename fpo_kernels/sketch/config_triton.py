@@ -1,4 +1,8 @@
-"""Launch numbers of the Triton room of `grad_sketch`, each with its reason."""
+"""Launch numbers of the Triton kernels of the sketch, each with its reason.
+
+None has been measured on a GPU yet. They follow from the arithmetic in README.md ("What a token costs") and from the
+binaries that tests/compile_only reads: registers, spills, shared memory, instructions.
+"""
 
 from __future__ import annotations
 
@@ -7,50 +11,91 @@ from typing import NamedTuple
 import torch
 
 
-class Tile(NamedTuple):
-    """What a program holds: `tokens` spectra of rows · columns buckets, W = W_blocks ⊗ W_rows ⊗ W_columns."""
+class Sides(NamedTuple):
+    """k = blocks · rows · columns, W = W_blocks ⊗ W_rows ⊗ W_columns."""
 
     blocks: int  # of the output, each its own program
     rows: int
     columns: int
-    tokens: int
+
+    @property
+    def buckets(self) -> int:
+        """Of one block, what a program transforms of a token."""
+        return self.rows * self.columns
+
+
+class Tile(NamedTuple):
+    """How a program runs."""
+
     warps: int
-    stages: int  # copies in flight
+    registers: int | None  # a thread's, at most; None: not said
 
 
-# No side of W under 16, the least that a matrix instruction takes, but a side of 1, which takes no product; none
-# over 64, so that W stays in shared memory and a product costs 64 multiply-adds an element. Tokens fill the tile to
-# 4096 elements, 64 rows or more of a matrix instruction: 16 registers of each of 256 threads, of which the sums, one
-# spectrum, the other in the making and its three bf16 parts are held at a time. Chosen by that arithmetic, not yet
-# measured on a GPU; tests/compile_only reads the binaries for sm_80, sm_90, sm_100 and gfx942.
+# One token a product, so that nothing is permuted or added up across warps after it. 64 rows where there are so many,
+# what Hopper's products take, and few columns: the left product multiplies once where buckets hold one coordinate, the
+# right one three times. No side under 16, the least of a product, but rows of 1, which take no left one.
 _SIDES = {
-    64: (1, 1, 64),
-    128: (2, 1, 64),
-    256: (1, 16, 16),
-    512: (1, 16, 32),
-    1024: (1, 32, 32),
-    2048: (1, 64, 32),
-    4096: (1, 64, 64),
-    8192: (2, 64, 64),
-    16384: (4, 64, 64),
+    64: Sides(1, 1, 64),
+    128: Sides(2, 1, 64),
+    256: Sides(1, 16, 16),
+    512: Sides(1, 32, 16),
+    1024: Sides(1, 64, 16),
+    2048: Sides(1, 64, 32),
+    4096: Sides(1, 64, 64),
+    8192: Sides(2, 64, 64),
+    16384: Sides(4, 64, 64),
 }
-ELEMENTS = 4096
-WARPS = 8
-WARPS_AMD = 4  # of 64 threads; 8 spilled from 4096 buckets on
-STAGES = 1  # the loops read by the tables' entries, which nothing can fetch ahead
-# Tokens of an example that one program adds up. A partial sum of `dim` floats is written for each chunk, 1/64 of
-# what the transforms would be; shorter chunks would occupy a GPU with fewer tokens in the batch.
-CHUNK = 64
-# Layers that share a in one launch (q, k, v); each more is more code. Longer lists take several.
-MOST_SIBLINGS = 3
-# Rows further apart than this many elements are copied: 64 of them have to stay within 32 bits.
-MOST_STRIDE = 2**24
+# Entries of the table that are gathered at a time: the largest tile, 16 for each of 256 threads.
+ENTRIES = 4096
+# Features that lie in shared memory at a time. Most layers of an 8B model are 4096 wide: 16 KiB for two 16-bit tokens.
+SPAN = 4096
+# The same where a layer is wider. 16384 take an 8B model's 14336 at once (64 KiB); a float32 takes a word for each
+# token, which needs the registers of half as many, and so much is all that gfx942 has.
+WIDE_SPAN_16 = 16384
+WIDE_SPAN = 8192
+# Two programs of 8 warps and 128 registers fit on a processor. Where a tile or a span needs more (ptxas: 180 to 250),
+# 16 warps of 128 hide more than 8 of 255; only sm_90's binaries take that without spilling. Said, because ptxas spills
+# of its own accord (80 and 152 bytes on sm_100) for an occupancy that shared memory forbids.
+WARPS, REGISTERS = 8, 128
+HOPPER_WARPS = 16
+MOST_REGISTERS = 255
+STAGES = 1  # loads go by addresses and bounds that memory holds: nothing is fetched ahead
+# Tokens of an example that one program adds up, a layer: four pairs. Eight and four were best of 4, 8 and 64 on an
+# H200 with the kernel before this one (5 to 8 times 64's speed); a partial sum is written once for all of a program's
+# layers.
+CHUNK = 8
+# Entries gathered and numbers transformed a token, after which a program's list of layers ends: about a block of an
+# 8B model. 32 blocks are then 32 programs a chunk, 2304 for 9 examples of 64 tokens: several rounds of 132 processors.
+RUN_WORK = 2**17
 # Buckets of an example whose partial sums one program adds up: one or two for each of its 128 threads.
 SUM_BUCKETS = 256
+# Chunks that are added as a tree, read at once.
+SUM_CHUNKS = 8
 
 
-def tile(dim: int, amd: bool = torch.version.hip is not None) -> Tile:
-    """The tile for a sketch of `dim` buckets on this torch's kind of GPU."""
-    blocks, rows, columns = _SIDES[dim]
-    tokens = min(CHUNK, ELEMENTS // (rows * columns))
-    return Tile(blocks, rows, columns, tokens, WARPS_AMD if amd else WARPS, STAGES)
+def architecture(device: torch.device) -> int:
+    """The major compute capability of a CUDA device, 0 for AMD's; for what is interpreted, 9."""
+    if torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def sides(dim: int) -> Sides:
+    """Blocks, rows and columns of a sketch of `dim` buckets."""
+    return _SIDES[dim]
+
+
+def tile(dim: int, wide: bool, dtype: torch.dtype, major: int) -> Tile:
+    """Warps and registers for a sketch of `dim` buckets; `wide`: with streams of more than SPAN features."""
+    if major == 0:
+        return Tile(WARPS, None)
+    if not wide and sides(dim).buckets < ENTRIES and dtype.itemsize == 2:
+        return Tile(WARPS, REGISTERS)
+    return Tile(HOPPER_WARPS, REGISTERS) if major == 9 else Tile(WARPS, MOST_REGISTERS)
+
+
+def wide_span(dtype: torch.dtype, major: int) -> int:
+    """Features of a wide stream that lie in shared memory at a time; what is wider is cut."""
+    if dtype.itemsize == 2:
+        return WIDE_SPAN_16 if major else WIDE_SPAN
+    return SPAN if major == 8 else WIDE_SPAN

@@ -42,7 +42,8 @@ class Job(NamedTuple):
     arguments: dict[str, Any]
     warps: int
     stages: int
-    aligned: bool  # strides are multiples of 16, as the launcher tells the compiler
+    aligned: bool  # integers are multiples of 16, as the launcher tells the compiler
+    registers: int | None = None  # a thread's, at most
 
 
 def jobs(target: str) -> Iterator[Job]:
@@ -52,9 +53,12 @@ def jobs(target: str) -> Iterator[Job]:
             yield from tokens(dtype, aligned, target)
             yield from formed(dtype, aligned)
             yield from direction(dtype, aligned)
-            if aligned:  # entries are gathered one by one, rows aligned or not
-                yield from sketch(dtype, target)
+            yield from sketch(dtype, target, every=aligned)
+            if aligned and target not in ("sm_80", "sm_100"):
+                yield from sketch(dtype, target, every=False)
     yield from list(sketch("fp16", target))[-2:]
+    if target == "sm_90":
+        yield from integers()
     yield from list(tokens("fp16", True, target))[:1]
 
 
@@ -113,26 +117,63 @@ def direction(dtype: str, aligned: bool) -> Iterator[Job]:
         yield Job(name, grad_direction_kernel, arguments, tile.warps, tile.stages, aligned)
 
 
-def sketch(dtype: str, target: str) -> Iterator[Job]:
-    """Every tile; streams narrower than the sketch, whose buckets 16-bit products take as they are, and wider."""
-    from fpo_kernels.sketch import config_triton as config
-    from fpo_kernels.sketch.triton import add_chunks_kernel, grad_sketch_kernel
+def sketch(dtype: str, target: str, every: bool = True) -> Iterator[Job]:
+    """Every kind of tile, for streams within a span and wider ones; or two for streams that are read one by one."""
+    import torch
 
-    for k in (64, 128, 256, 512, 1024, 2048, 4096, 16384):
-        tile = config.tile(k, amd=target == "gfx942")
-        wide, siblings = k in (64, 1024), config.MOST_SIBLINGS if k >= 1024 else 1
-        arguments: dict[str, Any] = {"a_ptr": f"*{dtype}", "table_a_ptr": "*i32", "sums_ptr": "*fp32"}
-        arguments |= {"ds": (f"*{dtype}",) * siblings, "tables_d": ("*i32",) * siblings}
-        arguments |= {"offsets_ptr": "*i64", "d_strides": ("i32",) * siblings}
-        arguments |= {"A_ROWS": Constant(3 if wide else 1), "D_ROWS": Constant((2 if wide else 1,) * siblings)}
-        arguments |= {"C": Constant(tile.blocks), "M": Constant(tile.rows), "N": Constant(tile.columns)}
-        arguments |= {"T": Constant(tile.tokens), "CHUNK": Constant(config.CHUNK), "INTERPRETED": Constant(False)}
-        name = f"sketch {dtype} {k}"
-        yield Job(name, grad_sketch_kernel, arguments, tile.warps, tile.stages, True)
+    from fpo_kernels.sketch import config_triton as config
+    from fpo_kernels.sketch.triton_grouped import grouped_sketch_kernel
+
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    major = 0 if target == "gfx942" else int(target[3:]) // 10
+    for k in (64, 256, 1024, 2048, 4096, 16384) if every else (1024, 4096):
+        for wide in (False, True) if every else (False,):
+            sides, tile = config.sides(k), config.tile(k, wide, kind, major)
+            arguments = sketch_arguments(dtype) | {"C": Constant(sides.blocks)}
+            arguments |= {"M": Constant(sides.rows), "N": Constant(sides.columns), "CHUNK": Constant(config.CHUNK)}
+            arguments |= {"ENTRIES": Constant(config.ENTRIES), "SPAN": Constant(config.SPAN)}
+            arguments |= {"WIDE": Constant(config.wide_span(kind, major) if wide else config.SPAN)}
+            arguments |= {"ALIGN": Constant(16 // kind.itemsize if every else 1), "INTERPRETED": Constant(False)}
+            name = f"sketch {dtype} {k}{' wide' if wide else ''}"
+            yield Job(name, grouped_sketch_kernel, arguments, tile.warps, config.STAGES, every, tile.registers)
+
+
+def sketch_arguments(dtype: str) -> dict[str, Any]:
+    pointers = dict.fromkeys(("rows_base", "runs", "members", "pieces"), "*i64")
+    return pointers | {"base": f"*{dtype}", "entries": "*i16", "sums": "*fp32"}
+
+
+def integers() -> Iterator[Job]:
+    """Every integer that the sketch's kernels are called with, as 1, which is made a constant, as a multiple of 16 and
+    as neither."""
+    import torch
+
+    from fpo_kernels.sketch import config_triton as config
+    from fpo_kernels.sketch.triton import add_chunks_kernel
+    from fpo_kernels.sketch.triton_grouped import add_runs_kernel, grouped_sketch_kernel
+
+    sides, tile = config.sides(128), config.tile(128, False, torch.bfloat16, 9)
+    for name, kernel, counts in (
+        ("adding", add_runs_kernel, ("examples",)),
+        ("sketch", grouped_sketch_kernel, ("examples", "chunks")),
+    ):
+        arguments: dict[str, Any] = dict.fromkeys(("runs", "slots"), "*i64") | {"out": "*fp32", "scale": "fp32"}
+        arguments |= {"sums": "*fp32", "K": Constant(1024), "BUCKETS": Constant(config.SUM_BUCKETS)}
+        arguments |= {"STEP": Constant(config.SUM_CHUNKS)}
+        if kernel is grouped_sketch_kernel:
+            arguments = sketch_arguments("bf16") | {"C": Constant(sides.blocks), "M": Constant(sides.rows)}
+            arguments |= {"N": Constant(sides.columns), "CHUNK": Constant(config.CHUNK), "ALIGN": Constant(8)}
+            arguments |= {"ENTRIES": Constant(config.ENTRIES), "INTERPRETED": Constant(False)}
+            arguments |= {"SPAN": Constant(config.SPAN), "WIDE": Constant(config.SPAN)}
+        warps, registers = (tile.warps, tile.registers) if name == "sketch" else (4, None)
+        for ones in ((), *((one,) for one in counts), counts):
+            for aligned in (True, False):
+                given = arguments | dict.fromkeys(ones, 1)
+                label = f"{name} bf16 {' '.join(ones)} 1" if ones else f"{name} bf16 integers"
+                yield Job(label, kernel, given, warps, 1, aligned, registers)
     arguments = {"sums_ptr": "*fp32", "offsets_ptr": "*i64", "out_ptr": "*fp32", "scale": "fp32"}
     arguments |= {"K": Constant(1024), "CHUNK": Constant(config.CHUNK), "BUCKETS": Constant(config.SUM_BUCKETS)}
-    if dtype == "fp32":
-        yield Job("adding fp32", add_chunks_kernel, arguments, 4, 3, True)
+    yield Job("adding fp32", add_chunks_kernel, arguments, 4, 3, True)
 
 
 def compile_one(job: Job, target: str) -> dict[str, Any]:
@@ -157,17 +198,39 @@ def compile_one(job: Job, target: str) -> dict[str, Any]:
     architecture = TARGETS[target]
     chip = GPUTarget("hip", architecture, 64) if target == "gfx942" else GPUTarget("cuda", architecture, 32)
     options = {"num_warps": job.warps, "num_stages": job.stages}
+    options |= {} if job.registers is None else {"maxnreg": job.registers}
     done = triton.compile(ASTSource(job.kernel, signature, constants, attributes), target=chip, options=options)
     code = done.asm["amdgcn" if target == "gfx942" else "ptx"]
     found = {"matrix": MATRIX[target] in code, "tf32": "tf32" in code, "shared": done.metadata.shared}
+    # the older products, which every chip has, do where a tile has too few rows for the newer ones
+    # and what a plan says is 64 bits: a load of fewer reads a stream or a table one by one
+    found |= {"interleaved": interleaved(done.asm["ttgir"])}
+    found |= {"older": "mma.sync" in code, "vectors": not re.search(r"ld\.global\.b(16|32) ", code)}
     if target == "gfx942":
         counts = (".vgpr_spill_count", ".private_segment_fixed_size")
         spilled = [int(n) for count in counts for n in re.findall(rf"\{count}:\s*(\d+)", code)]
         assert len(spilled) == 2, "the AMD assembly names no spills"
-        return found | {"spilled": sum(spilled), "vectors": code.count("load_dwordx4"), "copies": 0}
+        return found | {"spilled": sum(spilled), "wide": code.count("load_dwordx4")}
     # 16 bytes a thread and instruction, from global to shared memory, without a register between
     copies = len(re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?, 0x10,", code))
-    return found | {"spilled": stack(done.asm["cubin"]), "vectors": copies, "copies": copies}
+    return found | {"spilled": stack(done.asm["cubin"]), "wide": copies}
+
+
+def interleaved(ttgir: str) -> list[str]:
+    """Layouts in which sums run across warps that their axis shares with another, bit by bit in turn.
+
+    Triton 3.6 and 3.7 add up other warps' numbers there: for (2, 2048) on warps [[0, 1024], [1, 0], [0, 32]], those of
+    the third bit.
+    """
+    warps = dict(re.findall(r"^(#\w+) = #ttg\.linear<\{.*?warp = \[(.*?)\], block", ttgir, re.MULTILINE))
+    found = []
+    for summed in re.findall(r'"tt\.reduce".*?\}\) : \(tensor<[^,>]*, (#\w+)>', ttgir, re.DOTALL):
+        bases = [json.loads(base) for base in re.findall(r"\[[-\d, ]+\]", warps.get(summed, ""))]
+        axes = [axis for base in bases for axis, size in enumerate(base) if size]
+        turns = [axis for n, axis in enumerate(axes) if axis != axes[n - 1] or n == 0]
+        if len(turns) > len(set(turns)):
+            found.append(summed)
+    return found
 
 
 def stack(cubin: bytes) -> int:
@@ -206,12 +269,17 @@ def test_instructions_registers_and_memory(compiled: dict, target: str) -> None:
     parks = target == "sm_100" and triton.__version__.startswith("3.6.")
     assert {name.split()[0] for name in kernels} == {"tokens", "formed", "direction", "sketch", "adding"}
     for name, kernel in kernels.items():
-        if "fp32" not in name:
-            assert kernel["matrix"], name
+        kind, dtype, k, *_ = name.split()
+        older = kind == "sketch" and (not k.isdigit() or int(k) < 1024) and target != "gfx942"
+        if dtype != "fp32" and kind != "adding":
+            assert kernel["older" if older else "matrix"], name
+        if kind == "sketch" and target != "gfx942":
+            assert kernel["vectors"] == ("odd" not in name or "integers" in name or " 1 " in name), name
         assert not kernel["tf32"], name
         alone = name.startswith("tokens") and target != "gfx942"
         assert kernel["shared"] <= SHARED[target] * (2 if alone else 1), name
         assert kernel["spilled"] <= (PARKED.get(name, 0) if parks else 0), name
+        assert not kernel["interleaved"], name
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -225,7 +293,7 @@ def test_the_grouped_products_stream_through_shared_memory(compiled: dict, targe
     assert aligned
     for name, found in aligned.items():
         assert found["matrix"], name  # fp32 too
-        assert found["vectors"], name
+        assert found["wide"], name
         if target == "gfx942":
             continue
         _, dtype, longest, _ = name.split()

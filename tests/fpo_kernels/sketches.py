@@ -28,7 +28,7 @@ def walsh(x: Tensor) -> Tensor:
     """W x for each row of x (S, k), k a power of two."""
     rows, k = x.shape
     for bit in range(k.bit_length() - 1):
-        x = x.reshape(rows, -1, 2, 2**bit)
+        x = x.reshape(rows, k >> bit + 1, 2, 2**bit)
         x = torch.stack([x[:, :, 0] + x[:, :, 1], x[:, :, 0] - x[:, :, 1]], 2)
     return x.reshape(rows, k)
 

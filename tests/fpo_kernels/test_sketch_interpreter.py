@@ -23,7 +23,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_in_its_own_process starts")
 F32, F16 = torch.float32, torch.float16
 # Lengths that no tile divides, empty examples, one of several chunks.
-RAGGED = [3, 0, 1, 70, 0, 131, 2]
+RAGGED = [3, 0, 1, 17, 0, 24, 2]
 DIMS = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
 
@@ -67,9 +67,16 @@ def test_the_truth_has_natural_order() -> None:
 def test_matches_the_definition(dim: int, dtype: torch.dtype) -> None:
     """p and q below and above the buckets, so that tables have one row and several."""
     place = PLACES[dim.bit_length() % 3]
-    lengths = ragged(4, 131, place=place) if dim < 2048 else ragged(3, 5, place=place)
+    lengths = ragged(4, 17, place=place) if dim < 2048 else ragged(3, 5, place=place)
     for p, q in ((1, 3), (150, 70)) if dim < 4096 else ((5000, 70),):
         check(random_streams(lengths, p, q, dtype, seed=dim), siblings(p, [q], dim))
+
+
+@inside
+@pytest.mark.parametrize("dim", DIMS)
+def test_one_example_of_one_token(dim: int) -> None:
+    for dtype in (F32, F16):
+        check(random_streams([1], 96, 64, dtype), siblings(96, [64], dim))
 
 
 @inside
@@ -80,7 +87,7 @@ def test_the_largest() -> None:
 @inside
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_layers_that_share_their_inputs(dtype: torch.dtype) -> None:
-    """Four, more than a launch takes; one has more features than buckets, one lies across, one is a slice."""
+    """Four; one has more features than buckets, one lies across, one is a slice."""
     widths = [5, 290, 67, 30]
     a, _, offsets = random_streams(RAGGED, 33, 1, dtype)
     d = [random_streams(RAGGED, 1, q, dtype, seed=q)[1] for q in widths]
@@ -93,14 +100,14 @@ def test_layers_that_share_their_inputs(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dim", [64, 512])
 def test_company_leaves_no_trace(dim: int) -> None:
     """Not a bit: neither what others hold, nor how many they are, nor where an example lies."""
-    a, d, offsets = random_streams([1, 70, 9, 140, 5], 40, 90)
+    a, d, offsets = random_streams([1, 11, 9, 21, 5], 40, 90)
     sketches = siblings(40, [90], dim)
     together = check((a, d, offsets), sketches)
-    a[71:80] = torch.nan
+    a[12:21] = torch.nan
     beside_nan = sketched((a, d, offsets), sketches)
     assert beside_nan[2].isnan().all()
     assert torch.equal(beside_nan[[0, 1, 3, 4]], together[[0, 1, 3, 4]])
-    alone = sketched((a[80:220], d[80:220], torch.tensor([0, 140])), sketches)
+    alone = sketched((a[21:42], d[21:42], torch.tensor([0, 21])), sketches)
     assert torch.equal(alone[0], together[3])
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fpo_kernels.sketch import grad_sketch
+from fpo_kernels.sketch.grouped import Member, grouped_sketch
 from fpo_kernels.testing import PLACES, ragged, random_streams
 from tests import toolchain
 from tests.fpo_kernels.sketches import check_room, definition, siblings
@@ -61,7 +62,7 @@ def test_rows_that_no_shared_memory_holds(impl: str, dtype: torch.dtype) -> None
 @case
 @pytest.mark.parametrize("dim", [64, 1024, 4096, 8192])
 def test_layers_that_share_their_inputs(impl: str, dtype: torch.dtype, dim: int) -> None:
-    """Nine are more than either a Triton or a native launch takes."""
+    """Nine are more than a native launch takes."""
     for widths in ([96, 32], [96, 32, 5000], [96, 32, 33, 7, 96, 1, 2, 3, 200]):
         a, _, offsets = random_streams(LENGTHS, 96, 1, dtype, "cuda")
         ds = [random_streams(LENGTHS, 1, q, dtype, "cuda", seed=n)[1] for n, q in enumerate(widths)]
@@ -137,3 +138,64 @@ def test_rows_past_two_to_the_31(impl: str) -> None:
     sketch = siblings(width, [3], 1024)[0]
     alone = grad_sketch(a[-70:], d[-70:], cut, sketch, impl=impl)
     assert torch.equal(grad_sketch(a, d, offsets, sketch, impl=impl)[1:], alone)
+
+
+def layers(dtype: torch.dtype, dim: int, lengths: list[int], padded: int) -> tuple[list[Member], Tensor, Tensor]:
+    """Narrow, wide and odd layers on a GPU, siblings among them, two slots; the truth and the error allowed."""
+    members, exact, allowed = [], *torch.zeros(2, 2, len(lengths), dim, dtype=F64)
+    for n, (p, widths) in enumerate([(128, [64, 4096]), (9000, [256]), (33, [70, 5, 300]), (64, [14336])]):
+        a, _, offsets = random_streams(lengths, p, 1, dtype, seed=n)
+        ds = [random_streams(lengths, 1, q, dtype, seed=10 * n + m)[1] for m, q in enumerate(widths, 1)]
+        sketches = siblings(p, widths, dim, seed=n % 2)
+        truth, band = definition(a, tuple(ds), offsets, sketches)
+        exact[n % 2] += truth
+        allowed[n % 2] += band
+        count = offsets.diff()
+        starts = torch.arange(len(lengths)) * padded + padded - count if padded else offsets[:-1]
+        if padded:
+            a, *ds = (left_padded(x, lengths, padded) for x in (a, *ds))
+        where = starts.cuda(), count.cuda(), max(lengths)
+        members.append(Member(a.cuda(), tuple(d.cuda() for d in ds), *where, sketches, n % 2))
+    return members, exact, allowed
+
+
+def left_padded(x: Tensor, lengths: list[int], width: int) -> Tensor:
+    batch = x.new_full((len(lengths), width, x.shape[1]), torch.nan)
+    for row, tokens in zip(batch, x.split(lengths), strict=True):
+        row[width - len(tokens) :] = tokens
+    return batch.flatten(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("dim", DIMS)
+def test_many_layers_in_one_launch(dtype: torch.dtype, dim: int) -> None:
+    pytest.importorskip("triton")
+    for lengths, padded in ((ragged(7, 70), 0), ([9, 0, 1, 16], 20), ([1], 0)):
+        members, exact, allowed = layers(dtype, dim, lengths, padded)
+        got = grouped_sketch(members, 2).cpu()
+        over = (got - exact).abs() - allowed
+        assert over.max() <= 0, f"{over.max()} over the budget at {over.argmax()}"
+
+
+def test_many_layers_wait_for_nothing_and_replay() -> None:
+    """One graph serves other streams of the same places, and other lengths."""
+    pytest.importorskip("triton")
+    lengths = [16, 3, 9]
+    members, _, _ = layers(BF16, 1024, lengths, 20)
+    grouped_sketch(members, 2)  # brings the maps over
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first = grouped_sketch(members, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph, held = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        got = grouped_sketch(members, 2, held)
+    graph.replay()
+    assert torch.equal(got, first)
+    for member in members:
+        member.starts.add_(1)
+        member.lengths.sub_(1).clamp_(min=0)
+    graph.replay()
+    assert torch.equal(got, grouped_sketch(members, 2))
+    assert not torch.equal(got, first)
