@@ -202,7 +202,7 @@ class Influence:
 
         def one(rows: slice) -> dict[str, Tensor]:
             sketched = Sketched(maps, shapes, per_layer)
-            outputs = self._passes.run(take(batch, rows), sketched.consume)
+            outputs = self._passes.run(take(batch, rows), sketched.consume, in_place=True)
             return sketched.result(outputs)
 
         def whole() -> dict[str, Tensor]:

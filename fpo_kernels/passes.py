@@ -65,7 +65,8 @@ class Passes:
         self._counting = True  # whether every function of the forward is looked at for uses of parameters
         self._counted: set[tuple[object, ...]] = set()  # kinds of batches for which they were
         self._sound: set[tuple[object, ...]] = set()  # kinds of batches whose padding was seen not to be read
-        self._unseen: set[tuple[object, ...]] = set()  # and those of this call, where nobody looked yet
+        self._unseen: set[tuple[object, ...]] = set()  # those of this call, and where somebody looked meanwhile
+        self._seen: set[tuple[object, ...]] = set()
         self._parts = list(parts_of(model))
         hopeless = {n: why for n, why in self._refused.items() if not chosen[n].is_floating_point()}
         if hopeless or fallback == "error":
@@ -95,10 +96,10 @@ class Passes:
     def settled(self, call: Callable[[], T]) -> T:
         """What `call` returns once its passes find nothing new; it is begun anew after each find."""
         while True:
-            self._unseen = set()
+            self._unseen, self._seen = set(), set()
             try:
                 result = call()
-                self._sound |= self._unseen
+                self._sound |= self._seen
                 return result
             except PaddingReadError:
                 self._whole = True
@@ -117,6 +118,7 @@ class Passes:
         """
         if self._unseen - self._sound and bool(leak):
             raise PaddingReadError
+        self._seen |= self._unseen
 
     def layout(self, batch: Batch) -> Layout:
         """How a batch lies where streams may keep rows of padding, which their extents tell, for a `Total` to see."""

@@ -9,19 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gradients import Factors, Rows, Stream, Vectors
+from .gradients import Factors, Packing, Rows, Stream, Vectors
 from .layers import Site
 from .sketch import (
     BucketMap,
+    Member,
     TensorSketch,
     check_dim,
     check_seed,
+    grouped_sketch,
+    is_grouped,
     kept_map,
     row_buckets,
     spectrum,
     unchecked_sketch,
     vector_buckets,
 )
+from .sketch.config import KEPT_BYTES
 from .totals import wide
 
 # A transformer block's layers share C_a, whatever they read: q, k and v read one input, as do LoRA's first factors.
@@ -58,11 +62,18 @@ class Maps:
 
 
 class Sketched:
-    """Adds up what `consume` meets, in float64: linear layers' sketches, and the rest in buckets until the end."""
+    """Adds up what `consume` meets, in float64: linear layers' sketches, and the rest in buckets until the end.
+
+    Where a device takes many layers in a launch, their streams are kept for it. Rows of padding that were not cut out
+    are read like others: their d is zero.
+    """
 
     def __init__(self, maps: Maps, shapes: Mapping[str, tuple[int, ...]], per_layer: bool) -> None:
         """`shapes` are the chosen parameters'; `per_layer` keeps them apart by name, else the sum's name is ""."""
         self._maps, self._shapes, self._per_layer = maps, shapes, per_layer
+        self._noted: list[Member] = []
+        self._kept_bytes = 0
+        self._cuts: dict[Packing, tuple[Tensor, Tensor]] = {}
         self._spectra: dict[str, Tensor] = {}
         self._buckets: dict[str, Tensor] = {}
 
@@ -79,16 +90,40 @@ class Sketched:
             # a transposed parameter (p, q) has a's features for rows: nothing to share, its rows' map is its own
             alone = [[member] for member in members] if members[0][1].transposed else [members]
             for group in alone:
-                self._add(self._spectra, group[0][0], self._factors(group))
+                self._factors(group)
 
-    def _factors(self, members: list[tuple[str, Factors]]) -> Tensor:
-        first = members[0][1]
+    def _factors(self, members: list[tuple[str, Factors]]) -> None:
+        name, first = members[0]
         sides = [(f.a, f.d) if f.transposed else (f.d, f.a) for _, f in members]  # rows, columns
         sketches = [
             self._maps.matrix(name, rows.shape[1], columns.shape[1])
             for (name, _), (rows, columns) in zip(members, sides, strict=True)
         ]
-        return unchecked_sketch(sides[0][1], tuple(rows for rows, _ in sides), first.packing.offsets, sketches)
+        a, ds = sides[0][1], tuple(rows for rows, _ in sides)
+        if not is_grouped(a):
+            self._add(self._spectra, name, unchecked_sketch(a, ds, first.packing.offsets, sketches))
+            return
+        packing = first.packing
+        if packing not in self._cuts:
+            self._cuts[packing] = packing.offsets[:-1], packing.offsets.diff()
+        longest = int(packing.lengths.max(initial=0))
+        slot = list(self._shapes).index(name) if self._per_layer else 0
+        self._noted.append(Member(a, ds, *self._cuts[packing], longest, sketches, slot))
+        self._kept_bytes += a.nbytes + sum(d.nbytes for d in ds)
+        if self._kept_bytes >= KEPT_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Sketch what was kept."""
+        by_device: dict[torch.device, list[Member]] = {}
+        for member in self._noted:
+            by_device.setdefault(member.a.device, []).append(member)
+        names = list(self._shapes) if self._per_layer else [""]
+        for members in by_device.values():
+            sums = grouped_sketch(members, len(names))
+            for slot in {member.slot for member in members}:
+                self._add(self._spectra, names[slot], sums[slot])
+        self._noted, self._kept_bytes = [], 0
 
     def _in_buckets(self, name: str, stream: Rows | Vectors) -> Tensor:
         shape = self._shapes[name]
@@ -112,6 +147,7 @@ class Sketched:
 
     def result(self, outputs: Tensor) -> dict[str, Tensor]:
         """Name → (B, dim) in the outputs' precision, zeros where nothing came."""
+        self._flush()
         like = wide(outputs)
         every = {}
         for name in self._shapes if self._per_layer else ("",):

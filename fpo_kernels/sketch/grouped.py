@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,7 +35,12 @@ class Member(NamedTuple):
     slot: int
 
 
-def grouped_sketch(members: Sequence[Member], slots: int, held: list[Tensor] | None = None) -> Tensor:
+def is_grouped(a: Tensor) -> bool:
+    """Whether streams like `a` are sketched many layers in a launch."""
+    return a.is_cuda and a.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+
+
+def grouped_sketch(members: Sequence[Member], slots: int) -> Tensor:
     """S[s, i] = Σ over the members of slot s of k^(−1/2) Σ_{t∈i} (W C_a a_t) ∘ (W Σ_l C_l d^l_t): (slots, B, k) fp32.
 
     Nothing waits for the device and nothing is copied from pageable memory, but for maps that are asked for the first
@@ -45,8 +51,6 @@ def grouped_sketch(members: Sequence[Member], slots: int, held: list[Tensor] | N
         members: at least one, all on one device, of one B, dim and seed; dtypes, widths and packings may differ.
             Streams and offsets are trusted.
         slots: how many sums; one without members is zeros.
-        held: the pinned tables of the call are added to it. Whoever captures a CUDA graph keeps them as long as the
-            graph: a replay reads them again.
 
     Raises:
         RuntimeError: the tensors are not CUDA's (nor Triton's interpreter at work), or a dtype outside those above.
@@ -68,4 +72,4 @@ def grouped_sketch(members: Sequence[Member], slots: int, held: list[Tensor] | N
         sides = ([(member.a, maps[0][0].table)], ds)
         streams.append(Streams(sides, member.starts, member.lengths, member.longest, member.slot))
     with torch.no_grad():
-        return sums_of_slots(streams, slots, dim, held)
+        return sums_of_slots(streams, slots, dim)

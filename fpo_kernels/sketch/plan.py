@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fpo_kernels.sketch import config_triton as config
+from fpo_kernels.streams import sent
 
 # Bytes that addresses and widths must be multiples of for loads of 16 bytes a thread.
 _VECTOR = 16
@@ -203,12 +204,10 @@ def _aligned(x: Tensor) -> bool:
     return not (x.data_ptr() % _VECTOR or x.stride(0) * x.itemsize % _VECTOR or x.shape[1] * x.itemsize % _VECTOR)
 
 
-def lay(
-    launches: Sequence[Launch], slots: int, held: list[Tensor] | None = None
-) -> tuple[list[Layout], Tensor, Tensor]:
+def lay(launches: Sequence[Launch], slots: int) -> tuple[list[Layout], Tensor, Tensor]:
     """Every launch's arguments; and for `add_runs` (place, chunks) of every run, slot by slot, and where slots begin.
 
-    One copy brings it all, from pinned memory, which is added to `held`.
+    One copy brings it all, from pinned memory.
     """
     sections: list[list[int]] = []
     bases = []
@@ -221,7 +220,7 @@ def lay(
             by_slot[run.slot] += [launch.place + n * launch.chunks, launch.chunks]
     begin = np.cumsum([0, *(len(of_slot) // 2 for of_slot in by_slot)]).tolist()
     sections += [[n for of_slot in by_slot for n in of_slot], begin]
-    laid = _brought(sections, launches[0].streams[0].starts.device, held)
+    laid = _brought(sections, launches[0].streams[0].starts.device)
     return [Layout(*base, *laid[3 * n : 3 * n + 3]) for n, base in enumerate(bases)], laid[-2], laid[-1]
 
 
@@ -245,11 +244,8 @@ def _distance(x: Tensor, base: Tensor) -> int:
     return (x.data_ptr() - base.data_ptr()) // base.itemsize
 
 
-def _brought(sections: list[list[int]], device: torch.device, held: list[Tensor] | None) -> list[Tensor]:
+def _brought(sections: list[list[int]], device: torch.device) -> list[Tensor]:
     """Each section on the device, all of one tensor, at addresses that are multiples of 16 bytes."""
     padded = [n for section in sections for n in (*section, *[0] * (len(section) % 2))]
     sizes = [len(section) + len(section) % 2 for section in sections]
-    host = torch.tensor(padded, dtype=torch.int64, pin_memory=device.type == "cuda")
-    if held is not None:
-        held.append(host)
-    return list(host.to(device, non_blocking=True).split(sizes))
+    return list(sent(np.array(padded, dtype=np.int64), device).split(sizes))

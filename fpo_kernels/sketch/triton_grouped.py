@@ -228,14 +228,14 @@ def check(x: Tensor) -> None:
         raise RuntimeError(f'grad_sketch: impl="triton" cannot run: it needs CUDA tensors, these are on {x.device}')
 
 
-def sums_of_slots(streams: Sequence[Streams], slots: int, k: int, held: list[Tensor] | None) -> Tensor:
+def sums_of_slots(streams: Sequence[Streams], slots: int, k: int) -> Tensor:
     """`grouped_sketch` by maps: (slots, B, k)."""
     first = streams[0].sides[0][0][0]
     check(first)
     examples, buckets = len(streams[0].starts), min(config.SUM_BUCKETS, k)
     out = torch.empty(slots, examples, k, dtype=torch.float32, device=first.device)
     if examples:
-        sums, runs, begin = unadded(streams, slots, k, held)
+        sums, runs, begin = unadded(streams, slots, k)
         with torch.cuda.device_of(first):
             add_runs_kernel[slots * examples, k // buckets](
                 sums, runs, begin, out, k**-0.5, examples, K=k, BUCKETS=buckets, STEP=config.SUM_CHUNKS
@@ -243,14 +243,12 @@ def sums_of_slots(streams: Sequence[Streams], slots: int, k: int, held: list[Ten
     return out
 
 
-def unadded(
-    streams: Sequence[Streams], slots: int, k: int, held: list[Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def unadded(streams: Sequence[Streams], slots: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of every run, chunk and example (·, k), without k^(−1/2); and `add_runs_kernel`'s runs and slots."""
     device = streams[0].starts.device
     major = config.architecture(device)
     launches = plan(streams, k, major)
-    layouts, runs, begin = lay(launches, slots, held)
+    layouts, runs, begin = lay(launches, slots)
     examples = len(streams[0].starts)
     end = launches[-1].place + len(launches[-1].runs) * launches[-1].chunks
     sums = torch.empty(end * examples, k, dtype=torch.float32, device=device)

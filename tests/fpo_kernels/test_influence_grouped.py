@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fpo_kernels as fk
-from fpo_kernels import passes, totals
+from fpo_kernels import passes, sketched, totals
 from tests.fpo_kernels.test_influence_ragged import Narrow
+from tests.fpo_kernels.test_influence_sketch import DIM, SEED, formed_sketch
 from tests.fpo_kernels.tiny import batch_of, error, rows_of_gradients, tiny_llama
 
 pytest.importorskip("triton")
@@ -33,6 +34,7 @@ def test_in_its_own_process() -> None:
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (passes, totals):
         monkeypatch.setattr(module, "are_grouped", lambda d: d.dtype != torch.float64)
+    monkeypatch.setattr(sketched, "is_grouped", lambda a: a.dtype != torch.float64)
 
 
 class Everywhere(nn.Module):
@@ -66,6 +68,12 @@ def test_every_product_equals_the_autograd_loop(side: str, micro_batch: int | No
     assert error(engine.steering(batch, other).product, (g * (g - h)).sum(1)) < TOLERANCE
     along = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     assert error(engine.direction(batch, along), g.sum(1)) < TOLERANCE
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    parts = zip(shapes, g.split([p.numel() for p in model.parameters()], 1), strict=True)
+    formed = {name: formed_sketch(name, shapes[name], rows) for name, rows in parts}
+    assert error(engine.sketch(batch, DIM, SEED), torch.stack(list(formed.values())).sum(0)) < TOLERANCE
+    for name, sketch in engine.sketch(batch, DIM, SEED, per_layer=True).items():
+        assert error(sketch, formed[name]) < TOLERANCE
 
 
 @inside
