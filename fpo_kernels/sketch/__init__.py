@@ -3,6 +3,7 @@
 from fpo_kernels.sketch.api import grad_sketch
 from fpo_kernels.sketch.buckets import row_buckets, spectrum, vector_buckets
 from fpo_kernels.sketch.comparison import SJLT, DenseProjection, LoGra
+from fpo_kernels.sketch.grouped import Member, grouped_sketch
 from fpo_kernels.sketch.maps import BucketMap, kept_map
 from fpo_kernels.sketch.ops import unchecked_sketch
 from fpo_kernels.sketch.spec import TensorSketch, check_dim, check_seed
@@ -12,10 +13,12 @@ __all__ = [
     "BucketMap",
     "DenseProjection",
     "LoGra",
+    "Member",
     "TensorSketch",
     "check_dim",
     "check_seed",
     "grad_sketch",
+    "grouped_sketch",
     "kept_map",
     "row_buckets",
     "spectrum",

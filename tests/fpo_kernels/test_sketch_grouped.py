@@ -178,17 +178,17 @@ def test_dtypes_meet_in_one_sum() -> None:
 
 
 @inside
-@pytest.mark.parametrize("dim", [64, 1024, 2048])
+@pytest.mark.parametrize("dim", [64, 2048])
 def test_company_leaves_no_trace(dim: int) -> None:
     """Not a bit: neither what others hold, nor how many they are, nor how long, nor where an example lies."""
-    layers = [Layer(40, (90, 8), [1, 11, 3, 21], 0, False, 0), Layer(16, (24,), [1, 11, 3, 21], 24, True, 0)]
+    layers = [Layer(40, (90, 8), [1, 9, 3, 10], 0, False, 0), Layer(16, (24,), [1, 9, 3, 10], 12, True, 0)]
     members = [member(layer, dim, F16, n)[0] for n, layer in enumerate(layers)]
     together = grouped_sketch(members, 1)[0]
-    alone = [one._replace(starts=one.starts[1:2], lengths=one.lengths[1:2], longest=11) for one in members]
+    alone = [one._replace(starts=one.starts[1:2], lengths=one.lengths[1:2], longest=9) for one in members]
     assert torch.equal(grouped_sketch(alone, 1)[0, 0], together[1])
     for one in members:
-        first = int(one.starts[3])
-        one.a[first : first + 21] = torch.nan
+        first = one.starts[3]
+        one.a[first : first + 10] = torch.nan
     beside_nan = grouped_sketch(members, 1)[0]
     assert beside_nan[3].isnan().all()
     assert torch.equal(beside_nan[:3], together[:3])
