@@ -57,8 +57,7 @@ def jobs(target: str) -> Iterator[Job]:
             if aligned and target not in ("sm_80", "sm_100"):
                 yield from sketch(dtype, target, every=False)
     yield from list(sketch("fp16", target))[-2:]
-    if target == "sm_90":
-        yield from integers()
+    yield from (job for job in integers() if target == "sm_90" or job.name.startswith("adding"))
     yield from list(tokens("fp16", True, target))[:1]
 
 
@@ -166,7 +165,7 @@ def integers() -> Iterator[Job]:
             arguments |= {"ENTRIES": Constant(config.ENTRIES), "INTERPRETED": Constant(False)}
             arguments |= {"SPAN": Constant(config.SPAN), "WIDE": Constant(config.SPAN)}
         warps, registers = (tile.warps, tile.registers) if name == "sketch" else (4, None)
-        for ones in ((), *((one,) for one in counts), counts):
+        for ones in dict.fromkeys(((), *((one,) for one in counts), counts)):
             for aligned in (True, False):
                 given = arguments | dict.fromkeys(ones, 1)
                 label = f"{name} bf16 {' '.join(ones)} 1" if ones else f"{name} bf16 integers"
