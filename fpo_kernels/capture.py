@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from .layers import Lookup, Site, input_of, looked_up, returns_what_it_should
+from .layers import Lookup, Site, input_of, looked_up, returns_what_it_should, some_rows
 from .remake import Node, maker_of, remade
 from .uses import Uses
 
@@ -181,7 +181,7 @@ class Taps:
         with self.uses.paused():
             node = maker_of(a)
             if node is not None and module not in self._known.remade:
-                if torch.equal(remade(node), a):
+                if torch.equal(remade(node, some_rows), some_rows(a)):
                     self._known.remade.add(module)
                 return None
         return node

@@ -30,7 +30,7 @@ from .layers import Site
 
 DIRECTIONS = 4  # u
 # What both sides round away lies within this many roundings of √(Σ_t |d_t|²|a_t|²), the size of a sum of terms of
-# random signs: up to sixteen are seen, also of examples in two batches, whose products are of other shapes and round
+# random signs: up to twenty are seen, also of examples in two batches, whose products are of other shapes and round
 # otherwise; and what is really wrong is off by about the whole of it.
 ROUNDINGS = 256
 SHARE = 16  # and a sixteenth as many of the size of all parameters together
@@ -62,7 +62,7 @@ class Comparison:
         self._ruled: dict[str, Tensor] = {}
         self._mass: dict[str, Tensor] = {}
         self._eps: dict[str, float] = {}
-        self._reached: dict[nn.Module, Tensor] = {}
+        self._uses: dict[str, list[nn.Module]] = {}
 
     def beside(self, consume: Consume) -> Consume:
         """`consume`, with the streams also met by the directions."""
@@ -127,16 +127,17 @@ class Comparison:
         self.manners = taps.manners
 
         def weigh(delivery: Delivery) -> None:
-            d = delivery.d.detach()
-            own = d.reshape(self._size, -1, d.shape[-1])
-            own = own if self.whole else own[self.rows.to(d.device)]
-            size = _squares(_wide(own)).sum()
+            d, names = delivery.d.detach(), taps.names[delivery.module]
             self.coarse |= not is_fine(d)
-            self._reached[delivery.module] = size + self._reached.get(delivery.module, 0)
-            for name in taps.names[delivery.module]:
-                if self._chosen[name].ndim < 2:
-                    self._mass[name] = size.to(self._chosen[name].device) + self._mass.get(name, 0)
+            for name in names:
                 self._eps[name] = max(self._eps.get(name, 0.0), self._rounding(d))
+                self._uses.setdefault(name, []).append(delivery.module)
+            vectors = [name for name in names if self._chosen[name].ndim < 2]
+            if vectors:
+                own = d.reshape(self._size, -1, d.shape[-1])
+                size = _squares(_wide(own if self.whole else own[self.rows.to(d.device)])).sum()
+            for name in vectors:
+                self._mass[name] = size.to(self._chosen[name].device) + self._mass.get(name, 0)
             deliver(delivery)
 
         return weigh
@@ -150,10 +151,16 @@ class Comparison:
     @property
     def separated(self) -> set[Manner]:
         """How modules were called of which an agreement shows that examples keep apart: with a gradient in theirs."""
-        if not self.fine or self.coarse or self._size == 1 or not self._reached:
+        if not self.fine or self.coarse or self._size == 1 or not self._mass:
             return set()
-        reached = torch.stack([size.cpu() for size in self._reached.values()]).tolist()
-        modules = {module for module, size in zip(self._reached, reached, strict=True) if size > 0}
+        reached = torch.stack([mass.cpu() for mass in self._mass.values()]).tolist()
+        # of a parameter that several modules use, the gradient may have come through some of them alone
+        modules = {
+            module
+            for name, mass in zip(self._mass, reached, strict=True)
+            if mass > 0 and len(set(self._uses[name])) == 1
+            for module in self._uses[name]
+        }
         return {manner for manner in self.manners if manner.module in modules}
 
     def faults(self, model: nn.Module, outputs: Callable[[], Tensor], before: Tensor) -> dict[str, str]:
