@@ -61,7 +61,7 @@ class Comparison:
         self._picks: dict[int, tuple[Packing, Tensor, Tensor]] = {}
         self._ruled: dict[str, Tensor] = {}
         self._mass: dict[str, Tensor] = {}
-        self._eps: dict[str, float] = {}
+        self._eps = 0.0  # of the coarsest gradient: its rounding goes on into all below
         self._uses: dict[str, list[nn.Module]] = {}
 
     def beside(self, consume: Consume) -> Consume:
@@ -129,8 +129,8 @@ class Comparison:
         def weigh(delivery: Delivery) -> None:
             d, names = delivery.d.detach(), taps.names[delivery.module]
             self.coarse |= not is_fine(d)
+            self._eps = max(self._eps, self._rounding(d))
             for name in names:
-                self._eps[name] = max(self._eps.get(name, 0.0), self._rounding(d))
                 self._uses.setdefault(name, []).append(delivery.module)
             vectors = [name for name in names if self._chosen[name].ndim < 2]
             if vectors:
@@ -207,8 +207,7 @@ class Comparison:
         off = (ruled - plain).abs()
         size = mass.sqrt().maximum(plain.abs())
         # a gradient may itself be what rounding left of larger ones (attention to a single token)
-        eps = torch.tensor([[self._eps.get(name, 0.0)] for name in names])
-        allowed = eps * (size + mass.sum().sqrt() / SHARE)
+        allowed = self._eps * (size + mass.sum().sqrt() / SHARE)
         # NaN and ∞ have no distance; both ways have them where the model does
         beyond = off.isfinite() & (off > allowed)
         wrong = beyond.any(1).nonzero().flatten().tolist()

@@ -2,8 +2,9 @@
 
 What a parameter's module is called with is only seen when it runs. Every pass sees that no parameter is used outside
 its modules, that examples were seen to keep apart in modules called this way, and that padding is not read; batches
-of a new kind are compared with one ordinary backward (`compare`). A parameter that cannot be told apart by example is
-refused by name, or served by one plain backward an example.
+of a new kind are compared with one ordinary backward (`compare`), over examples taken out of their company, so that
+it also shows whether they meet. A parameter that cannot be told apart by example is refused by name, or served by one
+plain backward an example.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .batches import Batch, as_long_as_the_batch, rows_of, take, telling, unchanged
 from .capture import Known, Manner, Taps, UnservedError, UnusableError, frozen, tapped
 from .compare import Comparison, close, is_fine
-from .formed import formed
+from .fallback import formed
 from .gather import Consume, Gather, Layout, PaddingReadError
 from .gradients import Stream, Vectors
 from .layers import Coverage, Site, is_hooked, survey
