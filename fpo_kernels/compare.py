@@ -36,6 +36,7 @@ ROUNDINGS = 256
 SHARE = 16  # and a sixteenth as many of the size of all parameters together
 ROUNDINGS_HALF = 16  # of 16-bit streams, where a rounding is a hundredth
 FINE = (torch.float32, torch.float64)
+Read = dict[tuple[int, bool], tuple[Tensor, Tensor]]  # a's products with w or the u, and |a|² of its rows
 
 
 class Comparison:
@@ -68,7 +69,7 @@ class Comparison:
         """`consume`, with the streams also met by the directions."""
 
         def both(sites: list[Site], streams: list[Stream]) -> None:
-            read: dict[int, tuple[Tensor, Tensor]] = {}  # of the input that siblings share
+            read: Read = {}  # of the input that siblings share
             for site, stream in zip(sites, streams, strict=True):
                 told, mass = self._told(stream, read)
                 self._ruled[site.name] = told + self._ruled.get(site.name, 0)
@@ -78,7 +79,7 @@ class Comparison:
 
         return both
 
-    def _told(self, stream: Stream, read: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+    def _told(self, stream: Stream, read: Read) -> tuple[Tensor, Tensor | None]:
         """Σ_i c_i ⟨g_i, v⟩ (directions,) in float64, and of a matrix the size of its terms, squared."""
         if isinstance(stream, Vectors):
             rows, weights = self.rows.to(stream.v.device), self.weights.to(stream.v.device)
@@ -88,11 +89,12 @@ class Comparison:
         if isinstance(stream, Rows):
             left = self._left(d, stream.table)[stream.ids.index_select(0, index).long()]
             return (weights * (d @ self._right(d, d.shape[1])).double()) @ left.double(), _squares(d).sum()
-        if id(stream.a) not in read:
+        key = id(stream.a), stream.transposed
+        if key not in read:
             a = _wide(stream.a.index_select(0, index))
             side = self._left if stream.transposed else self._right
-            read[id(stream.a)] = (a @ side(a, a.shape[1])).double(), _squares(a)
-        along, squares = read[id(stream.a)]
+            read[key] = (a @ side(a, a.shape[1])).double(), _squares(a)
+        along, squares = read[key]
         mass = (_squares(d) * squares).sum()
         if stream.transposed:
             return (weights * (d @ self._right(d, d.shape[1])).double()) @ along, mass

@@ -171,6 +171,8 @@ def chart(rows: list[dict[str, Any]]) -> list[str]:
     found = {(row["setting"]["name"], row["competitor"]): row for row in rows}
     lines = [f"| | {' | '.join(names)} | memory of its own process |", "|---" * (len(names) + 2) + "|"]
     for competitor, label in LABELS.items():
+        if (names[0], competitor) not in found:  # a run from before it was measured
+            continue
         cells = []
         for name in names:
             row = found[name, competitor]
