@@ -188,7 +188,8 @@ class Passes:
             self._known.separable |= comparison.separated
             if len(outputs) == 1 or comparison.manners <= self._known.separable:
                 self._looked |= {kind, (1, *kind[1:])}
-            self._look_once(batch, kind)  # where no gradient came that could show it
+            else:  # no gradient came that could show it
+                self._look(batch, kind)
             return outputs
         self._look_once(batch, kind)
         if problem is not None and comparison.whole:
@@ -217,9 +218,11 @@ class Passes:
             self._silent.add(key)
 
     def _look_once(self, batch: Batch, kind: tuple[object, ...]) -> None:
+        if kind not in self._looked:
+            self._look(batch, kind)
+
+    def _look(self, batch: Batch, kind: tuple[object, ...]) -> None:
         """A pass over two or three examples that only looks; over all where the output map takes no fewer."""
-        if kind in self._looked:
-            return
         size = rows_of(batch)
         few = take(batch, slice(0, 2 if size == 3 else 3))
         try:
