@@ -32,12 +32,13 @@ from .tapping import frozen
 
 DIRECTIONS = 4  # u
 # What both sides round away lies within this many roundings of √(Σ_t |d_t|²|a_t|²), the size of a sum of terms of
-# random signs: up to sixteen are seen, also of examples in two batches, whose products are of other shapes and round
+# random signs: up to twenty are seen, also of examples in two batches, whose products are of other shapes and round
 # otherwise; and what is really wrong is off by about the whole of it.
 ROUNDINGS = 256
 SHARE = 16  # and a sixteenth as many of the size of all parameters together
 ROUNDINGS_HALF = 16  # of 16-bit streams, where a rounding is a hundredth
 FINE = (torch.float32, torch.float64)
+Read = dict[tuple[int, bool], tuple[Tensor, Tensor]]  # a's products with w or the u, and |a|² of its rows
 
 
 class Comparison:
@@ -63,14 +64,14 @@ class Comparison:
         self._picks: dict[int, tuple[Packing, Tensor, Tensor]] = {}
         self._ruled: dict[str, Tensor] = {}
         self._mass: dict[str, Tensor] = {}
-        self._eps: dict[str, float] = {}
-        self._reached: dict[nn.Module, Tensor] = {}
+        self._eps = 0.0  # of the coarsest gradient: its rounding goes on into all below
+        self._uses: dict[str, list[nn.Module]] = {}
 
     def beside(self, consume: Consume) -> Consume:
         """`consume`, with the streams also met by the directions."""
 
         def both(sites: list[Site], streams: list[Stream]) -> None:
-            read: dict[int, tuple[Tensor, Tensor]] = {}  # of the input that siblings share
+            read: Read = {}  # of the input that siblings share
             for site, stream in zip(sites, streams, strict=True):
                 told, mass = self._told(stream, read)
                 self._ruled[site.name] = told + self._ruled.get(site.name, 0)
@@ -80,7 +81,7 @@ class Comparison:
 
         return both
 
-    def _told(self, stream: Stream, read: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+    def _told(self, stream: Stream, read: Read) -> tuple[Tensor, Tensor | None]:
         """Σ_i c_i ⟨g_i, v⟩ (directions,) in float64, and of a matrix the size of its terms, squared."""
         if isinstance(stream, Vectors):
             rows, weights = self.rows.to(stream.v.device), self.weights.to(stream.v.device)
@@ -90,11 +91,12 @@ class Comparison:
         if isinstance(stream, Rows):
             left = self._left(d, stream.table)[stream.ids.index_select(0, index).long()]
             return (weights * (d @ self._right(d, d.shape[1])).double()) @ left.double(), _squares(d).sum()
-        if id(stream.a) not in read:
+        key = id(stream.a), stream.transposed
+        if key not in read:
             a = _wide(stream.a.index_select(0, index))
             side = self._left if stream.transposed else self._right
-            read[id(stream.a)] = (a @ side(a, a.shape[1])).double(), _squares(a)
-        along, squares = read[id(stream.a)]
+            read[key] = (a @ side(a, a.shape[1])).double(), _squares(a)
+        along, squares = read[key]
         mass = (_squares(d) * squares).sum()
         if stream.transposed:
             return (weights * (d @ self._right(d, d.shape[1])).double()) @ along, mass
@@ -129,16 +131,17 @@ class Comparison:
         self.manners = taps.manners
 
         def weigh(delivery: Delivery) -> None:
-            d = delivery.d.detach()
-            own = d.reshape(self._size, -1, d.shape[-1])
-            own = own if self.whole else own[self.rows.to(d.device)]
-            size = _squares(_wide(own)).sum()
+            d, names = delivery.d.detach(), taps.names[delivery.module]
             self.coarse |= not is_fine(d)
-            self._reached[delivery.module] = size + self._reached.get(delivery.module, 0)
-            for name in taps.names[delivery.module]:
-                if self._chosen[name].ndim < 2:
-                    self._mass[name] = size.to(self._chosen[name].device) + self._mass.get(name, 0)
-                self._eps[name] = max(self._eps.get(name, 0.0), self._rounding(d))
+            self._eps = max(self._eps, self._rounding(d))
+            for name in names:
+                self._uses.setdefault(name, []).append(delivery.module)
+            vectors = [name for name in names if self._chosen[name].ndim < 2]
+            if vectors:
+                own = d.reshape(self._size, -1, d.shape[-1])
+                size = _squares(_wide(own if self.whole else own[self.rows.to(d.device)])).sum()
+            for name in vectors:
+                self._mass[name] = size.to(self._chosen[name].device) + self._mass.get(name, 0)
             deliver(delivery)
 
         return weigh
@@ -152,10 +155,16 @@ class Comparison:
     @property
     def separated(self) -> set[Manner]:
         """How modules were called of which an agreement shows that examples keep apart: with a gradient in theirs."""
-        if not self.fine or self.coarse or self._size == 1 or not self._reached:
+        if not self.fine or self.coarse or self._size == 1 or not self._mass:
             return set()
-        reached = torch.stack([size.cpu() for size in self._reached.values()]).tolist()
-        modules = {module for module, size in zip(self._reached, reached, strict=True) if size > 0}
+        reached = torch.stack([mass.cpu() for mass in self._mass.values()]).tolist()
+        # of a parameter that several modules use, the gradient may have come through some of them alone
+        modules = {
+            module
+            for name, mass in zip(self._mass, reached, strict=True)
+            if mass > 0 and len(set(self._uses[name])) == 1
+            for module in self._uses[name]
+        }
         return {manner for manner in self.manners if manner.module in modules}
 
     def faults(self, model: nn.Module, outputs: Callable[[], Tensor], before: Tensor) -> dict[str, str]:
@@ -202,8 +211,7 @@ class Comparison:
         off = (ruled - plain).abs()
         size = mass.sqrt().maximum(plain.abs())
         # a gradient may itself be what rounding left of larger ones (attention to a single token)
-        eps = torch.tensor([[self._eps.get(name, 0.0)] for name in names])
-        allowed = eps * (size + mass.sum().sqrt() / SHARE)
+        allowed = self._eps * (size + mass.sum().sqrt() / SHARE)
         # NaN and ∞ have no distance; both ways have them where the model does
         beyond = off.isfinite() & (off > allowed)
         wrong = beyond.any(1).nonzero().flatten().tolist()

@@ -55,13 +55,16 @@ class Influence:
             gradients, (sequences on a tape) × (its weights) numbers.
         micro_batch: the most sequences on one autograd tape; None puts a call's whole batch on one. Each
             piece of a steering call runs the references it needs again.
-        check: when a pass is compared with one ordinary backward along a random direction, and what differs beyond
+        check: when a pass is compared with one ordinary backward along random directions, and what differs beyond
             rounding is refused by name. "first": at the first batch and at batches of a new kind (another width to a
-            power of two, side of padding, order of lengths, entries, mode), on up to nine of its examples, for about
-            three passes over these; "every": each batch whole, for about two and a half passes more; "never". What can
-            be seen without a comparison is looked at in every pass, whatever `check` is.
+            power of two, side of padding, order of lengths, entries, mode), by one ordinary forward and backward over
+            one of its examples, or an eighth of them up to four, in a batch of their own; "every": each batch, over
+            the whole of it; "never". Where it differs, the reason is looked for in a few passes more. What can be seen
+            without a comparison is looked at in every pass, whatever `check` is.
 
-    An engine's first call also runs three of its examples once more, to see that examples do not meet.
+    That examples do not meet, an engine's first call sees from the same comparison. Where it cannot (in 16 bits, with
+    check="never", of layers that no gradient reaches) three examples run once more, forward and backward; in 16 bits
+    the comparison then takes a pass and an ordinary backward over three or four.
 
     Raises:
         ValueError: a choice that matches nothing, or a parameter that cannot be served (each is named with

@@ -139,7 +139,7 @@ def returns_what_it_should(module: nn.Module, a: Tensor, output: Tensor) -> bool
     assert isinstance(weight, Tensor)
     if output.shape[:-1] != a.shape[:-1]:
         return False
-    a, output = _some_rows(a), _some_rows(output)
+    a, output = some_rows(a), some_rows(output)
     if is_linear(module):
         made = nn.functional.linear(a, weight, bias)
     elif is_conv1d(module):
@@ -155,7 +155,7 @@ def returns_what_it_should(module: nn.Module, a: Tensor, output: Tensor) -> bool
     return made.shape == output.shape and not bool(off.norm() > 16 * eps * output.double().norm())
 
 
-def _some_rows(x: Tensor) -> Tensor:
+def some_rows(x: Tensor) -> Tensor:
     """(…, p) → (1, …, SOME, p): some rows, evenly spaced from the first; x itself where it has no more."""
     rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
     if len(rows) <= SOME:

@@ -2,8 +2,9 @@
 
 What a parameter's module is called with is only seen when it runs. Every pass sees that no parameter is used outside
 its modules, that examples were seen to keep apart in modules called this way, and that padding is not read; batches
-of a new kind are compared with one ordinary backward (`compare`). A parameter that cannot be told apart by example is
-refused by name, or served by one plain backward an example.
+of a new kind are compared with one ordinary backward (`compare`), over examples taken out of their company, so that
+it also shows whether they meet. A parameter that cannot be told apart by example is refused by name, or served by one
+plain backward an example.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .capture import Taps, UnexpectedError, UnservedError, UnusableError, refuse
 from .compare import Comparison, close, is_fine
 from .course import Course
 from .entries import refuse_shared
-from .formed import formed, used_after_all
+from .fallback import formed, used_after_all
 from .gather import Consume, Gather, Layout, PaddingReadError
 from .gradients import Stream, Vectors
 from .known import Known, Manner, Plan
@@ -249,7 +250,8 @@ class Passes:
             self._known.separable |= comparison.separated
             if len(outputs) == 1 or comparison.manners <= self._known.separable:
                 self._looked |= {kind, (1, *kind[1:])}
-            self._look_once(batch, kind)  # where no gradient came that could show it
+            else:  # no gradient came that could show it
+                self._look(batch, kind)
             return outputs
         self._look_once(batch, kind)
         if problem is not None and comparison.whole:
@@ -292,9 +294,11 @@ class Passes:
         return course
 
     def _look_once(self, batch: Batch, kind: tuple[object, ...]) -> None:
+        if kind not in self._looked:
+            self._look(batch, kind)
+
+    def _look(self, batch: Batch, kind: tuple[object, ...]) -> None:
         """A pass over two or three examples that only looks; over all where the output map takes no fewer."""
-        if kind in self._looked:
-            return
         size = rows_of(batch)
         few = take(batch, slice(0, 2 if size == 3 else 3))
         try:

@@ -7,6 +7,7 @@ product; a tap that multiplies again, when the gradient arrives, keeps nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,12 +29,12 @@ def maker_of(x: Tensor) -> Node | None:
     return x.grad_fn if are_saved_plainly() and _is_product(x.grad_fn) else None
 
 
-def remade(node: Node) -> Tensor:
-    """The product that `maker_of` found, bit for bit; while the tape is there."""
+def remade(node: Node, of: Callable[[Tensor], Tensor] = lambda factor: factor) -> Tensor:
+    """The product that `maker_of` found, bit for bit; while the tape is there. `of` takes some rows of its factors."""
     node = _beyond_taps(node)
     with torch.no_grad():
         left, right = (
-            remade(parent) if saved is None else saved
+            remade(parent, of) if saved is None else of(saved)
             for saved, (parent, _) in zip(_factors(node), node.next_functions, strict=True)
         )
         return left * right
