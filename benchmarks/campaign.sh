@@ -25,9 +25,9 @@ done
 limit() {
     if [ "$device" = cpu ]; then echo 300; return; fi
     case $1$quick in
-        build) echo 60 ;; tests) echo 110 ;; engine) echo 150 ;; kernels) echo 55 ;; launches) echo 40 ;;
-        build--quick) echo 40 ;; tests--quick) echo 25 ;; engine--quick) echo 28 ;;
-        kernels--quick) echo 12 ;; launches--quick) echo 15 ;;
+        build) echo 60 ;; tests) echo 90 ;; engine) echo 170 ;; kernels) echo 55 ;; launches) echo 40 ;;
+        build--quick) echo 35 ;; tests--quick) echo 22 ;; engine--quick) echo 36 ;;
+        kernels--quick) echo 12 ;; launches--quick) echo 13 ;;
     esac
 }
 

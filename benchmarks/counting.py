@@ -314,7 +314,7 @@ def _profiled(counts: Counts) -> Iterator[None]:
                 copies.append(Event(name, "profiler"))
         elif not name.startswith(("Memcpy", "Memset")):
             counts.kernels += 1
-            counts.kernel_ms[name] = counts.kernel_ms.get(name, 0.0) + event.device_time_total / 1e3
+            counts.kernel_ms[name] = counts.kernel_ms.get(name, 0.0) + event.time_range.elapsed_us() / 1e3
 
 
 def _line() -> str:

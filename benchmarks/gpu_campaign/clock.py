@@ -14,7 +14,7 @@ from benchmarks.meters import peak_bytes, seconds_per_call
 
 Run = Callable[[], Tensor]
 
-WARM = 3  # calls before the clock: looking a model over, compiling, capturing a shape seen again
+WARM = 2  # calls before the measured ones: looking a model over, compiling, capturing a shape seen again
 ROUNDS = 5
 REPEATED = 10  # calls in one graph: a single one takes less than the replay's start
 
@@ -29,7 +29,7 @@ def in_turn(runs: Mapping[str, Run], device: torch.device, rounds: int = ROUNDS)
             found[name] = {"peak_bytes": peak_bytes(run, device)}
         except Exception as problem:  # what does not run is told, and does not take the others down
             found[name] = {"cannot": _told(problem)}
-        tidy(device)
+            tidy(device)
     samples: dict[str, list[float]] = {name: [] for name, row in found.items() if "cannot" not in row}
     for _ in range(rounds):
         for name, own in samples.items():

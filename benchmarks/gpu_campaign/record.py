@@ -51,9 +51,14 @@ class Record:
         self.write()
         self.say(f"FAILED: {why}")
 
+    @property
+    def seconds(self) -> float:
+        """Since the part began."""
+        return time.monotonic() - self._started
+
     def say(self, text: str) -> None:
         """A line to the terminal and to the log, at once."""
-        line = f"[{self.part} {time.monotonic() - self._started:5.1f} s] {text}"
+        line = f"[{self.part} {self.seconds:5.1f} s] {text}"
         print(line, flush=True)
         with (self.folder / LOG).open("a") as log:
             log.write(line + "\n")
@@ -64,7 +69,7 @@ class Record:
             "part": self.part,
             "quick": self.quick,
             **self._environment,
-            "seconds": round(time.monotonic() - self._started, 1),
+            "seconds": round(self.seconds, 1),
             "failures": self.failures,
             "rows": self.rows,
         }

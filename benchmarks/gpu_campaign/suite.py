@@ -14,6 +14,8 @@ from benchmarks.results import ROOT
 
 SLOWEST = 10
 SAVED_EVERY = 50  # tests
+# pyproject's options ask for plugins (pytest-benchmark) that a machine for kernels may lack
+OPTIONS = "addopts=--strict-markers --import-mode=importlib"
 # of each operation the definition at one shape, what engines rest on, and the contract
 QUICK = "(definition and 577) or contract or nothing or company"
 
@@ -58,6 +60,7 @@ def run(record: Record) -> None:
     watch = Watch(record)
     cuda = record.device.type == "cuda"
     command = [str(ROOT / "tests" / "gpu"), "-q", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    command += ["-o", OPTIONS]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, min(14, (os.cpu_count() or 2) - 2)))]
     else:

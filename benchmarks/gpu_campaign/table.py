@@ -7,7 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_campaign.engine import BACKWARD, CAPTURED, CAPTURED_BACKWARD, HOOKS, LOOP, STEERING
+
 Part = dict[str, Any]
+
+# what is printed, over, under, and of which figure
+WANTED = (
+    ("steering ÷ backward (≤ 1.10 at T ≥ 256)", STEERING, BACKWARD, "ms"),
+    ("captured steering ÷ captured backward (≤ 1.10)", CAPTURED, CAPTURED_BACKWARD, "ms"),
+    ("captured steering ÷ eager backward (< 1 at T = 64)", CAPTURED, BACKWARD, "ms"),
+    ("steering ÷ torch hooks (≤ 1)", STEERING, HOOKS, "ms"),
+    ("sketch 1024 ÷ backward (≤ 1.08 at T ≥ 256)", "sketch 1024", BACKWARD, "ms"),
+    ("sketch 4096 ÷ backward (≤ 1.15 at T ≥ 256)", "sketch 4096", BACKWARD, "ms"),
+    ("autograd call each ÷ steering (≥ 20)", LOOP, STEERING, "ms"),
+    ("memory, steering ÷ backward (≤ 1.10)", STEERING, BACKWARD, "peak_bytes"),
+)
 
 ENDS = {0: "done", 1: "failed", 124: "out of time", 137: "out of time, killed"}
 
@@ -33,6 +47,7 @@ def tables(folder: Path, ended: Mapping[str, int]) -> str:
     if engine:
         lines += ["", "Engine: ms (÷ forward + backward), error to the hooks' or the norms'", ""]
         lines += _grid(engine, _timed)
+        lines += ["", "Beside what is wanted", "", *_grid(_wanted(engine), lambda row: f"{row['value']:.2f}")]
         lines += ["", "Memory: peak MiB beyond what was held before the call", ""]
         lines += _grid(engine, lambda row: f"{row['peak_bytes'] / 2**20:.0f}" if row.get("peak_bytes") else "–")
     kernels = parts.get("kernels", {}).get("rows", [])
@@ -50,6 +65,18 @@ def tables(folder: Path, ended: Mapping[str, int]) -> str:
         lines += ["", "One warm call: launches of ours / all kernels (ms of kernels), waits, pageable copies", ""]
         lines += _grid(launches, _launched)
     return "\n".join(lines)
+
+
+def _wanted(rows: Sequence[Part]) -> list[Part]:
+    """WANTED's ratios in every setting that has both."""
+    found = {(row["setting"], row["run"]): row for row in rows}
+    ratios = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        for text, over, under, figure in WANTED:
+            above, below = (found.get((setting, name), {}).get(figure) for name in (over, under))
+            if above and below:
+                ratios.append({"setting": setting, "run": text, "value": above / below})
+    return ratios
 
 
 def _timed(row: Part) -> str:
