@@ -62,7 +62,7 @@ def run(record: Record) -> None:
     command = [str(ROOT / "tests" / "gpu"), "-q", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
     command += ["-o", OPTIONS]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(max(1, min(14, (os.cpu_count() or 2) - 2)))]
+        command += ["-n", str(max(1, min(14, (os.cpu_count() or 2) - 2))), "--dist", "worksteal"]
     else:
         record.say("pytest-xdist is not installed: one process")
     if record.quick and cuda:
