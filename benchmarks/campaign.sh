@@ -26,8 +26,8 @@ limit() {
     if [ "$device" = cpu ]; then echo 300; return; fi
     case $1$quick in
         build) echo 60 ;; tests) echo 90 ;; engine) echo 170 ;; kernels) echo 55 ;; launches) echo 40 ;;
-        build--quick) echo 35 ;; tests--quick) echo 22 ;; engine--quick) echo 36 ;;
-        kernels--quick) echo 12 ;; launches--quick) echo 13 ;;
+        build--quick) echo 32 ;; tests--quick) echo 22 ;; engine--quick) echo 34 ;;
+        kernels--quick) echo 15 ;; launches--quick) echo 17 ;;
     esac
 }
 

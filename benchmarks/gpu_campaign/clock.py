@@ -33,9 +33,15 @@ def in_turn(runs: Mapping[str, Run], device: torch.device, rounds: int = ROUNDS)
     samples: dict[str, list[float]] = {name: [] for name, row in found.items() if "cannot" not in row}
     for _ in range(rounds):
         for name, own in samples.items():
-            own.append(seconds_per_call(runs[name], 1, device) * 1e3)
+            if "cannot" in found[name]:
+                continue
+            try:
+                own.append(seconds_per_call(runs[name], 1, device) * 1e3)
+            except Exception as problem:
+                found[name] = {"cannot": _told(problem)}
     for name, own in samples.items():
-        found[name] |= {"ms": statistics.median(own), "least": min(own), "greatest": max(own)}
+        if "cannot" not in found[name]:
+            found[name] |= {"ms": statistics.median(own), "least": min(own), "greatest": max(own)}
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_campaign.engine import BACKWARD, CAPTURED, CAPTURED_BACKWARD, HOOKS, LOOP, STEERING
+from benchmarks.gpu_campaign.engine import BACKWARD, CAPTURED, CAPTURED_BACKWARD, FORWARD, HOOKS, LOOP, STEERING
 
 Part = dict[str, Any]
 
@@ -22,6 +22,8 @@ WANTED = (
     ("autograd call each ÷ steering (≥ 20)", LOOP, STEERING, "ms"),
     ("memory, steering ÷ backward (≤ 1.10)", STEERING, BACKWARD, "peak_bytes"),
 )
+
+HUNGRY = (FORWARD, BACKWARD, STEERING, HOOKS, "sketch 4096", "steering, all parameters")
 
 ENDS = {0: "done", 1: "failed", 124: "out of time", 137: "out of time, killed"}
 
@@ -45,22 +47,24 @@ def tables(folder: Path, ended: Mapping[str, int]) -> str:
         lines += ["", "tests/gpu: " + (", ".join(f"{n} {outcome}" for outcome, n in counts.items()) or "none ran")]
     engine = parts.get("engine", {}).get("rows", [])
     if engine:
-        lines += ["", "Engine: ms (÷ forward + backward), error to the hooks' or the norms'", ""]
+        lines += [
+            "",
+            "Engine: ms (÷ forward + backward), error: to the hooks, of the sketch to the norms, captured to eager",
+            "",
+        ]
         lines += _grid(engine, _timed)
         lines += ["", "Beside what is wanted", "", *_grid(_wanted(engine), lambda row: f"{row['value']:.2f}")]
         lines += ["", "Memory: peak MiB beyond what was held before the call", ""]
-        lines += _grid(engine, lambda row: f"{row['peak_bytes'] / 2**20:.0f}" if row.get("peak_bytes") else "–")
+        held = [row for row in engine if row["run"] in HUNGRY and row.get("peak_bytes") is not None]
+        lines += _grid(held, lambda row: f"{row['peak_bytes'] / 2**20:.0f}")
     kernels = parts.get("kernels", {}).get("rows", [])
     for rate in (row for row in kernels if "what" in row):
         unit = "TB/s, read + written" if rate["what"] == "copy" else "TFLOP/s"
         lines += ["", f"{rate['what']}: {rate['per_second'] / 1e12:.2f} {unit}"]
     if shapes := [row for row in kernels if "run" in row]:
-        lines += [
-            "",
-            "Kernels: ms (× floor)",
-            "",
-            *_grid(shapes, lambda row: f"{row['ms']:.3f} (× {row['ratio']:.1f})"),
-        ]
+        turned = [{**row, "setting": row["run"], "run": row["setting"]} for row in shapes]
+        lines += ["", "Kernels: ms (× floor)", ""]
+        lines += _grid(turned, lambda row: f"{row['ms']:.3f} (× {row['ratio']:.1f})")
     if launches := parts.get("launches", {}).get("rows", []):
         lines += ["", "One warm call: launches of ours / all kernels (ms of kernels), waits, pageable copies", ""]
         lines += _grid(launches, _launched)
