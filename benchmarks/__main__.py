@@ -30,10 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown case {name!r}: wanted all or some of {', '.join(known)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no usable GPU here")
-    options = Options(device=torch.device(arguments.device), quick=arguments.quick, repeats=arguments.repeats)
     failed = False
     for name in names:
         case = known[name]
+        repeats = arguments.repeats or case.rounds
+        options = Options(
+            device=torch.device(arguments.device), quick=arguments.quick, repeats=repeats, clock=case.clock
+        )
         print(f"{case.name}: {case.description}", flush=True)
         rows = run_case(case, options)
         result = results.describe(case, options, rows)
@@ -60,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("cases", nargs="+", metavar="case", help="names from `list`, or all")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--out", type=Path, default=results.FOLDER, help="folder of results; <device>/<case>.json below")
-    run.add_argument("--repeats", type=_positive, default=10, help="timed rounds a setting")
+    run.add_argument("--repeats", type=_positive, help="timed rounds a setting, in place of the case's own")
     run.add_argument("--quick", action="store_true", help="small settings, written to <case>-quick.json")
     return parser
 

@@ -7,7 +7,7 @@ batches hold the candidates first and the one reference last, padded on the righ
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -189,17 +189,23 @@ def hooked_token_products(model: nn.Module, batch: Batch) -> Tensor:
         cross = wide(a[:-1] @ a[-1].mT) * wide(d[:-1] @ d[-1].mT)
         parts.append((own - cross).sum((1, 2)))
 
+    hooked_backward(model, batch, product)
+    return torch.stack(parts).sum(0)
+
+
+def hooked_backward(model: nn.Module, batch: Batch, note: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """`forward_and_backward` with plain torch hooks on all Linear layers: `note` meets each input and its d."""
+
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         a = args[0].detach()
-        output.register_hook(lambda d: product(a, d))
+        output.register_hook(lambda d: note(a, d))
 
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.Linear)]
     try:
-        forward_and_backward(model, batch)
+        return forward_and_backward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack(parts).sum(0)
 
 
 def head_closed_form(model: nn.Module, batch: Batch) -> Tensor:

@@ -6,7 +6,8 @@ import gc
 import math
 import statistics
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,11 +33,13 @@ class Options:
 
     Attributes:
         device: where competitors run. quick: the small settings. repeats: timed rounds a contest.
+        clock: as a case has it.
     """
 
     device: torch.device
     quick: bool = False
     repeats: int = 10
+    clock: Callable[[], float] = time.perf_counter
 
 
 def run_case(case: Case, options: Options) -> list[Row]:
@@ -140,7 +143,7 @@ def _take_turns(competitors: Mapping[str, _Metered], baseline: str, options: Opt
     for name, competitor in competitors.items():
         once = competitor.seconds
         if once < WARM_SECONDS:  # the metered call had to fetch its memory from the system
-            once = seconds_per_call(competitor.run, 1, options.device)
+            once = seconds_per_call(competitor.run, 1, options.device, options.clock)
         calls[name] = max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
         times[name] = [once] if competitor.rounds == 0 else []
     bystanders = Bystanders()
@@ -149,7 +152,7 @@ def _take_turns(competitors: Mapping[str, _Metered], baseline: str, options: Opt
         turns = list(competitors.items())
         for name, competitor in turns if turn % 2 == 0 else reversed(turns):
             if competitor.rounds is None or turn < competitor.rounds:
-                times[name].append(seconds_per_call(competitor.run, calls[name], options.device))
+                times[name].append(seconds_per_call(competitor.run, calls[name], options.device, options.clock))
     rows: dict[str, Row] = {
         name: {
             "samples": own,
