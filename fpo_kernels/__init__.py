@@ -10,6 +10,7 @@ from .packing import pack
 from .products import grad_products
 from .sketch import SJLT, DenseProjection, LoGra, TensorSketch, grad_sketch
 from .store import SketchSpace, SketchStore
+from .verification import Verdict, verify_kernels
 
 __all__ = [
     "SJLT",
@@ -23,6 +24,7 @@ __all__ = [
     "SketchStore",
     "Steering",
     "TensorSketch",
+    "Verdict",
     "exact_steering",
     "fingerprint",
     "grad_direction",
@@ -31,4 +33,5 @@ __all__ = [
     "logistic_weights",
     "pack",
     "tracin",
+    "verify_kernels",
 ]

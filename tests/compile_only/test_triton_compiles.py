@@ -49,7 +49,6 @@ def jobs(target: str) -> Iterator[Job]:
         for dtype in ("bf16", "fp32"):
             yield from tokens(dtype, aligned, target)
             yield from formed(dtype, aligned)
-            yield from direction(dtype, aligned)
             if aligned:  # entries are gathered one by one, rows aligned or not
                 yield from sketch(dtype, target)
     yield from list(sketch("fp16", target))[-2:]
@@ -88,27 +87,6 @@ def formed(dtype: str, aligned: bool) -> Iterator[Job]:
         arguments |= {"TM": Constant(tile.wide), "TN": Constant(tile.narrow)}
         name = f"formed {dtype} {narrow}"
         yield Job(name, formed_products_kernel, arguments, tile.warps, tile.stages, aligned)
-
-
-def direction(dtype: str, aligned: bool) -> Iterator[Job]:
-    from fpo_kernels.direction import config
-    from fpo_kernels.direction.triton import grad_direction_kernel
-
-    if dtype == "fp32":
-        tiles = [(config.SMALL_FP32, False), (config.NARROW_FP32, False)]
-    else:
-        tiles = [(config.SMALL, False), (config.NARROW, False), (config.SPLIT, True), (config.NARROW_SPLIT, True)]
-        tiles += [(config.LARGE, False)] if aligned else []
-    for tile, split in tiles:
-        arguments: dict[str, Any] = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "sums_ptr": "*fp32"}
-        arguments["v_ptr"] = "*fp32" if split else f"*{dtype}"
-        arguments |= {"K": Constant(576 if aligned else 577), "N": Constant(3 * tile.columns if aligned else 13)}
-        arguments |= {"R": Constant(tile.rows), "C": Constant(tile.columns), "F": Constant(tile.features)}
-        arguments |= {"SPLIT": Constant(split), "INTERPRETED": Constant(False)}
-        # what the launcher makes of a 1; without alignment V is read across, as where d is the wider stream
-        arguments |= dict.fromkeys(("x_step", "y_step", "v_step" if aligned else "v_stride"), 1)
-        name = f"direction {dtype} {tile.rows}x{tile.columns}{' split' if split else ''}"
-        yield Job(name, grad_direction_kernel, arguments, tile.warps, tile.stages, aligned)
 
 
 def sketch(dtype: str, target: str) -> Iterator[Job]:
@@ -203,7 +181,7 @@ def compiled() -> dict[str, dict[str, dict[str, Any]]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_instructions_registers_and_memory(compiled: dict, target: str) -> None:
     kernels = compiled[target]
-    assert {name.split()[0] for name in kernels} == {"tokens", "formed", "direction", "sketch", "adding"}
+    assert {name.split()[0] for name in kernels} == {"tokens", "formed", "sketch", "adding"}
     for name, kernel in kernels.items():
         if "fp32" not in name:
             assert kernel["matrix"], name
