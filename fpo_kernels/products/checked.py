@@ -17,7 +17,7 @@ Streams = tuple[Tensor, tuple[Tensor, ...], Tensor]
 
 # Widths of a and two d's: one more than a piece of features ends; in rows of 16 bytes, and not; a LoRA factor.
 ALIGNED, ODD = (272, (144, 48)), (261, (131, 7))
-NARROW, NARROW_ODD = (144, (16, 8)), (131, (7, 3))
+NARROW, NARROW_ODD = (144, (16,)), (131, (7,))
 
 
 def ensure(room: Any, impl: str, way: str, a: Tensor, ds: tuple[Tensor, ...], longest: int) -> None:
@@ -25,8 +25,11 @@ def ensure(room: Any, impl: str, way: str, a: Tensor, ds: tuple[Tensor, ...], lo
     if impl not in ("triton", "native") or not verified.needed(a.device):
         return
     shapes = tuple((x.shape[1], x.stride(0), x.stride(1), x.data_ptr() % 16) for x in (a, *ds))
-    key, widths, tokens = _launch(impl, way, a.dtype, shapes, longest, a.device)
-    verified.ensure(key, a.device, lambda: check(room, impl, way, a.dtype, a.device, *widths, tokens))
+    # While a graph is captured nothing is known of the lengths but the rows: that tile is checked beforehand too.
+    for rows in (longest, len(a)) if (impl, way) == ("triton", "tokens") else (longest,):
+        key, widths, tokens = _launch(impl, way, a.dtype, shapes, rows, a.device)
+        run = functools.partial(check, room, impl, way, a.dtype, a.device, *widths, tokens)
+        verified.ensure(key, a.device, run)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -42,10 +45,10 @@ def _launch(
     name = ("grad_products", impl, way, dtype)
     p, qs = shapes[0][0], [shape[0] for shape in shapes[1:]]
     if way == "form":
-        narrow = min(p, *qs) <= config.NARROW.narrow
         even = all(width % 16 == 0 for width in (p, *qs))
         tiles = sorted({config.formed(min(p, q)) for q in qs})
-        widths = (NARROW if even else NARROW_ODD) if narrow else (ALIGNED if even else ODD)
+        small = {config.NARROW: NARROW if even else NARROW_ODD, config.SQUARE: ALIGNED if even else ODD}
+        widths = small[config.SQUARE][0], tuple(q for tile in tiles for q in small[tile][1])
         return (*name, *tiles, "even" if even else "odd"), widths, 70
     if impl == "native":
         return name, ODD, 70

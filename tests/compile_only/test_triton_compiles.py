@@ -51,6 +51,8 @@ def jobs(target: str) -> Iterator[Job]:
             yield from formed(dtype, aligned)
             if aligned:  # entries are gathered one by one, rows aligned or not
                 yield from sketch(dtype, target)
+    if target == "sm_90":
+        yield from ones()
     yield from list(sketch("fp16", target))[-2:]
     yield from list(tokens("fp16", True, target))[:1]
 
@@ -87,6 +89,15 @@ def formed(dtype: str, aligned: bool) -> Iterator[Job]:
         arguments |= {"TM": Constant(tile.wide), "TN": Constant(tile.narrow)}
         name = f"formed {dtype} {narrow}"
         yield Job(name, formed_products_kernel, arguments, tile.warps, tile.stages, aligned)
+
+
+def ones() -> Iterator[Job]:
+    """Forming with integers of 1, which Triton makes constants: each alone, then all. Else they are 16s or odd."""
+    job = next(formed("bf16", False))
+    given = ("first_tile", "tiles", "blocks", "x_stride", "y_stride", "x2_stride", "y2_stride")
+    for some in (*((name,) for name in given), given):
+        name = f"formed bf16 {'all' if len(some) > 1 else some[0]} 1"
+        yield job._replace(name=name, arguments=job.arguments | dict.fromkeys(some, 1))
 
 
 def sketch(dtype: str, target: str) -> Iterator[Job]:
