@@ -11,6 +11,7 @@ from .packing import pack
 from .products import grad_products
 from .sketch import SJLT, DenseProjection, LoGra, TensorSketch, grad_sketch
 from .store import SketchSpace, SketchStore
+from .verification import Verdict, verify_kernels
 
 __all__ = [
     "SJLT",
@@ -24,6 +25,7 @@ __all__ = [
     "SketchStore",
     "Steering",
     "TensorSketch",
+    "Verdict",
     "exact_steering",
     "fingerprint",
     "grad_direction",
@@ -33,4 +35,5 @@ __all__ = [
     "native_libraries",
     "pack",
     "tracin",
+    "verify_kernels",
 ]

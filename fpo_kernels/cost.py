@@ -125,14 +125,21 @@ _RATES = {
     # MKL's batched products: 187 GFLOP/s alone, 100 next to busy processes, which disturb them more than they do the
     # native room. Elementwise products: 12 to 40 GFLOP/s, as many as are one matrix product.
     ("cpu", "torch", "form"): Rates(flops=1.3e11, multiply=1.5e10, token_pair=0, overhead=2e-4, layer_overhead=5e-5),
-    # Not measured: equal rates, so that FLOPs alone decide. Both ways run on the same matrix units.
-    ("cuda", "triton", "tokens"): Rates(flops=1e14, multiply=0, token_pair=0, overhead=2e-5, layer_overhead=0),
-    ("cuda", "triton", "form"): Rates(flops=1e14, multiply=1e14, token_pair=0, overhead=2e-5, layer_overhead=0),
+    # One H200, bf16. Tokens of many layers in a launch: 179, 286, 462 and 501 TFLOP/s at 64, 128, 256 and 512 tokens;
+    # forming is near only for long examples, so theirs. A call of one layer has 10 µs of launch and list.
+    ("cuda", "triton", "tokens"): Rates(flops=4.6e14, multiply=0, token_pair=0, overhead=1e-5, layer_overhead=0),
+    # Steering of 8 + 1, ms at 64 and 256 tokens: 4096 to 6144 in three layers 0.79 and 1.55, 4096 to 28672 in two 3.28
+    # and 6.37. 2·p·q·T·9 FLOPs, T growing by 192, take 0.76 and 3.09 ms: 1.14e14 and 1.31e14. What is left at 64,
+    # 0.54 and 2.25 ms, is 2·p·q·16 of multiplying: 1.5e12 and 1.7e12. A LoRA factor, 4096 to 16, takes 0.18 ms at
+    # either length: the plan. These foretell 4.6 ms for the first at 1024 tokens, which took 5.0.
+    ("cuda", "triton", "form"): Rates(flops=1.2e14, multiply=1.6e12, token_pair=0, overhead=1.8e-4, layer_overhead=0),
     # Not measured: plain FMA without matrix units, a tenth.
     ("cuda", "native", "tokens"): Rates(flops=1e13, multiply=0, token_pair=0, overhead=2e-5, layer_overhead=0),
-    # Not measured: matrix products of the vendor's library, the plan made on the host; memory bounds the rest.
-    ("cuda", "torch", "tokens"): Rates(flops=5e13, multiply=0, token_pair=0, overhead=1e-3, layer_overhead=1e-4),
-    ("cuda", "torch", "form"): Rates(flops=5e13, multiply=1e12, token_pair=0, overhead=1e-3, layer_overhead=1e-4),
+    # The same shapes by torch, wall ms: tokens 1.6 to 12, the least for a LoRA factor, the most 5.2e10 FLOPs of the two
+    # wide layers at 256 tokens. Forming 2.7 to 946: tiles of 8 MiB make 500 of the wide layers, each with some thirty
+    # launches and lists sent from the host one by one, 2 ms a tile or 1e12 FLOP/s; "auto" does not take it.
+    ("cuda", "torch", "tokens"): Rates(flops=5e12, multiply=0, token_pair=0, overhead=1.6e-3, layer_overhead=0),
+    ("cuda", "torch", "form"): Rates(flops=1e12, multiply=1e12, token_pair=0, overhead=2.7e-3, layer_overhead=0),
 }
 
 

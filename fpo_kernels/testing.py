@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fpo_kernels import budgets
+from fpo_kernels.budgets import budget, direction_budget, sketch_budget
 from fpo_kernels.direction import grad_direction
 from fpo_kernels.products import grad_products
-from fpo_kernels.sketch import TensorSketch
+
+__all__ = ["budget", "direction_budget", "sketch_budget"]  # what tests know by this module, besides its own
 
 Outputs = Tensor | tuple[Tensor, ...]
 Streams = tuple[Tensor, Outputs, Tensor]
@@ -61,22 +64,6 @@ def random_streams(
     return a.to(device), d.to(device), offsets.to(device)
 
 
-def budget(reference_error: Tensor, scale: Tensor, terms: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """The error allowed: what the reference makes in this dtype, plus a rounding band.
-
-    band = √terms · ε · scale. A sum of n terms in any order errs by a random walk of at most n roundings, each
-    of at most ε/2 of a partial sum; √n · ε · scale is at least twice that walk's standard deviation.
-
-    Args:
-        reference_error: |reference in this dtype − reference in float64|, any shape.
-        scale: the size the partial sums reach, e.g. ‖G_i‖·‖G_j‖; broadcasts. Zero allows no error.
-        terms: how many terms are added one after another, counted over all nested sums.
-        dtype: the accumulation dtype, not the inputs'.
-    """
-    steps = torch.as_tensor(terms, dtype=torch.float64, device=scale.device).sqrt()
-    return reference_error.double() + steps * torch.finfo(dtype).eps * scale.double()
-
-
 def check_products(
     impl: str, streams: Streams, pairs: Tensor, other: Streams | None = None, *, way: str = "auto"
 ) -> Tensor:
@@ -89,32 +76,27 @@ def check_products(
     got = grad_products(*streams, pairs, other=other, impl=impl, way=way)
     assert (got.dtype, got.shape, got.device) == (same.dtype, same.shape, pairs.device)
     scale = reach(wide)[listed[:, 0]] * reach(wide2)[listed[:, 1]]
-    allowed = budget((same - exact).abs(), scale, terms(left, listed, right, way), got.dtype)
+    many = budgets.truncations(got.device, streams[0].dtype, impl)
+    truncated = many * _counted(budgets.products_truncated, left, listed, right, way)
+    allowed = budget((same - exact).abs(), scale, terms(left, listed, right, way), got.dtype, truncated)
     over = (got.cpu() - exact).abs() - allowed
     assert not len(over) or over.max() <= 0, f"{impl}, {way}: {over.max()} over the budget at pair {over.argmax()}"
     return got
 
 
 def terms(left: Streams, pairs: Tensor, right: Streams, way: str) -> Tensor:
-    """(n,) how many terms each pair's nested sums add one after another; the larger of both ways for "auto".
+    """(n,) `budgets.products_terms` of pairs (n, 2) of streams."""
+    return _counted(budgets.products_terms, left, pairs, right, way)
 
-    From tokens: p and Σ_k q_k features, then T_i·T_j products. By forming: T_i and T_j tokens, then p·Σ_k q_k
-    elements.
-    """
+
+def _counted(count: Callable[..., Tensor], left: Streams, pairs: Tensor, right: Streams, way: str) -> Tensor:
     p, q = left[0].shape[1], sum(d.shape[1] for d in outputs(left[1]))
-    rows_i, rows_j = left[2].diff()[pairs[:, 0]], right[2].diff()[pairs[:, 1]]
-    tokens, form = p + q + rows_i * rows_j, rows_i + rows_j + p * q
-    return {"tokens": tokens, "form": form}.get(way, torch.maximum(tokens, form))
+    return count(p, q, left[2].diff()[pairs[:, 0]], right[2].diff()[pairs[:, 1]], way)
 
 
 def reach(streams: Streams) -> Tensor:
-    """(B,) the larger of ‖G_i‖ and √Σ_t ‖a_t‖²‖d_t‖²: what sums over tokens reach even where G_i cancels."""
-    a, d, offsets = streams
-    every = torch.arange(len(offsets) - 1)
-    squared = grad_products(a, d, offsets, torch.stack([every, every], 1), impl="reference")
-    energy = a.square().sum(1) * sum(x.square().sum(1) for x in outputs(d))
-    tokens = energy.split(offsets.diff().tolist())
-    return torch.maximum(squared, torch.stack([t.sum() for t in tokens])).sqrt()
+    """(B,) `budgets.reach` of streams."""
+    return budgets.reach(streams[0], outputs(streams[1]), streams[2])
 
 
 def outputs(d: Outputs) -> tuple[Tensor, ...]:
@@ -136,50 +118,8 @@ def check_direction(impl: str, streams: tuple[Tensor, Tensor, Tensor], direction
     same = grad_direction(a, d, offsets, V, impl="reference")
     got = grad_direction(*streams, direction, impl=impl)
     assert (got.dtype, got.shape, got.device) == (same.dtype, same.shape, streams[0].device)
-    allowed = direction_budget((same - exact).abs(), (a, d, offsets), V, got.dtype)
+    many = budgets.truncations(got.device, streams[0].dtype, impl)
+    allowed = direction_budget((same - exact).abs(), (a, d, offsets), V, got.dtype, truncations=many)
     over = (got.cpu() - exact).abs() - allowed
     assert not len(over) or over.max() <= 0, f"{impl}: {over.max()} over the budget at example {over.argmax()}"
     return got
-
-
-def direction_budget(
-    reference_error: Tensor,
-    streams: tuple[Tensor, Tensor, Tensor],
-    direction: Tensor,
-    dtype: torch.dtype,
-    formed: bool = False,
-) -> Tensor:
-    """(B,) the error allowed to ⟨G_i, V⟩ computed in `dtype`, whichever sum is taken first.
-
-    Sums over features, then tokens; `formed` is for those who sum over tokens, then over all of G. The scale is
-    four standard deviations of what partial sums of random signs reach at each level: over single terms
-    d_q V_qp a_p, over d_q (V a)_q and a_p (Vᵀ d)_p, and over tokens, whichever is largest.
-    """
-    a, d, V = (x.double() for x in (streams[0], streams[1], direction))
-    left, right = a @ V.T, d @ V  # (S, q), (S, p)
-    terms = ((a.square() @ V.square().T) * d.square()).sum(1)
-    levels = torch.stack(
-        [terms, (left * d).square().sum(1), (right * a).square().sum(1), (left * d).sum(1).square()], 1
-    )  # (S, levels)
-    counts = streams[2].diff()
-    reach = torch.segment_reduce(levels, "sum", lengths=counts).amax(1).sqrt() * 4
-    features = V.numel() if formed else sum(V.shape)
-    return budget(reference_error, reach, features + counts, dtype)
-
-
-def sketch_budget(
-    streams: tuple[Tensor, Tensor, Tensor], sketch: TensorSketch, dtype: torch.dtype, more: int = 0
-) -> Tensor:
-    """(B,) the error in norm allowed to S_i computed in `dtype`.
-
-    Maps and transforms keep norms but for rounding: what errs is sums of p/k and q/k features, 2·log₂ k butterflies
-    and T_i tokens, of partial sums no longer than Σ_t ‖C_a a_t‖‖C_d d_t‖, here bounded by √loads ‖a_t‖‖d_t‖.
-    `more` are further terms that a sum has.
-    """
-    a, d, offsets = (x.cpu() for x in streams)
-    loads = -(-sketch.p // sketch.dim) * -(-sketch.q // sketch.dim)
-    size = (a.double().square().sum(1) * d.double().square().sum(1) * loads).sqrt()
-    counts = offsets.diff()
-    scale = torch.segment_reduce(size, "sum", lengths=counts, initial=0) if len(size) else counts.double() * 0
-    steps = loads + 2 * sketch.dim.bit_length() + counts + more
-    return budget(torch.zeros_like(scale), scale, steps, dtype)

@@ -91,7 +91,10 @@ def build(profile: str = "sound") -> Parser:
     fetch = command("fetch", "Download and verify a model into the cache")
     fetch.add_argument("model", choices=("smollm2", "minilm"), help="which model")
 
-    command("doctor", "Print versions, devices and what optional parts are absent")
+    doctor = command("doctor", "Print versions, devices and what optional parts are absent")
+    doctor.add_argument(
+        "--kernels", action="store_true", help="hold every kernel to the float64 reference; 1 if one is wrong"
+    )
     return parser
 
 
@@ -250,6 +253,10 @@ def _fetch(options: Any) -> int:
 
 
 def _doctor(options: Any) -> int:
+    if options.kernels:
+        from .kernels import kernels_command
+
+        return DONE if kernels_command() else FAILED
     import fpo_kernels as fk
 
     from .folder import environment

@@ -14,7 +14,7 @@ from benchmarks.peers import formed_direction, plain_direction
 from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, dtypes
 from fpo_kernels.testing import direction_budget, random_streams
 
-IMPLS = ("torch", "triton")
+IMPLS = ("torch",)
 FORMED = "form G, multiply"
 PLAIN = "((a @ V.T) * d).sum"
 # The shapes of a SmolLM2 block, (inputs, outputs), and the two factors of a rank-8 LoRA on its query.

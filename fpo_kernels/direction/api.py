@@ -23,9 +23,9 @@ def grad_direction(a: Tensor, d: Tensor, offsets: Tensor, direction: Tensor, *, 
             where the two are equal.
         direction: (q, p), e.g. a mean or preconditioned gradient; any of the four dtypes, not necessarily that
             of `a`, and the device of `a`.
-        impl: "reference" forms G and runs anywhere; "torch" is plain PyTorch in bounded scratch; "triton"
-            wants a GPU and takes no float64; "native" has no kernel for this operation. "auto" is triton on
-            CUDA for what it takes, else torch.
+        impl: "reference" forms G and runs anywhere; "torch", which "auto" stands for, is one matrix
+            product of the vendor's library in bounded scratch; "triton" and "native" have no kernel for this
+            operation.
 
     Returns:
         (B,) in the units of a·d·direction; float64 where the streams or the direction are, else float32.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fpo_kernels import library
 from fpo_kernels.cost import Work, choose_way
+from fpo_kernels.products import checked
 
 Other = tuple[Tensor, tuple[Tensor, ...], Tensor]
 
@@ -100,8 +101,10 @@ def run(
     way: str,
 ) -> Tensor:
     """Chooses the room and calls it without autograd and autocast; `work` None: nothing is known of the lengths."""
-    room = load(*choose(a, [d.shape[1] for d in ds], work, impl, way))
+    impl, way = choose(a, [d.shape[1] for d in ds], work, impl, way)
+    room = load(impl, way)
     longest = len(a) if work is None else work.longest
+    checked.ensure(room, impl, way, a, ds, longest)
     kind = a.device.type
     # A room multiplies in the dtypes it says it does, whatever an autocast around the call would make of `@`.
     plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -150,7 +153,9 @@ def _room(a: Tensor, impl: str, way: str) -> str | None:
         return "triton"
     if way == "tokens" and library.why_not("grad_products", a) is None:
         return "native"
-    return "torch"
+    # By torch, forming on a GPU is thousands of small launches planned on the host: up to a second a layer (measured
+    # on an H200), where tokens took 12 ms.
+    return None if a.is_cuda and way == "form" else "torch"
 
 
 def _check_values(a: Tensor, offsets: Tensor, other: Other | None, pairs: Tensor) -> Work:

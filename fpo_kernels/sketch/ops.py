@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fpo_kernels import library, streams
+from fpo_kernels.sketch import checked
 from fpo_kernels.sketch.spec import TensorSketch
 
 # implementation → the module that does it, imported where it is wanted: triton must not load on a machine that
@@ -69,7 +70,9 @@ def unchecked_sketch(
     """
     table_a = sketches[0].maps(a.device)[0].table
     tables_d = tuple(sketch.maps(a.device)[1].table for sketch in sketches)
-    room = load(choose(a) if impl == "auto" else impl)
+    impl = choose(a) if impl == "auto" else impl
+    room = load(impl)
+    checked.ensure(room, impl, a, sketches)
     # A room multiplies in the dtypes it says it does, whatever an autocast around the call would make of `@`.
     kind = a.device.type
     plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -104,6 +104,37 @@ def test_scratch_stays_bounded_and_nothing_is_lost(
     assert 2**18 < most <= 2**20 + 4 * 8 * 2201  # a few float64 a token beside it
 
 
+@pytest.mark.parametrize(("dtype", "direction_dtype"), [(BF16, BF16), (F16, F16), (BF16, F32), (BF16, F16)])
+@pytest.mark.parametrize(("p", "q"), [(300, 70), (70, 300), (1, 3)])
+@pytest.mark.parametrize("scratch", [2**26, 2**16])
+def test_matrix_units(
+    p: int, q: int, dtype: torch.dtype, direction_dtype: torch.dtype, scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with a stand-in for its product of 16-bit matrices: V is multiplied as it is or in parts."""
+    met = []
+
+    def product(x: Tensor, V: Tensor) -> Tensor:
+        met.append((x.dtype, V.dtype, V.shape))
+        return x.float() @ V.float().T
+
+    monkeypatch.setattr(blocked, "_has_wide_product", lambda x: True)
+    monkeypatch.setattr(blocked, "_wide_product", product)
+    monkeypatch.setattr(blocked, "SCRATCH_BYTES", scratch)
+    check_direction("torch", random_streams(LENGTHS, p, q, dtype), matrix(p, q, direction_dtype))
+    assert {(x, V) for x, V, _ in met} == {(dtype, dtype)}
+    parts = 1 if dtype == direction_dtype else 3
+    assert all(shape[0] % parts == 0 for *_, shape in met)
+    if scratch == 2**26:
+        assert [shape for *_, shape in met] == [(parts * min(p, q), max(p, q))]
+
+
+def test_three_parts_are_the_whole() -> None:
+    V = matrix(40, 30)
+    parts = blocked._split(V, 3).view(3, *V.shape)
+    assert torch.equal(parts[0].float() + (parts[1].float() + parts[2].float()), V)
+    assert not torch.equal(parts[0].float() + parts[1].float(), V)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_autocast_does_not_reach_inside(dtype: torch.dtype) -> None:
     streams, V = random_streams(LENGTHS, 64, 48, dtype), matrix(64, 48)
