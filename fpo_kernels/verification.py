@@ -5,6 +5,7 @@ An operation adds itself by a function that lists its checks, in `REGISTRY`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from fpo_kernels import verified
 from fpo_kernels.direction import blocked as direction_room
 from fpo_kernels.direction import checked as direction
 from fpo_kernels.products import checked as products
+from fpo_kernels.products import config_triton
 from fpo_kernels.products import ops as products_ops
 from fpo_kernels.sketch import checked as sketch
 from fpo_kernels.sketch import ops as sketch_ops
@@ -80,6 +82,20 @@ def products_checks(device: torch.device) -> Iterator[Check]:
                 yield Check("grad_products", label, configuration, _name(dtype), run)
 
 
+def layers_checks(device: torch.device) -> Iterator[Check]:
+    """Launches of many layers, at each of their tiles."""
+    if (why := products.missing("triton", device)) is not None:
+        yield Check("grad_products", "triton, layers", "", "", None, why)
+        return
+    for dtype in DTYPES[:3]:
+        for aligned in (True, False):
+            tiles = [config_triton.tokens(dtype, n, aligned, config_triton.chip(device)) for n in (64, 128, 256)]
+            for tile in dict.fromkeys(tiles):
+                run = functools.partial(products.check_layers, dtype, tile, aligned, device)
+                label = f"{tile.tokens} x {tile.features}, {'aligned' if aligned else 'odd rows'}"
+                yield Check("grad_products", "triton, layers", label, _name(dtype), run)
+
+
 def direction_checks(device: torch.device) -> Iterator[Check]:
     """`grad_direction` with every pair of dtypes; both ways round, the wider stream being a or d."""
     for dtype in DTYPES:
@@ -114,7 +130,12 @@ def sketch_checks(device: torch.device) -> Iterator[Check]:
                     yield Check("grad_sketch", impl, f"k={dim}, {p} to {', '.join(map(str, qs))}", _name(dtype), run)
 
 
-REGISTRY: list[Callable[[torch.device], Iterator[Check]]] = [products_checks, direction_checks, sketch_checks]
+REGISTRY: list[Callable[[torch.device], Iterator[Check]]] = [
+    products_checks,
+    layers_checks,
+    direction_checks,
+    sketch_checks,
+]
 
 
 def verify_kernels(device: torch.device | str | None = None) -> Iterator[Verdict]:

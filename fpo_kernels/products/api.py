@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fpo_kernels.cost import Work
-from fpo_kernels.products import ops
+from fpo_kernels.products import checked, ops
 from fpo_kernels.streams import check_stream
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def new_ledger(pairs: NDArray[np.int64]) -> Ledger:
     """A `Ledger` for pairs (n, 2) on the host; `grad_products` of many layers, added up."""
     from fpo_kernels.products.grouped import Ledger  # triton loads where it is wanted
 
-    return Ledger(pairs)
+    return Ledger(pairs, checked.ensure_layers)
 
 
 def _outputs(d: Outputs) -> tuple[Tensor, ...]:

@@ -6,12 +6,14 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fpo_kernels import budgets, library, verified
 from fpo_kernels.products import config_triton as config
 from fpo_kernels.products.reference import grad_products as reference
+from fpo_kernels.streams import Extents
 
 Streams = tuple[Tensor, tuple[Tensor, ...], Tensor]
 
@@ -86,6 +88,49 @@ def check(
         allowed = budgets.budget((same - exact).abs(), size, steps, same.dtype, truncated)
         found.append(verified.compared(got, exact, allowed, "pair" if other is None else "pair of two streams,"))
     return verified.worst(found)
+
+
+def ensure_layers(dtype: torch.dtype, tile: config.Tokens, aligned: bool, device: torch.device) -> None:
+    """Refuses a tile with which many layers are multiplied in a launch, unless it has agreed on this device."""
+    if verified.needed(device):
+        key = ("grad_products", "triton", "layers", dtype, tile, "aligned" if aligned else "odd")
+        verified.ensure(key, device, functools.partial(check_layers, dtype, tile, aligned, device))
+
+
+def check_layers(dtype: torch.dtype, tile: config.Tokens, aligned: bool, device: torch.device) -> verified.Comparison:
+    """A launch of two layers and an embedding over padded examples, an empty one and one of a token among them."""
+    from fpo_kernels.products.grouped import Ledger  # triton loads where it is wanted
+
+    lengths, rows = np.array([tile.tokens + 3, 0, 1, tile.tokens - 27]), tile.tokens + 9
+    begin = np.arange(4) * rows
+    extents = Extents(np.stack([begin, np.full(4, rows), rows - lengths, lengths], 1))
+    kept = np.concatenate([np.arange(b + rows - n, b + rows) for b, n in zip(begin, lengths, strict=True)])
+    pairs = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    ledger, generator = Ledger(pairs.numpy()), torch.Generator().manual_seed(2)
+    exact, allowed = torch.zeros(16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    for p, qs in (ALIGNED, ODD)[not aligned], ((48, (16,)), (45, (7,)))[not aligned], (0, ALIGNED[1]):
+        a, *ds = (torch.randn(4 * rows, n, generator=generator, dtype=torch.float64).to(dtype) for n in (p or 1, *qs))
+        ids = torch.randint(0, 5, (4 * rows,), generator=generator)
+        for d in ds:
+            d[np.setdiff1d(np.arange(4 * rows), kept)] = 0
+        given = a if p else ids
+        ledger.note(given.to(device), [d.to(device) for d in ds], extents, 0.0)
+        inputs = a if p else torch.nn.functional.one_hot(ids, 5).to(dtype)
+        streams = inputs[kept], tuple(d[kept] for d in ds), offsets
+        wide = _wide(streams)
+        exact += reference(*wide, pairs, None, rows)
+        size = budgets.reach(*wide)
+        rows_x, rows_y = (offsets.diff()[side] for side in pairs.T)
+        terms = budgets.products_terms(p or 5, sum(qs), rows_x, rows_y, "tokens")
+        cut = budgets.products_truncated(p or 5, sum(qs), rows_x, rows_y, "tokens")
+        scale = size[pairs[:, 0]] * size[pairs[:, 1]]
+        truncated = budgets.truncations(device, dtype, "triton") * cut
+        allowed += budgets.budget(torch.zeros_like(scale), scale, terms, torch.float32, truncated)
+    got, leak = ledger.result()
+    assert got is not None
+    assert leak is not None
+    return verified.compared(got.masked_fill(leak, torch.nan), exact, allowed, "pair of many layers,")
 
 
 def _streams(lengths: list[int], p: int, qs: tuple[int, ...], dtype: torch.dtype, seed: int) -> Streams:

@@ -7,7 +7,7 @@ table of its layers besides (`triton_grouped` says what is in it).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from fpo_kernels.products.triton_grouped import grouped_products_kernel
 from fpo_kernels.streams import Extents, fill, sent
 
 Ints = NDArray[np.int64]
-ITEM = 5
+Ensure = Callable[[torch.dtype, config.Tokens, bool, torch.device], None]
 
 
 class Lists(NamedTuple):
@@ -108,8 +108,9 @@ class Ledger:
     bits; an item beyond an example's end adds an exact zero.
     """
 
-    def __init__(self, pairs: Ints) -> None:
-        """`pairs` is (n, 2) on the host."""
+    def __init__(self, pairs: Ints, ensure: Ensure | None = None) -> None:
+        """`pairs` is (n, 2) on the host; `ensure` refuses what is wrong on a device, before it is launched."""
+        self._ensure = ensure
         self._pairs = pairs
         self._key = pairs.tobytes()
         self._noted: dict[tuple[object, ...], list[Member]] = {}
@@ -162,6 +163,8 @@ class Ledger:
         # by how much room they have, not by how long they are: the same tile, and bits, whatever batch fills the room
         longest = max(int(e.host[:, 1].max(initial=0)) for e in (extents, extents2) if e is not None)
         tile = config.tokens(dtype, longest, unit > 1, config.chip(device))
+        if self._ensure is not None:
+            self._ensure(dtype, tile, unit > 1, device)
         if extents.differs:
             lists = _roomy_lists(extents, self._pairs, tile.tokens, device)
         else:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fpo_kernels.sketch import checked, ops
 from fpo_kernels.sketch.plan import Streams
 from fpo_kernels.sketch.spec import TensorSketch
 
@@ -71,5 +72,8 @@ def grouped_sketch(members: Sequence[Member], slots: int) -> Tensor:
         ds = [(d, of_d.table) for d, (_, of_d) in zip(member.ds, maps, strict=True)]
         sides = ([(member.a, maps[0][0].table)], ds)
         streams.append(Streams(sides, member.starts, member.lengths, member.longest, member.slot))
+    room = ops.load("triton")
+    for member in members:
+        checked.ensure(room, "triton", member.a, member.sketches)
     with torch.no_grad():
         return sums_of_slots(streams, slots, dim)
