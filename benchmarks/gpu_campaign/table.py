@@ -49,7 +49,7 @@ def tables(folder: Path, ended: Mapping[str, int]) -> str:
     if engine:
         lines += [
             "",
-            "Engine: ms (÷ forward + backward), error: to the hooks, of the sketch to the norms, captured to eager",
+            "Engine: ms (÷ forward + backward), error (to hooks; sketch: norms; captured: eager)",
             "",
         ]
         lines += _grid(engine, _timed)
