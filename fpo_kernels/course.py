@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .gradients import Stream
-from .layers import Site
+from .layers import Site, _outer
 
 Calls = list[tuple[nn.Module, int]]
 
@@ -23,6 +23,8 @@ class Course:
         times: module → how often it was called.
         served: module → the sites it serves, each with its rule, and its group where one delivery completes it. Sites
             of one group are siblings.
+        weights: module → the site and group of its linear weight, where that is all it serves and one delivery
+            completes it.
         missing: site → how many deliveries complete it, of those that are not complete with one.
         awaited: group → how many such sites it has. unread: group → how many uses.
         odd: modules that were called without the batch in front.
@@ -44,6 +46,11 @@ class Course:
         for site in sites:
             for module, rule in site.rules.items():
                 self.served.setdefault(module, []).append((site, rule.stream, family.get(site)))
+        self.weights = {
+            module: (served[0][0], served[0][2])
+            for module, served in self.served.items()
+            if len(served) == 1 and served[0][2] is not None and served[0][1] is _outer
+        }
         self.awaited = Counter(family.values())
         self.unread = Counter(group for _, group in calls)
         self.looked = False

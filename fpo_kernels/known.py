@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .layers import Lookup, Site
+from .layers import Coverage, Lookup, Site
 from .uses import Reads
 
 
@@ -55,6 +55,14 @@ class Known:
         return module in self.checked and not isinstance(module, nn.Embedding)
 
 
+class Quick(NamedTuple):
+    """What is asked of a module whose calls need no look but at their shape."""
+
+    own: tuple[tuple[str, Tensor], ...]  # its attributes and the parameters they have to be
+    reads: bool  # whether a rule reads the input
+    remade: bool  # whether the input was seen to come out the same when it is made again
+
+
 class Plan:
     """What all passes over the same sites share: worked out once.
 
@@ -64,6 +72,7 @@ class Plan:
         reading: modules a rule of which reads the input.
         modules: all of the model's. parameters: theirs. quantised: those with a packed 4-bit weight.
         device: the first parameter's.
+        quick: modules whose calls need no look, by `quicken`.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
@@ -77,9 +86,41 @@ class Plan:
                 self.own.setdefault(module, []).append((rule.attribute, site.parameter))
                 if rule.reads_input:
                     self.reading.add(module)
+        self.quick: dict[nn.Module, Quick] = {}
         self.modules = list(model.modules())
         self.parameters = list(dict.fromkeys(p for m in self.modules for p in m._parameters.values() if p is not None))
         # of a parametrised weight, asking for it would already be a step (spectral norm's)
         weights = ((module, module._parameters.get("weight")) for module in self.modules)
         self.quantised = [m for m, weight in weights if getattr(weight, "quant_state", None) is not None]
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    def quicken(self, known: Known) -> None:
+        """Take up what passes have seen of the modules."""
+        self.quick = {
+            module: Quick(tuple(own), module in self.reading, module in known.remade)
+            for module, own in self.own.items()
+            if known.is_plain(module)
+        }
+
+
+def coverage(
+    chosen: Mapping[str, nn.Parameter],
+    sites: Sequence[Site],
+    refused: Mapping[str, str],
+    unused: Set[str],
+    without: str | None,
+) -> list[Coverage]:
+    """One row a chosen parameter, in the model's order; `without` is the rule of those that are refused."""
+    rules = {site.name: next(iter(site.rules.values())).name for site in sites}
+    shared = {site.name for site in sites if len(site.rules) > 1}
+    rows = []
+    for name, parameter in chosen.items():
+        rule, reason = rules.get(name), refused.get(name, "")
+        if name in refused:
+            rule = without
+        elif name in unused:
+            reason = "not used by the model's forward so far: its gradient is zero"
+        elif name in shared:
+            reason = "shared by several modules, counted once"
+        rows.append(Coverage(name, tuple(parameter.shape), rule, reason))
+    return rows

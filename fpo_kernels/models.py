@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
 import torch
@@ -71,13 +70,23 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
 
 
-def parts_of(model: nn.Module) -> Iterator[object]:
-    """What a model consists of: its modules, their forwards, their parameters and whether a hook is on these."""
-    for module in model.modules():
-        yield module
-        yield getattr(type(module), "forward", None)
-        forward = vars(module).get("forward")  # kernel libraries replace it on the instance
-        yield getattr(forward, "stands_for", forward)
-        for parameter in module._parameters.values():
-            yield parameter
-            yield parameter is not None and is_hooked(parameter)
+def parts_of(model: nn.Module) -> list[object]:
+    """What a model consists of: its modules, their forwards, their parameters and whether a hook is on these.
+
+    Asked in every call: `Module.modules()`, a generator within generators, would take longer than all else here.
+    """
+    found: list[object] = []
+    met: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module in met:
+            continue
+        met.add(module)
+        own = module.__dict__
+        forward = own.get("forward")  # kernel libraries replace it on the instance
+        found += module, type(module).forward, getattr(forward, "stands_for", forward)
+        for parameter in own["_parameters"].values():
+            found += parameter, parameter is not None and is_hooked(parameter)
+        waiting += [child for child in own["_modules"].values() if child is not None]
+    return found

@@ -9,6 +9,7 @@ plain backward an example.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -17,17 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch, as_long_as_the_batch, rows_of, take, telling, unchanged
-from .capture import Taps, UnexpectedError, UnservedError, UnusableError, refuse
+from .capture import Taps
 from .compare import Comparison, close, is_fine
 from .course import Course
 from .entries import refuse_shared
 from .fallback import formed, used_after_all
 from .gather import Consume, Gather, Layout, PaddingReadError
 from .gradients import Stream, Vectors
-from .known import Known, Manner, Plan
+from .known import Known, Manner, Plan, coverage
 from .layers import Coverage, Site, survey
 from .models import parts_of
 from .products import are_grouped
+from .refusals import UnexpectedError, UnservedError, UnusableError, named, refuse
 from .tapping import tapped
 
 T = TypeVar("T")
@@ -68,31 +70,20 @@ class Passes:
         self._sound: set[tuple[object, ...]] = set()  # kinds of batches whose padding was seen not to be read
         self._unseen: set[tuple[object, ...]] = set()  # those of this call, and where somebody looked meanwhile
         self._seen: set[tuple[object, ...]] = set()
-        self._parts = list(parts_of(model))
+        self._parts = parts_of(model)
         hopeless = {n: why for n, why in self._refused.items() if not chosen[n].is_floating_point()}
         if hopeless or fallback == "error":
             refuse(hopeless or self._refused)
 
     def current(self) -> bool:
         """Whether the model still consists of the very modules, forwards, parameters and hooks on these it had."""
-        now = list(parts_of(self.model))
-        return len(now) == len(self._parts) and all(a is b for a, b in zip(now, self._parts, strict=True))
+        now = parts_of(self.model)
+        return len(now) == len(self._parts) and all(map(operator.is_, now, self._parts))
 
     def coverage(self) -> list[Coverage]:
         """One row a chosen parameter, in the model's order."""
-        rules = {site.name: next(iter(site.rules.values())).name for site in self._sites}
-        shared = {site.name for site in self._sites if len(site.rules) > 1}
-        rows = []
-        for name, parameter in self.chosen.items():
-            rule, reason = rules.get(name), self._refused.get(name, "")
-            if name in self._refused:
-                rule = PER_EXAMPLE if self._fallback == PER_EXAMPLE else None
-            elif name in self._unused:
-                reason = "not used by the model's forward so far: its gradient is zero"
-            elif name in shared:
-                reason = "shared by several modules, counted once"
-            rows.append(Coverage(name, tuple(parameter.shape), rule, reason))
-        return rows
+        without = PER_EXAMPLE if self._fallback == PER_EXAMPLE else None
+        return coverage(self.chosen, self._sites, self._refused, self._unused, without)
 
     def settled(self, call: Callable[[], T]) -> T:
         """What `call` returns once its passes find nothing new; it is begun anew after each find."""
@@ -272,8 +263,8 @@ class Passes:
         if not self._counting and not self._known.expects(taps.reads, calls):
             raise UnexpectedError
         reasons = taps.uses.outside(calls, self._sites) if self._counting else {}
-        reasons |= _named(
-            taps, taps.inner, "a gradient is taken through it in the forward, where its weight acts again"
+        reasons |= named(
+            taps.names, taps.inner, "a gradient is taken through it in the forward, where its weight acts again"
         )
         if reasons:
             raise UnservedError(reasons)
@@ -290,6 +281,7 @@ class Passes:
             taps.idle = False
             self._silent.add(key)
         self._known.checked |= set(calls)  # their taps would have raised
+        self._plan().quicken(self._known)
         course.reads, self._course = reads, course
         return course
 
@@ -337,7 +329,7 @@ class Passes:
             if self._mixed(batch, taps, outputs):
                 raise ValueError("output: the scalars of a batch's examples depend on one another")
             reason = "the batch is not the first dimension of its module's call, or examples meet there"
-            raise UnservedError(_named(taps, leaks, reason))
+            raise UnservedError(named(taps.names, leaks, reason))
         plain: set[Manner] = {manner for manner in called if sizes == 2 and not manner.odd}
         self._known.separable |= plain | {manner for manner in called if manner.module in proven}
 
@@ -363,7 +355,7 @@ class Passes:
             if not odd:
                 odd = set(taps.names)
                 reason = f"the model does not run with taps on it ({type(problem).__name__}: {problem})"
-            raise UnservedError(_named(taps, odd, reason)) from problem
+            raise UnservedError(named(taps.names, odd, reason)) from problem
 
     def _outputs(self, batch: Batch) -> Tensor:
         with unchanged(batch):
@@ -405,7 +397,3 @@ class Passes:
 
 def _ignore(sites: list[Site], streams: list[Stream]) -> None:
     """A consumer of a pass that is only compared."""
-
-
-def _named(taps: Taps, modules: set[nn.Module], reason: str) -> dict[str, str]:
-    return {name: reason for module in modules for name in taps.names[module]}

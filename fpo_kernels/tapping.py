@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Shape, Taps, UnusableError
+from .capture import Shape, Taps
 from .known import Known, Plan
+from .refusals import UnusableError
 from .uses import Reads
 
 
@@ -84,11 +85,10 @@ def _untap(taps: Taps) -> None:
     for module, reads in taps.reads.items():
         module._forward_hooks.pop(taps, None)  # type: ignore[call-overload]
         module._forward_hooks_with_kwargs.pop(taps, None)  # type: ignore[call-overload]
-        own = reads.own
-        if len(own) != len(reads) or any(own.get(name) is not p for name, p in reads.items()):  # the forward changed it
-            own.clear()
-            own.update(reads)
-        module.__dict__["_parameters"] = own
+        module.__dict__["_parameters"] = reads.own
+        if list(map(id, reads.own.values())) != list(map(id, reads.values())):  # the forward put another in its place
+            reads.own.clear()
+            reads.own.update(reads)
 
 
 def _passes_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:

@@ -33,13 +33,13 @@ class Reads(dict[str, Any]):
 
     def __init__(self, own: dict[str, Any]) -> None:
         """`own` is the module's dictionary, for which this stands."""
-        super().__init__(own)
+        self.update(own)
         self.own = own
         self.count = 0
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str, _get: Any = dict.__getitem__) -> Any:
         self.count += 1
-        return super().__getitem__(name)
+        return _get(self, name)
 
 
 class Uses(TorchFunctionMode):
