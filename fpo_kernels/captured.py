@@ -34,7 +34,7 @@ REMEMBERED = 256
 PADDED = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0}
 
 Answer = tuple[Tensor, Tensor]  # outputs (B,), products (n,)
-Ask = Callable[[Batch, Pairs, Layout | None], Answer]
+Ask = Callable[[Batch, Pairs, Layout], Answer]
 
 
 class Recording(Protocol):
@@ -91,6 +91,8 @@ class _CudaGraph(NamedTuple):
 
 class StaticLayout(Layout):
     """The layout of a bucket: the host knows how much room an example has, the device where it lies in it."""
+
+    static = True
 
     def __init__(self, examples: int, tokens: int) -> None:
         super().__init__({"input_ids": torch.zeros(examples, tokens, device="meta")}, whole=True)
@@ -152,21 +154,20 @@ class Captures:
     def answer(
         self, batch: Batch, pairs: Pairs, ask: Ask, layout: Layout, weights: Callable[[], object], pad_id: int | None
     ) -> Answer:
-        """(outputs, products) of `ask(batch, pairs, None)`, replayed from the third time that a shape comes.
+        """(outputs, products) of `ask(batch, pairs, layout)`, replayed from the third time that a shape comes.
 
         Args:
-            ask: runs a pass, in the layout given, or in the batch's own.
-            layout: the batch's. weights: where the model's numbers lie.
+            ask: runs a pass in a layout. layout: the batch's. weights: where the model's numbers lie.
         """
         slot = self._slot(batch, pairs, layout, pad_id)
         if slot is None:
-            return ask(batch, pairs, None)
+            return ask(batch, pairs, layout)
         pads = {name: pad_id if value is None else value for name, value in PADDED.items()}
         kept = self._kept.get(slot.key)
         if kept is not None and kept.weights == weights():
             self._kept.move_to_end(slot.key)
             return kept.answer(batch, layout, pads)
-        eager = ask(batch, pairs, None)
+        eager = ask(batch, pairs, layout)
         if slot.key not in self._met:
             self._met = {slot.key} if len(self._met) >= REMEMBERED else self._met | {slot.key}
             return eager

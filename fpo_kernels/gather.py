@@ -29,8 +29,11 @@ class Layout:
 
     Attributes:
         in_place: streams stay as they are, padding is told by their extents; else it is cut out of them.
+        static: of a pass that is recorded, whatever batch will fill it.
         leak: () bool, whether a dropped row had a gradient; None where none was dropped, or nobody looked.
     """
+
+    static = False
 
     def __init__(self, batch: Batch, whole: bool, in_place: bool = False) -> None:
         """With `whole`, padded positions count like any other."""

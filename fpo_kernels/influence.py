@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .batches import Batch, check_entries, chunks, join, partners, rows_of, take
 from .captured import MODES, Captures
-from .gather import Layout
+from .gather import Consume, Layout
 from .gradients import Pairs, Stream, Vectors, join_batches
 from .layers import Coverage, Parameters, Site, choose
 from .models import check_mode, lock_of, refuse_wrapped
@@ -25,6 +25,7 @@ from .passes import CHECKS, PER_EXAMPLE, Passes
 from .sketched import Maps, Sketched
 from .streams import sent
 from .totals import Held, Total, holding, symmetric, wide
+from .vectors import by_parameter
 
 T = TypeVar("T")
 
@@ -60,7 +61,16 @@ class Influence:
             power of two, side of padding, order of lengths, entries, mode), by one ordinary forward and backward over
             one of its examples, or an eighth of them up to four, in a batch of their own; "every": each batch, over
             the whole of it; "never". Where it differs, the reason is looked for in a few passes more. What can be seen
-            without a comparison is looked at in every pass, whatever `check` is.
+            without a comparison is looked at in every pass that is not replayed, whatever `check` is: in a new kind of
+            batch every function that a parameter meets, later how often modules are asked for them.
+        capture: "auto" (CUDA): of batches of up to 2048 tokens, padding among them, a shape that comes a second time is
+            recorded as a CUDA graph and replayed from then on by `steering` (of candidates and references that share a
+            tape), `norms`, and `gram` of two batches. Widths are rounded up, by a quarter at most, where that changes
+            no answer. Weights updated in place are seen; replaced ones, or another mode, record anew. At most eight
+            recordings share one pool of memory, about the largest's peak. What cannot be recorded runs eagerly and
+            `coverage` says why. "never": each call runs.
+
+    On CUDA, of a kind of batch that was met before, a padded position that has a gradient after all gives NaN.
 
     That examples do not meet, an engine's first call sees from the same comparison. Where it cannot (in 16 bits, with
     check="never", of layers that no gradient reaches) three examples run once more, forward and backward; in 16 bits
@@ -103,9 +113,8 @@ class Influence:
 
         Reasons that show only when the model runs are known after the first call.
         """
-        rows = self._passes.coverage()
-        eager = self._captures.reason
-        return [row if row.reason or not eager else row._replace(reason=f"runs eagerly: {eager}") for row in rows]
+        eager = f"runs eagerly: {self._captures.reason}" if self._captures.reason else ""
+        return [row if row.reason else row._replace(reason=eager) for row in self._passes.coverage()]
 
     def norms(self, batch: Batch) -> Tensor:
         """‖g_i‖² of every example, (B,), fp32 or float64 (accumulated so). Raises as `gram` does."""
@@ -127,10 +136,10 @@ class Influence:
 
         Raises: as `gram`; ValueError for a name that is not a chosen parameter, or a tensor of another shape.
         """
-        wanted = self._vectors(vectors)
+        wanted = by_parameter(self.model, self._passes.chosen, vectors)
 
         def one(rows: slice) -> Tensor:
-            total = self._total()
+            total = Total(self._passes.padding_read)
 
             def consume(sites: list[Site], streams: list[Stream]) -> None:
                 for site, stream in zip(sites, streams, strict=True):
@@ -205,7 +214,7 @@ class Influence:
 
         def one(rows: slice) -> dict[str, Tensor]:
             sketched = Sketched(maps, shapes, per_layer)
-            outputs = self._passes.run(take(batch, rows), sketched.consume, in_place=True)
+            outputs = self._lying(take(batch, rows), sketched.consume)
             return sketched.result(outputs)
 
         def whole() -> dict[str, Tensor]:
@@ -237,19 +246,20 @@ class Influence:
 
         return self._call(whole, candidates, references)
 
-    def _total(self) -> Total:
-        return Total(self._passes.padding_read)
+    def _lying(self, batch: Batch, consume: Consume) -> Tensor:
+        """A pass whose streams may keep their padding. → outputs (B,)."""
+        return self._passes.run(batch, consume, self._passes.layout(batch))
 
     def _ask(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """One pass: outputs (B,) and the products of pairs (n,); replayed where its shape came before."""
-        if not self._passes.is_repeatable:
-            return self._run(batch, pairs, None)
         layout = self._passes.layout(batch)
+        if not self._passes.is_repeatable:
+            return self._run(batch, pairs, layout)
         return self._captures.answer(batch, pairs, self._run, layout, self._passes.weights, self._pad_id())
 
-    def _run(self, batch: Batch, pairs: Pairs, layout: Layout | None) -> tuple[Tensor, Tensor]:
-        total = self._total()
-        outputs = self._passes.run(batch, total.over(pairs), in_place=True, layout=layout)
+    def _run(self, batch: Batch, pairs: Pairs, layout: Layout) -> tuple[Tensor, Tensor]:
+        total = Total(self._passes.padding_read)
+        outputs = self._passes.run(batch, total.over(pairs), layout)
         return outputs, total.result(outputs, len(pairs.host))
 
     def _call(self, compute: Callable[[], T], *batches: Batch | None) -> T:
@@ -276,27 +286,6 @@ class Influence:
         chosen = {name: now[name] for name in self._passes.chosen}
         self._passes = Passes(self.model, chosen, self._output, self._fallback, self._check)
         self._captures = Captures(self._capture)
-
-    def _vectors(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The directions by canonical name, (q, p) of each parameter."""
-        if not vectors:
-            raise ValueError("vectors: wanted parameter name → tensor, got none")
-        canonical = {id(parameter): name for name, parameter in self._passes.chosen.items()}
-        every = dict(self.model.named_parameters(remove_duplicate=False))
-        wanted: dict[str, Tensor] = {}
-        for name, vector in vectors.items():
-            if name not in every or id(every[name]) not in canonical:
-                raise ValueError(f"vectors: {name!r} is not among the chosen parameters")
-            if vector.shape != every[name].shape or not vector.is_floating_point():
-                raise ValueError(
-                    f"vectors[{name!r}]: wanted floating point {tuple(every[name].shape)}, "
-                    f"got {vector.dtype} {tuple(vector.shape)}"
-                )
-            key = canonical[id(every[name])]
-            if key in wanted:
-                raise ValueError(f"vectors: {name!r} is {key!r} by another name, and both are given")
-            wanted[key] = vector.detach()
-        return wanted
 
     def _gram(self, batch: Batch) -> Tensor:
         lefts = chunks(rows_of(batch), self.micro_batch)
@@ -342,14 +331,14 @@ class Influence:
             reward, reference_reward = outputs[:n], outputs[n:]
         else:
             reference_reward, held = self._hold(references)
-            total, crossed = self._total(), self._total()
+            total, crossed = Total(self._passes.padding_read), Total(self._passes.padding_read)
             own_pairs, cross_pairs = Pairs(own), Pairs(torch.stack([index, partner], 1))
 
             def consume(sites: list[Site], streams: list[Stream]) -> None:
                 total.multiply(sites, streams, own_pairs)
                 crossed.multiply(sites, streams, cross_pairs, held)
 
-            reward = self._passes.run(candidates, consume, in_place=True)
+            reward = self._lying(candidates, consume)
             products = torch.cat([total.result(reward, n), crossed.result(reward, n)])
         own_reference = wide(reference_reward)[sent(partner.numpy(), reward.device)]
         return wide(reward), own_reference, products[:n] - products[n:]
@@ -359,13 +348,13 @@ class Influence:
         outputs, parts = [], []
         for rows in chunks(rows_of(batch), self.micro_batch):
             held: Held = {}
-            outputs.append(self._passes.run(take(batch, rows), holding(held), in_place=True))
+            outputs.append(self._lying(take(batch, rows), holding(held)))
             parts.append(held)
         merged = parts[0] if len(parts) == 1 else join_batches(parts, [len(o) for o in outputs])
         return torch.cat(outputs), merged
 
     def _gram_block(self, batch: Batch, hold: bool) -> tuple[Tensor, Held]:
-        total = self._total()
+        total = Total(self._passes.padding_read)
         held: Held = {}
         b = rows_of(batch)
         upper_pairs = Pairs(torch.triu_indices(b, b).T.contiguous())
@@ -375,7 +364,7 @@ class Influence:
             if hold:
                 holding(held)(sites, streams)
 
-        upper = total.result(self._passes.run(batch, consume, in_place=True), b * (b + 1) // 2)
+        upper = total.result(self._lying(batch, consume), b * (b + 1) // 2)
         rows, cols = torch.triu_indices(b, b, device=upper.device)
         gram = upper.new_empty(b, b)
         gram[rows, cols] = upper
@@ -384,14 +373,14 @@ class Influence:
 
     def _cross_block(self, size: int, held: Held, batch: Batch) -> Tensor:
         """⟨g_i, g_j⟩ of the `size` held examples i and the batch's examples j, (I, J)."""
-        total = self._total()
+        total = Total(self._passes.padding_read)
         b = rows_of(batch)
         pairs = Pairs(torch.cartesian_prod(torch.arange(b), torch.arange(size)))
 
         def consume(sites: list[Site], streams: list[Stream]) -> None:
             total.multiply(sites, streams, pairs, held)
 
-        outputs = self._passes.run(batch, consume, in_place=True)
+        outputs = self._lying(batch, consume)
         return total.result(outputs, b * size).view(-1, size).T
 
     def _pad_id(self) -> int | None:

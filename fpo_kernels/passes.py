@@ -126,27 +126,27 @@ class Passes:
         tensors = (*self.model.parameters(), *self.model.buffers())
         return tuple([x.data_ptr() for x in tensors]), self.model.training
 
-    def run(self, batch: Batch, consume: Consume, in_place: bool = False, layout: Layout | None = None) -> Tensor:
+    def run(self, batch: Batch, consume: Consume, layout: Layout | None = None) -> Tensor:
         """One forward and one backward; `consume` meets each parameter's stream as it is complete. → outputs (B,).
 
-        With `in_place`, streams may keep rows of padding (`layout`). With a layout given, the pass is one of a kind
-        that was met, and nothing of it is looked at.
+        With `layout(batch)` streams may keep rows of padding; without one they are cut out. With a static layout the
+        pass is one of a kind that was met, and nothing of it is looked at.
 
         Raises:
             ValueError: the outputs are not one scalar an example, or depend on no chosen parameter.
             UnservedError, PaddingReadError: for `settled`.
         """
-        if layout is not None:
+        if layout is not None and layout.static:
             self._counting = False
             return self._tapped(batch, layout, consume)
-        outputs = self._ruled(batch, consume, in_place) if self._sites else self._plain(batch)
+        layout = Layout(batch, self._whole) if layout is None else layout
+        outputs = self._ruled(batch, consume, layout) if self._sites else self._plain(batch)
         for name, vectors in self._formed(batch).items():
             consume([Site(name, self.chosen[name], {})], [vectors])
         return outputs
 
-    def _ruled(self, batch: Batch, consume: Consume, in_place: bool) -> Tensor:
+    def _ruled(self, batch: Batch, consume: Consume, layout: Layout) -> Tensor:
         """The tapped pass, looked at and compared where its batch is of a new kind."""
-        layout = self.layout(batch) if in_place else Layout(batch, self._whole)
         size, kind = rows_of(batch), self._kind(batch)
         whole_kind = kind, layout.kind
         if layout.in_place:

@@ -64,7 +64,7 @@ def build(setting: Setting, device: torch.device) -> Contest:
 
         # as on a GPU: rows of padding stay where they are
         with mock.patch("fpo_kernels.passes.are_grouped", return_value=True):
-            outputs = passes.run(batch, note, in_place=True)
+            outputs = passes.run(batch, note, passes.layout(batch))
         return _all(noted, setting, outputs)
 
     def hooks() -> Tensor:
