@@ -6,7 +6,7 @@ its product with a stored direction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,7 +163,7 @@ class Rows:
         return Rows(ids[order], d[order], packing, parts[0].table)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Vectors:
     """g_i itself, formed: a bias, a norm's weight, or what the fallback computed."""
 
@@ -196,6 +196,50 @@ class Vectors:
     def interleave(parts: Sequence[Vectors]) -> Vectors:
         """Several calls over the same examples: their gradients add up."""
         return Vectors(torch.stack([part.v for part in parts]).sum(0))
+
+
+class Scaled(Vectors):
+    """g_i = Σ_t d_t ∘ x̂_t of a norm's weight, made of its input when asked for; those of like norms together."""
+
+    __slots__ = ("_made", "a", "d", "kind", "normalised")
+
+    def __init__(self, d: Tensor, a: Tensor, normalised: Callable[[Tensor], Tensor], kind: object) -> None:
+        """d and a are (B, R, n); `normalised` gives x̂ of the module's input; modules of one `kind` do so alike."""
+        self.d: Tensor | None
+        self.a: Tensor | None
+        self.d, self.a, self.normalised, self.kind = d, a, normalised, kind
+        self._made: Tensor | None = None
+
+    @property
+    def v(self) -> Tensor:
+        """(B, n), fp32 or float64."""
+        if self._made is None:
+            Scaled.make([self])
+        assert self._made is not None
+        return self._made
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of what it is still to be made of; 0 once it is."""
+        return 0 if self.d is None or self.a is None else self.d.nbytes + self.a.nbytes
+
+    @staticmethod
+    def make(streams: Sequence[Scaled]) -> None:
+        """Make those that are not, a launch for all that are alike."""
+        alike: dict[tuple[object, ...], list[tuple[Scaled, Tensor, Tensor]]] = {}
+        for n, stream in enumerate(streams):
+            d, a = stream.d, stream.a
+            if d is not None and a is not None:
+                kind = n if stream.kind is None else stream.kind
+                alike.setdefault((kind, a.shape, a.dtype, d.dtype, d.device), []).append((stream, d, a))
+        for members in alike.values():
+            first, d, a = members[0]
+            if len(members) > 1:
+                d, a = (torch.cat([member[side] for member in members]) for side in (1, 2))  # type: ignore[misc]
+            dtype = torch.float64 if d.dtype == torch.float64 else torch.float32
+            made = (d.to(dtype) * first.normalised(a).to(dtype)).sum(1)
+            for (stream, _, _), own in zip(members, made.chunk(len(members)), strict=True):
+                stream._made, stream.d, stream.a = own, None, None
 
 
 Stream = Factors | Rows | Vectors

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .gradients import Factors, Packing, Rows, Stream, Vectors
+from .gradients import Factors, Packing, Rows, Scaled, Stream, Vectors
 
 Parameters = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 HEAD_NAMES = frozenset({"score", "classifier", "classification_head", "v_head", "value_head", "reward_head"})
@@ -116,8 +116,15 @@ def _lookup(module: nn.Module, call: Call) -> Rows:
 
 
 def _scale(module: nn.Module, call: Call) -> Vectors:
-    dtype = _at_least_fp32(call.d)
-    return Vectors((call.d.to(dtype) * normalised(module, call.a).to(dtype)).sum(1))
+    return Scaled(call.d, call.a, functools.partial(normalised, module), _kind(module))
+
+
+def _kind(module: nn.Module) -> object:
+    """Equal for norms that normalise alike: of one class, with the same numbers set; None where that is not sure."""
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    plain = all(isinstance(value, (bool, int, float, str, tuple, type(None))) for value in own.values())
+    changed = "forward" in own or module._buffers
+    return (type(module), tuple(sorted(own.items(), key=str))) if plain and not changed else None
 
 
 def normalised(module: nn.Module, x: Tensor) -> Tensor:

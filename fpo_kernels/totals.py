@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .gather import Consume
-from .gradients import Factors, Pairs, Rows, Stream, Vectors
+from .gradients import Factors, Pairs, Rows, Scaled, Stream, Vectors
 from .layers import Site
 from .products import are_grouped, choose_way, new_ledger
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Held = dict[str, Stream]
 # Vectors of a norm's or a bias's size; what a fallback formed, of a whole weight, is multiplied at once.
 SMALL_BYTES = 4 * 2**20
+# Norms' inputs and gradients that are kept to be made into vectors together.
+WAITING_BYTES = 128 * 2**20
 
 
 class Total:
@@ -34,6 +36,8 @@ class Total:
         self._value: Tensor | None = None
         self._ledger: Ledger | None = None
         self._pairs: Pairs | None = None
+        self._scaled: list[tuple[Scaled, Vectors]] = []
+        self._waiting = 0
         self._small: dict[tuple[object, ...], list[tuple[Vectors, Vectors]]] = {}
 
     def add(self, part: Tensor) -> None:
@@ -64,6 +68,12 @@ class Total:
         if isinstance(first, Vectors):
             right = first if other is None else other[0]
             assert isinstance(right, Vectors)
+            if isinstance(first, Scaled) and first.d is not None and are_grouped(first.d):
+                self._scaled.append((first, right))
+                self._waiting += first.waiting
+                if self._waiting >= WAITING_BYTES:
+                    self._make()
+                return
             if first.v.nbytes <= SMALL_BYTES:
                 key = first.v.shape, right.v.shape, first.v.dtype, first.v.device, first is right
                 self._small.setdefault(key, []).append((first, right))
@@ -71,6 +81,14 @@ class Total:
         elif self._note(own, pairs, other):
             return
         self.add(type(first).products(own, pairs, other))  # type: ignore[arg-type]
+
+    def _make(self) -> None:
+        """Norms' vectors, of which like ones take a launch together."""
+        scaled, self._scaled, self._waiting = self._scaled, [], 0
+        Scaled.make([first for first, _ in scaled])
+        for first, right in scaled:
+            assert self._pairs is not None
+            self._take([first], self._pairs, None if right is first else [right])
 
     def _note(self, own: Sequence[Stream], pairs: Pairs, other: Sequence[Stream] | None) -> bool:
         """Keep streams for a launch of many layers, where the device has such and tokens are the way to multiply."""
@@ -99,6 +117,7 @@ class Total:
 
     def result(self, outputs: Tensor, n: int) -> Tensor:
         """The sum in the outputs' precision, or zeros where no gradient reached any chosen parameter."""
+        self._make()
         for members in self._small.values():
             left, right = zip(*members, strict=True)
             assert self._pairs is not None
@@ -133,6 +152,7 @@ def holding(held: Held) -> Consume:
     """A consumer that keeps every stream by its parameter's name."""
 
     def consume(sites: list[Site], streams: list[Stream]) -> None:
+        Scaled.make([stream for stream in streams if isinstance(stream, Scaled)])  # or it would keep what it is made of
         held.update((site.name, stream) for site, stream in zip(sites, streams, strict=True))
 
     return consume
