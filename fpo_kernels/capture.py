@@ -22,14 +22,14 @@ from torch.utils.checkpoint import CheckpointFunction
 from .arrivals import on_arrival
 from .known import Known, Manner, Plan, Quick
 from .layers import Lookup, input_of, looked_up, returns_what_it_should, some_rows
-from .refusals import UnservedError, UnusableError
+from .refusals import UnexpectedError, UnservedError, UnusableError
 from .remake import Node, are_saved_plainly, maker_of, remade
 from .uses import Reads, Uses
 
 PLAIN = Lookup()
 # Gradients of so many bytes are noted before they are handed over; each then does little in the middle of a backward.
-# A fiftieth of what a small model's backward keeps; 128 MiB are five layers of an 8B model at 9 × 64 tokens.
-NOTED_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
+# On a CPU a MiB, which no model notices; 128 MiB are five layers of an 8B model at 9 × 64 tokens.
+NOTED_BYTES = {"cpu": 2**20, "cuda": 128 * 2**20}
 _are_transformed = torch._C._are_functorch_transforms_active
 SMALL_BYTES = 2**18  # inputs up to this size are kept: making one again would be a launch to save nothing
 
@@ -70,16 +70,17 @@ class _Tap(torch.autograd.Function):
 class _Arrival:
     """What is done when the gradient of a module's output arrives; called with it."""
 
-    __slots__ = ("a", "group", "module", "node", "taps", "version")
+    __slots__ = ("a", "came", "group", "module", "node", "taps", "version")
 
     def __init__(self, taps: Taps, module: nn.Module, group: int, a: Tensor | None, node: Node | None) -> None:
         self.taps, self.module, self.group, self.node = taps, module, group, node
-        self.a, self.version = a, 0 if a is None else a._version
+        self.a, self.version, self.came = a, 0 if a is None else a._version, False
 
     def __call__(self, d: Tensor) -> None:
         taps, a = self.taps, self.a
         if not taps.arriving(self.module):
             return
+        self.came = True
         if self.node is not None:
             a = taps.remade(self.node, self.group)
         elif a is not None and a._version != self.version:
@@ -119,7 +120,7 @@ class Taps:
         self.reads: dict[nn.Module, Reads] = {}
         self.names, self._own, self._reads, self._quick = plan.names, plan.own, plan.reading, plan.quick
         self._size = shape.examples
-        self._deliver: Callable[[Delivery], None] = lambda delivery: None
+        self._deliver: Callable[[Delivery], None] = _nowhere
         self._known = known
         self._shape = shape
         self._anchor = torch.zeros((), device=plan.device, requires_grad=True)
@@ -129,6 +130,7 @@ class Taps:
         self._last: tuple[Tensor | None, int, int] = None, 0, 0  # the input met last, its version and group
         self._latest: tuple[int, Tensor] | None = None  # the input made last, and its group
         self._backward = False
+        self._expected: list[_Arrival] = []
         self._noted: list[tuple[nn.Module, int, Tensor | None, Tensor, int]] = []
         self._noted_bytes, self._most_bytes = 0, NOTED_BYTES.get(plan.device.type, 0)
         self.again = False
@@ -203,11 +205,18 @@ class Taps:
                 kept = a
             elif not remade_before:
                 return False
-        if not on_arrival(output, _Arrival(self, module, group, kept, node)):
+        arrival = _Arrival(self, module, group, kept, node)
+        if not on_arrival(output, arrival):
             return False
+        self._expected.append(arrival)
         if not self._backward:
             self.calls.append((module, group))
         return True
+
+    def close(self) -> None:
+        """Let go of what the pass made: arrivals know the taps, which know the arrivals."""
+        self._expected, self._noted, self._nodes = [], [], {}
+        self._deliver, self._latest, self._last = _nowhere, None, (None, 0, 0)
 
     def arriving(self, module: nn.Module) -> bool:
         """Whether a gradient that arrives at a module's output is the pass's, not one that the forward itself takes."""
@@ -323,6 +332,14 @@ class Taps:
         torch.autograd.grad(outputs.sum(), self._anchor, allow_unused=True, retain_graph=again)
         with torch.no_grad():
             self._hand_over()
+        # A gradient that did not come: nothing depends on that output, or it is on a tape of somebody's that does not
+        # lead to the anchor (an input that requires grad). The full tap knows which.
+        missing = {arrival.module for arrival in self._expected if not arrival.came}
+        if missing:
+            self._known.slow |= missing
+            for module in missing:
+                self._quick.pop(module, None)
+            raise UnexpectedError
 
     def leaks(self, outputs: Tensor) -> tuple[set[nn.Module], set[nn.Module]]:
         """Modules through whose rows an example's output depends on rows of another, and those proven not to be.
@@ -349,6 +366,10 @@ class Taps:
         leaking, reached = torch.stack([flags.cpu() for flags in told.values()]).T.tolist()
         leaks = {module for module, leak in zip(told, leaking, strict=True) if leak}
         return leaks, {module for module, own in zip(told, reached, strict=True) if own} - leaks
+
+
+def _nowhere(delivery: Delivery) -> None:
+    """Where deliveries go while there is no backward."""
 
 
 def _refuse_reentrant(module: nn.Module) -> None:

@@ -211,7 +211,7 @@ class Scaled(Vectors):
         self._made: Tensor | None = None
 
     @property
-    def v(self) -> Tensor:
+    def v(self) -> Tensor:  # type: ignore[override]
         """(B, n), fp32 or float64."""
         if self._made is None:
             Scaled.make([self])

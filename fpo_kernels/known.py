@@ -27,6 +27,7 @@ class Known:
         checked: modules that return what their rules suppose.
         separable: of those, how they were called when they were seen to keep two or more examples apart.
         lookups: what an embedding does with the rows it looks up.
+        slow: modules whose gradient did not come where it was only noted; they have full taps.
         remade: modules whose input was seen to come out the same when it is multiplied again (`remake`).
     """
 
@@ -35,6 +36,7 @@ class Known:
         self.separable: set[Manner] = set()
         self.lookups: dict[nn.Module, Lookup] = {}
         self.remade: set[nn.Module] = set()
+        self.slow: set[nn.Module] = set()
         self._rates: dict[nn.Module, tuple[int, int]] = {}  # how often its parameters were asked for, in so many calls
 
     def expect(self, reads: Mapping[nn.Module, Reads], calls: Mapping[nn.Module, int]) -> None:
@@ -52,7 +54,7 @@ class Known:
 
     def is_plain(self, module: nn.Module) -> bool:
         """Whether a call needs no look but at its shape: what it returns is known, and it looks nothing up."""
-        return module in self.checked and not isinstance(module, nn.Embedding)
+        return module in self.checked and module not in self.slow and not isinstance(module, nn.Embedding)
 
 
 class Quick(NamedTuple):

@@ -102,8 +102,11 @@ def deferred_fills() -> Iterator[list[tuple[Tensor, NDArray[Any]]]]:
 
 
 def sent(values: NDArray[Any], device: torch.device) -> Tensor:
-    """A small host array on a device."""
-    return fill(torch.empty(values.shape, dtype=torch.from_numpy(values[:0]).dtype, device=device), values)
+    """A small host array on a device; on a CPU the array itself."""
+    host = torch.from_numpy(values)
+    if device.type == "cpu":
+        return host
+    return fill(torch.empty(host.shape, dtype=host.dtype, device=device), values)
 
 
 def fill(held: Tensor, values: NDArray[Any]) -> Tensor:

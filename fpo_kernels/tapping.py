@@ -82,6 +82,7 @@ def tapped(plan: Plan, shape: Shape, known: Known) -> Iterator[Taps]:
 
 
 def _untap(taps: Taps) -> None:
+    taps.close()
     for module, reads in taps.reads.items():
         module._forward_hooks.pop(taps, None)  # type: ignore[call-overload]
         module._forward_hooks_with_kwargs.pop(taps, None)  # type: ignore[call-overload]

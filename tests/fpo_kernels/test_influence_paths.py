@@ -280,3 +280,24 @@ def test_entries_of_mappings_are_split_too():
     model.forward = lambda ids, more: model.top(model.table(ids) * more["w"].view(-1, 1, 1))
     batch = {"ids": IDS, "more": {"w": torch.tensor([1.0, 2.0, -1.0, 0.5]).double()}}
     assert error(engine_of(model, micro_batch=1).norms(batch), engine_of(model).norms(batch)) < 1e-12
+
+
+def test_inputs_that_are_on_a_tape_of_somebody_s():
+    """Siblings whose input requires grad, whoever asked for that: no gradient may be lost on the way to it."""
+
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(60)
+            self.left, self.right, self.score = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 1)
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()  # as enable_input_require_grads does for checkpointing
+            return self.score((self.left(x) * self.right(x)).tanh())[..., 0].sum(1)
+
+    model = Forked().double()
+    engine = fk.Influence(model, output=lambda returned: returned)
+    for seed in range(4):
+        batch = {"x": torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))}
+        expected = rows_of_gradients(model, batch).square().sum(1)
+        assert error(engine.norms(batch), expected) < 1e-10
