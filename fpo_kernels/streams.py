@@ -102,10 +102,10 @@ def deferred_fills() -> Iterator[list[tuple[Tensor, NDArray[Any]]]]:
 
 
 def sent(values: NDArray[Any], device: torch.device) -> Tensor:
-    """A small host array on a device; on a CPU the array itself."""
+    """A small host array on a device."""
     host = torch.from_numpy(values)
     if device.type == "cpu":
-        return host
+        return torch.zeros(host.shape, dtype=host.dtype, device=device).copy_(host)
     return fill(torch.empty(host.shape, dtype=host.dtype, device=device), values)
 
 

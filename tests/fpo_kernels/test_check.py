@@ -11,6 +11,7 @@ import fpo_kernels as fk
 from fpo_kernels import layers
 from fpo_kernels.batches import telling
 from fpo_kernels.compare import Comparison
+from fpo_kernels.gradients import Vectors
 from tests.fpo_kernels.test_zoo import EXPECTED_REFUSED, ZOO, engine_of
 from tests.fpo_kernels.tiny import batch_of, error, gradients, tiny_llama
 from tests.fpo_kernels.truth import Passes
@@ -59,7 +60,7 @@ def test_nothing_right_is_refused_in_a_thousand_batches():
     [
         ("_outer", lambda stream: stream.__class__(stream.a, 2 * stream.d, stream.packing, stream.transposed)),
         ("_outer", lambda stream: stream.__class__(stream.a.roll(1, 0), stream.d, stream.packing, stream.transposed)),
-        ("_scale", lambda stream: stream.__class__(stream.v.roll(1, 0))),  # another example's
+        ("_scale", lambda stream: Vectors(stream.v.roll(1, 0))),  # another example's
         ("_lookup", lambda stream: stream.__class__(stream.ids, 0 * stream.d, stream.packing, stream.table)),
     ],
     ids=["a factor of two", "rows moved by one", "examples in another order", "nothing at all"],

@@ -134,7 +134,7 @@ def _dirty_memory() -> object:
 
 @inside
 @pytest.mark.timeout(900)
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(problems())
 def test_any_layers_in_one_launch(problem: Problem) -> None:
     with pytest.MonkeyPatch.context() as patched:
