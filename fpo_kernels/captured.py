@@ -232,7 +232,8 @@ class Captures:
         except torch.OutOfMemoryError:
             raise
         except Exception as problem:  # whatever a model does that a graph cannot hold
-            self.reason = f"not captured in a CUDA graph ({type(problem).__name__}: {str(problem).splitlines()[0]})"
+            first = (str(problem).strip().splitlines() or ["no message"])[0]
+            self.reason = f"not captured in a CUDA graph ({type(problem).__name__}: {first})"
             return
         if not all(close(now, before) for now, before in zip(answer, eager, strict=True)):
             if slot.width is None or slot.width == tokens:

@@ -24,7 +24,7 @@ from .outputs import Output, OutputMap, first_logit
 from .passes import CHECKS, PER_EXAMPLE, Passes
 from .sketched import Maps, Sketched
 from .streams import sent
-from .totals import Held, Total, holding, symmetric, wide
+from .totals import Held, Total, holding, symmetric, unread, wide
 from .vectors import by_parameter
 
 T = TypeVar("T")
@@ -258,7 +258,7 @@ class Influence:
         return self._captures.answer(batch, pairs, self._run, layout, self._passes.weights, self._pad_id())
 
     def _run(self, batch: Batch, pairs: Pairs, layout: Layout) -> tuple[Tensor, Tensor]:
-        total = Total(self._passes.padding_read)
+        total = Total(unread if layout.static else self._passes.padding_read)
         outputs = self._passes.run(batch, total.over(pairs), layout)
         return outputs, total.result(outputs, len(pairs.host))
 
