@@ -20,7 +20,8 @@ from torch import Tensor
 # Sources: Fasi, Higham, Mikaitis and Pranesh 2021, Numerical behavior of NVIDIA tensor cores (PeerJ CS 7:e330), for
 # V100, T4 and A100; Khattak and Mikaitis 2025, Accurate models of NVIDIA tensor cores (arXiv 2512.07004), for H100
 # and B200. A product of bf16 has 16 bits and loses none of them to a sum less than 2^10 times as large; one of fp16
-# has 22 and loses some to any sum above it. The band is that of fp16 for both.
+# has 22 and loses some to any sum above it. The band is that of fp16 for both. That units cut, a block at a time, is
+# theirs; the sizes of blocks and the extra bits above are not yet checked against their tables or on a card.
 TRUNCATION = 0.35
 
 

@@ -103,7 +103,7 @@ class StaticLayout(Layout):
         whole = Extents.packed(np.full(self.shape.examples, rows, dtype=np.int64))
         if not dropping:
             return whole
-        return Extents(whole.host, lying=True)
+        return Extents(whole.host, differs=True)
 
     def lie(self, at: Extents) -> None:
         """Say where the examples of the next replay lie: extents in tokens."""

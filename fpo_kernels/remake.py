@@ -15,7 +15,6 @@ from torch import Tensor
 
 Node = Any  # torch.autograd.graph.Node, with its _saved_ attributes
 
-
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 

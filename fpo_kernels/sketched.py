@@ -71,7 +71,7 @@ class Sketched:
     def __init__(self, maps: Maps, shapes: Mapping[str, tuple[int, ...]], per_layer: bool) -> None:
         """`shapes` are the chosen parameters'; `per_layer` keeps them apart by name, else the sum's name is ""."""
         self._maps, self._shapes, self._per_layer = maps, shapes, per_layer
-        self._noted: list[Member] = []
+        self._noted: list[tuple[str, Member]] = []  # by the sum that it adds to
         self._kept_bytes = 0
         self._cuts: dict[Packing, tuple[Tensor, Tensor]] = {}
         self._spectra: dict[str, Tensor] = {}
@@ -107,22 +107,22 @@ class Sketched:
         if packing not in self._cuts:
             self._cuts[packing] = packing.offsets[:-1], packing.offsets.diff()
         longest = int(packing.lengths.max(initial=0))
-        slot = list(self._shapes).index(name) if self._per_layer else 0
-        self._noted.append(Member(a, ds, *self._cuts[packing], longest, sketches, slot))
+        member = Member(a, ds, *self._cuts[packing], longest, sketches, slot=0)
+        self._noted.append((name if self._per_layer else "", member))
         self._kept_bytes += a.nbytes + sum(d.nbytes for d in ds)
         if self._kept_bytes >= KEPT_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         """Sketch what was kept."""
-        by_device: dict[torch.device, list[Member]] = {}
-        for member in self._noted:
-            by_device.setdefault(member.a.device, []).append(member)
-        names = list(self._shapes) if self._per_layer else [""]
-        for members in by_device.values():
-            sums = grouped_sketch(members, len(names))
-            for slot in {member.slot for member in members}:
-                self._add(self._spectra, names[slot], sums[slot])
+        by_device: dict[torch.device, list[tuple[str, Member]]] = {}
+        for name, member in self._noted:
+            by_device.setdefault(member.a.device, []).append((name, member))
+        for named in by_device.values():
+            slots = {name: slot for slot, name in enumerate(dict.fromkeys(name for name, _ in named))}
+            sums = grouped_sketch([member._replace(slot=slots[name]) for name, member in named], len(slots))
+            for name, slot in slots.items():
+                self._add(self._spectra, name, sums[slot])
         self._noted, self._kept_bytes = [], 0
 
     def _in_buckets(self, name: str, stream: Rows | Vectors) -> Tensor:

@@ -63,15 +63,18 @@ class Extents:
 
     Attributes:
         host: (B, 4) int64: first row, how many rows, the first of these that counts, how many count.
-        lying: a device's own, where that differs from call to call and the host says how much room there is; or None.
+        key: its bytes.
+        differs: the device's own differ from call to call, and the host says how much room there is.
+        lying: the device's own, once asked for.
+        lists: what operations make of them, once.
     """
 
-    def __init__(self, host: NDArray[np.int64], lying: bool = False) -> None:
+    def __init__(self, host: NDArray[np.int64], differs: bool = False) -> None:
         self.host = host
         self.key = host.tobytes()
-        self.differs = lying
+        self.differs = differs
         self.lying: Tensor | None = None
-        self.lists: dict[tuple[object, ...], tuple[Tensor, ...]] = {}  # what operations make of them, once
+        self.lists: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
     @staticmethod
     def packed(lengths: NDArray[np.int64]) -> Extents:
@@ -104,8 +107,6 @@ def deferred_fills() -> Iterator[list[tuple[Tensor, NDArray[Any]]]]:
 def sent(values: NDArray[Any], device: torch.device) -> Tensor:
     """A small host array on a device."""
     host = torch.from_numpy(values)
-    if device.type == "cpu":
-        return torch.zeros(host.shape, dtype=host.dtype, device=device).copy_(host)
     return fill(torch.empty(host.shape, dtype=host.dtype, device=device), values)
 
 

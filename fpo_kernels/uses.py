@@ -49,12 +49,7 @@ class Uses(TorchFunctionMode):
         super().__init__()
         self._names = {id(site.parameter): site.name for site in sites}
         self._paused = False
-        self.entered = False
         self.count: dict[str, int] = {}
-
-    def __enter__(self) -> Any:
-        self.entered = True
-        return super().__enter__()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -119,7 +119,6 @@ class Ledger:
         self._sums: dict[int, tuple[Lists, list[Tensor]]] = {}
         self._total: Tensor | None = None
         self._leak: dict[torch.device, Tensor] = {}
-        self.launches = 0
 
     def note(
         self,
@@ -172,7 +171,6 @@ class Ledger:
         if device not in self._leak:
             self._leak[device] = torch.zeros(1, dtype=torch.int32, device=device)
         sums = launch(members, lists, tile, unit, self._leak[device])
-        self.launches += 1
         parts = self._sums.setdefault(id(lists.items), (lists, []))[1]
         parts.append(sums)
         if sum(part.nbytes for part in parts) > config.SUM_BYTES:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -14,19 +11,16 @@ from torch import Tensor, nn
 import fpo_kernels as fk
 from fpo_kernels import captured, passes, totals
 from fpo_kernels.captured import bucket
+from tests.fpo_kernels.interpreted import inside, outside, passes_apart
 from tests.fpo_kernels.tiny import PAD, batch_of, error, rows_of_gradients, tiny_llama
 
 pytest.importorskip("triton")
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_in_its_own_process starts")
 TOLERANCE = 1e-5
 
 
-@pytest.mark.skipif(INTERPRETING, reason="is the parent's")
+@outside
 def test_in_its_own_process() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-q"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    passes_apart(__file__)
 
 
 class Again:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -18,18 +15,15 @@ from fpo_kernels.products import config_triton as config
 from fpo_kernels.products import grad_products
 from fpo_kernels.streams import Extents
 from fpo_kernels.testing import budget, reach
+from tests.fpo_kernels.interpreted import inside, outside, passes_apart
 
 pytest.importorskip("triton")
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_in_its_own_process starts")
 SMALL = config.Tokens(tokens=16, features=16, warps=4, stages=1)
 
 
-@pytest.mark.skipif(INTERPRETING, reason="is the parent's")
+@outside
 def test_in_its_own_process() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-q"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    passes_apart(__file__)
 
 
 class Layer(NamedTuple):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,22 +9,19 @@ from torch import Tensor, nn
 import fpo_kernels as fk
 from fpo_kernels import passes, sketched, totals
 from tests.fpo_kernels import test_influence_ragged
+from tests.fpo_kernels.interpreted import inside, outside, passes_apart
 from tests.fpo_kernels.test_influence_ragged import Narrow
 from tests.fpo_kernels.test_influence_sketch import DIM, SEED, formed_sketch
 from tests.fpo_kernels.tiny import batch_of, error, rows_of_gradients, tiny_llama
 
 pytest.importorskip("triton")
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_in_its_own_process starts")
 TOLERANCE = 1e-5
 LENGTHS = [0, 17, 66, 1]
 
 
-@pytest.mark.skipif(INTERPRETING, reason="is the parent's")
+@outside
 def test_in_its_own_process() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-q"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    passes_apart(__file__)
 
 
 @pytest.fixture(autouse=True)

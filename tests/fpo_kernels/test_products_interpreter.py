@@ -5,9 +5,7 @@ fp32 and fp16 only: there a tl.dot of bf16 gives garbage without an error.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,10 +15,9 @@ from torch import Tensor
 from fpo_kernels.products import config_triton as config
 from fpo_kernels.products import grad_products
 from fpo_kernels.testing import Place, check_products, ragged, random_streams
+from tests.fpo_kernels.interpreted import dirty_memory, inside, outside, passes_apart
 
 triton = pytest.importorskip("triton")
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_in_its_own_process starts")
 # triton 3.6 compiles a range whose bounds are read from memory, but with numpy 2.4 it cannot interpret one
 NUMPY = tuple(int(part) for part in np.__version__.split(".")[:2])
 clash = triton.__version__.startswith("3.6.") and NUMPY >= (2, 4)
@@ -32,22 +29,15 @@ DTYPES = [torch.float32, torch.float16]
 RAGGED = [3, 0, 1, 70, 33, 8, 2, 2, 5, 1, 9, 0, 4, 2, 1, 6, 40, 17, 3]
 
 
-@pytest.mark.skipif(INTERPRETING, reason="is the parent's")
+@outside
 def test_in_its_own_process() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-q"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    passes_apart(__file__)
 
 
 @pytest.fixture(autouse=True)
-def _dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated and not written reads as NaN, or as a number no kernel expects."""
-
-    def poisoned(*size: int, dtype: torch.dtype = torch.float32, **kwargs) -> Tensor:
-        bad = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max
-        return torch.full(size, bad, dtype=dtype, **kwargs)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+def _dirty_memory() -> Iterator[None]:
+    with dirty_memory():
+        yield
 
 
 def all_pairs(n: int, m: int) -> Tensor:

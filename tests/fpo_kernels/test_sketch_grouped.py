@@ -6,9 +6,7 @@ fp32 and fp16.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -23,12 +21,10 @@ from fpo_kernels.sketch.grouped import Member, grouped_sketch
 from fpo_kernels.sketch.maps import bucket_map
 from fpo_kernels.sketch.plan import pieces
 from fpo_kernels.testing import random_streams
+from tests.fpo_kernels.interpreted import dirty_memory, inside, outside, passes_apart
 from tests.fpo_kernels.sketches import definition
 
 pytest.importorskip("triton")
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_in_its_own_process starts")
-outside = pytest.mark.skipif(INTERPRETING, reason="is the parent's")
 F32, F16 = torch.float32, torch.float16
 DIMS = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 # None, one token, a pair, odd ones; more than a chunk where the test makes chunks short.
@@ -115,20 +111,12 @@ def check(problem: Problem) -> Tensor:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("which", ["any_layers", "not any_layers"])
 def test_in_its_own_process(which: str) -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-q", "-k", which]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    passes_apart(__file__, "-k", which)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _dirty_memory() -> object:
-    """What is allocated and not written reads as NaN."""
-
-    def poisoned(*size: int, **kwargs) -> Tensor:
-        return torch.full(size, torch.nan, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torch, "empty", poisoned)
+def _dirty_memory() -> Iterator[None]:
+    with dirty_memory():
         yield
 
 

@@ -6,9 +6,7 @@ fp32 and fp16.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,32 +14,25 @@ from torch import Tensor
 
 from fpo_kernels.sketch import TensorSketch, grad_sketch
 from fpo_kernels.testing import PLACES, ragged, random_streams
+from tests.fpo_kernels.interpreted import dirty_memory, inside, outside, passes_apart
 from tests.fpo_kernels.sketches import check_room, siblings, walsh
 
 pytest.importorskip("triton")
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_in_its_own_process starts")
 F32, F16 = torch.float32, torch.float16
 # Lengths that no tile divides, empty examples, one of several chunks.
 RAGGED = [3, 0, 1, 17, 0, 24, 2]
 DIMS = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
 
-@pytest.mark.skipif(INTERPRETING, reason="is the parent's")
+@outside
 def test_in_its_own_process() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-q"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    passes_apart(__file__)
 
 
 @pytest.fixture(autouse=True)
-def _dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated and not written reads as NaN."""
-
-    def poisoned(*size: int, **kwargs) -> Tensor:
-        return torch.full(size, torch.nan, **kwargs)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+def _dirty_memory() -> Iterator[None]:
+    with dirty_memory():
+        yield
 
 
 def sketched(streams: tuple, sketches: tuple[TensorSketch, ...]) -> Tensor:
