@@ -87,10 +87,14 @@ def _check_settings(out: Path, config: RunConfig) -> None:
         free += ("iterations",)
     if "data.date" not in before:  # a run of a version that had no such setting
         free += ("data.date",)
-    for key in (k for k in now if before.get(k) != now[k] and not k.startswith(free)):
-        if key not in before:
-            raise RunError(f"resume: {out / CONFIG} does not say what {key} was; put the whole file back")
-        raise RunError(f"resume: {key} was {before[key]!r} when {out} began and is {now[key]!r} now")
+    asked = [key for key in now if not key.startswith(free)]
+    # before any value is compared: where a file was cut, the last value left is cut too
+    sections = {key.partition(".")[0] for key in now} - {key.partition(".")[0] for key in before}
+    for key in (*(key for key in asked if key not in before), *sorted(sections)):
+        raise RunError(f"resume: {out / CONFIG} does not say what {key} was; put the whole file back")
+    for key in asked:
+        if before[key] != now[key]:
+            raise RunError(f"resume: {key} was {before[key]!r} when {out} began and is {now[key]!r} now")
 
 
 def _check_rows(out: Path, done: int) -> None:
