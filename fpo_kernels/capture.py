@@ -1,15 +1,16 @@
-"""Identity taps: hand a module's input and output gradient over while a backward pass runs.
+"""Taps: hand a module's input and output gradient over while a backward pass runs.
 
-A tapped module's output passes through an autograd identity that keeps the module's input (through
-autograd's own saved tensors, so that checkpointing recomputes it instead of keeping it) and calls back
-with (a, d) when the output's gradient d arrives. All parameters are frozen meanwhile: no weight gradient
-is ever computed, and nothing below the lowest tap is put on the tape.
+The output of a module that was not seen before passes through an autograd identity that keeps the module's input
+(through autograd's own saved tensors, so that checkpointing recomputes it instead of keeping it) and calls back with
+(a, d) when the output's gradient d arrives. Of a module that was seen to be plain a call is only noted (`arrivals`).
+All parameters are frozen meanwhile: no weight gradient is ever computed, and nothing below the lowest tap is put on
+the tape.
 """
 
 from __future__ import annotations
 
+import operator
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,19 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from .arrivals import on_arrival
+from .arrivals import Arrivals
 from .known import Known, Manner, Plan, Quick
 from .layers import Lookup, input_of, looked_up, returns_what_it_should, some_rows
 from .refusals import UnexpectedError, UnservedError, UnusableError
-from .remake import Node, are_saved_plainly, maker_of, remade
+from .remake import Inputs, Node, maker_of, remade
 from .uses import Reads, Uses
 
 PLAIN = Lookup()
 # Gradients of so many bytes are noted before they are handed over; each then does little in the middle of a backward.
-# On a CPU a MiB, which no model notices; 128 MiB are five layers of an 8B model at 9 × 64 tokens.
-NOTED_BYTES = {"cpu": 2**20, "cuda": 128 * 2**20}
-_are_transformed = torch._C._are_functorch_transforms_active
-SMALL_BYTES = 2**18  # inputs up to this size are kept: making one again would be a launch to save nothing
+# On a CPU 4 MiB, which no model notices; 128 MiB are five layers of an 8B model at 9 × 64 tokens.
+NOTED_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
+
+
+_index = operator.itemgetter(0)
 
 
 class Shape(NamedTuple):
@@ -67,80 +69,48 @@ class _Tap(torch.autograd.Function):
         return grad, None, None, None
 
 
-class _Arrival:
-    """What is done when the gradient of a module's output arrives; called with it."""
-
-    __slots__ = ("a", "came", "group", "module", "node", "taps", "version")
-
-    def __init__(self, taps: Taps, module: nn.Module, group: int, a: Tensor | None, node: Node | None) -> None:
-        self.taps, self.module, self.group, self.node = taps, module, group, node
-        self.a, self.version, self.came = a, 0 if a is None else a._version, False
-
-    def __call__(self, d: Tensor) -> None:
-        taps, a = self.taps, self.a
-        if not taps.arriving(self.module):
-            return
-        self.came = True
-        if self.node is not None:
-            a = taps.remade(self.node, self.group)
-        elif a is not None and a._version != self.version:
-            raise RuntimeError(
-                f"{type(self.module).__name__}: what it read was modified by an inplace operation before its gradient "
-                "came; the model has to make a copy"
-            )
-        taps.note(self.module, self.group, a, d)
-        if not taps.again:
-            self.a = None
-
-
 class Taps:
     """What a forward pass under `tapped` left behind: each use of a module in order, and the way back.
 
     Attributes:
         calls: (module, group) of every use of a tapped module.
         names: module → the chosen parameters it serves.
-        idle: outputs are passed on untouched.
         expanded: modules whose call was broadcast over the batch and went on expanded to it.
         untaped: modules with a call under no_grad, which adds nothing to any gradient.
         odd: modules that were called without the batch in front.
-        inner: modules through which the forward itself took a gradient that can be differentiated again.
+        inner: modules through which the forward itself took a gradient that can be differentiated again; looked for
+            by full taps alone.
         uses: counts the uses of the sites' parameters while it is entered.
         reads: module → a count of how often its parameters were asked for.
-        again: the tape is left for another backward.
+        forwards: module whose calls are only noted → the forward that was its own, apart from its class's, or None.
     """
 
-    def __init__(self, plan: Plan, shape: Shape, known: Known) -> None:
+    def __init__(self, plan: Plan, shape: Shape, known: Known, counting: bool) -> None:
+        most = NOTED_BYTES.get(plan.device.type, 0)
         self.calls: list[tuple[nn.Module, int]] = []
         self.expanded: set[nn.Module] = set()
         self.untaped: set[nn.Module] = set()
         self.inner: set[nn.Module] = set()
         self.odd: set[nn.Module] = set()
-        self.idle = False
-        self.uses = Uses(plan.sites)
+        self._idle = False
+        self.uses = Uses(plan.sites if counting else ())
         self.reads: dict[nn.Module, Reads] = {}
+        self.forwards: dict[nn.Module, Any] = {}
         self.names, self._own, self._reads, self._quick = plan.names, plan.own, plan.reading, plan.quick
         self._size = shape.examples
         self._deliver: Callable[[Delivery], None] = _nowhere
         self._known = known
         self._shape = shape
         self._anchor = torch.zeros((), device=plan.device, requires_grad=True)
-        # id → an input, its version, where it lies, and its group
-        self._inputs: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
-        self._nodes: dict[int, Node | None] = {}  # what makes a group's input again
-        self._last: tuple[Tensor | None, int, int] = None, 0, 0  # the input met last, its version and group
-        self._latest: tuple[int, Tensor] | None = None  # the input made last, and its group
+        self._inputs = Inputs()
+        self._arrivals = Arrivals(self._size, self._inputs, self.calls, most)
         self._backward = False
-        self._expected: list[_Arrival] = []
-        self._noted: list[tuple[nn.Module, int, Tensor | None, Tensor, int]] = []
-        self._noted_bytes, self._most_bytes = 0, NOTED_BYTES.get(plan.device.type, 0)
-        self.again = False
+        self._noted: list[tuple[int, nn.Module, int, Tensor | None, Tensor, int]] = []
+        self._noted_bytes, self._most_bytes = 0, most
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: pass the output through an identity that remembers the input."""
-        if self.idle:
-            return output
-        quick = self._quick.get(module)
-        if quick is not None and not kwargs and self._is_noted(quick, module, args, output):
+        if self._idle:
             return output
         if not torch.is_grad_enabled():
             _refuse_reentrant(module)
@@ -161,62 +131,40 @@ class Taps:
             self._unreadable(module, "what it was called with", problem)
         finally:
             self.reads[module].count = counted
-        group, given = self._group(a), a
+        index = len(self.calls)
+        group, given = self._inputs.group(a, index), a
         a, output = self._by_example(module, a.detach(), output)
         node = self._maker(module, given) if module in self._reads and a.shape == given.shape else None
         if not self._backward:  # under checkpointing the forward runs again during backward
             self.calls.append((module, group))
+            self._arrivals.bytes += output.nbytes
 
         def deliver(a: Tensor | None, d: Tensor) -> None:
             if self.arriving(module):
-                a = a if node is None else self.remade(node, group)
-                self.note(module, group, a, lookup.gradient(a, d))
+                a = a if node is None else self._inputs.remade(node, group)
+                self.note(index, module, group, a, lookup.gradient(a, d))
 
         return _Tap.apply(output, self._anchor, a if module in self._reads and node is None else None, deliver)
 
-    def _is_noted(self, quick: Quick, module: nn.Module, args: tuple[Any, ...], output: Any) -> bool:
-        """The usual call, of a module that was seen to be plain, noted in a few microseconds; False for any other.
+    @property
+    def idle(self) -> bool:
+        """Whether outputs are passed on untouched."""
+        return self._idle
 
-        Asked for every tap of every pass: what is looked up once too often shows.
-        """
-        if len(args) != 1 or type(output) is not Tensor or not output.requires_grad:
-            return False
-        size = self._size
-        if size > 1 and (output.dim() < 2 or output.size(0) != size):
-            return False
-        if _are_transformed() or not are_saved_plainly():
-            return False
-        own, reads, remade_before = quick
-        parameters = module._parameters
-        for attribute, parameter in own:
-            if parameters.get(attribute) is not parameter:
-                return False
-        a: Tensor = args[0]
-        node, kept = None, None
-        last, version, group = self._last
-        if last is not a or version != a._version:
-            group = self._group(a)
-        if reads:
-            if group in self._nodes:
-                node = self._nodes[group]
-            else:
-                node = self._nodes[group] = maker_of(a) if a.nbytes > SMALL_BYTES else None
-            if node is None:
-                kept = a
-            elif not remade_before:
-                return False
-        arrival = _Arrival(self, module, group, kept, node)
-        if not on_arrival(output, arrival):
-            return False
-        self._expected.append(arrival)
-        if not self._backward:
-            self.calls.append((module, group))
-        return True
+    @idle.setter
+    def idle(self, idle: bool) -> None:
+        self._idle = idle
+        self._arrivals.open = not idle and not self._backward
+
+    def noting(self, module: nn.Module, quick: Quick) -> Callable[..., Any]:
+        """What stands for the forward of a module that was seen to be plain."""
+        return self._arrivals.noting(module, quick, self.hook)
 
     def close(self) -> None:
-        """Let go of what the pass made: arrivals know the taps, which know the arrivals."""
-        self._expected, self._noted, self._nodes = [], [], {}
-        self._deliver, self._latest, self._last = _nowhere, None, (None, 0, 0)
+        """Let go of what the pass made: what is on the tape knows the taps, which know the tape."""
+        self._noted, self._deliver = [], _nowhere
+        self._arrivals.close()
+        self._inputs.close()
 
     def arriving(self, module: nn.Module) -> bool:
         """Whether a gradient that arrives at a module's output is the pass's, not one that the forward itself takes."""
@@ -224,19 +172,20 @@ class Taps:
             self.inner.add(module)
         return self._backward
 
-    def note(self, module: nn.Module, group: int, a: Tensor | None, d: Tensor) -> None:
-        """Keep a delivery; they are handed over together, which takes a third of the time that each takes alone."""
-        self._noted.append((module, group, a, d, d._version))
+    def note(self, index: int, module: nn.Module, group: int, a: Tensor | None, d: Tensor) -> None:
+        """Keep the delivery of a call; they are handed over together, in a third of the time that each takes alone."""
+        self._noted.append((index, module, group, a, d, d._version))
         self._noted_bytes += d.nbytes
         if self._noted_bytes >= self._most_bytes:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        """What was noted to the callback, without autocast."""
+        """What was noted to the callback, the last call first, without autocast."""
         noted, self._noted, self._noted_bytes = self._noted, [], 0
+        noted.sort(key=_index, reverse=True)  # however they were come by: sums have one order
         kind = self._anchor.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            for module, group, a, d, version in noted:
+            for _, module, group, a, d, version in noted:
                 if d._version != version:
                     raise RuntimeError(f"{type(module).__name__}: the gradient of its output was changed in place")
                 try:
@@ -253,12 +202,6 @@ class Taps:
                     self._known.remade.add(module)
                 return None
         return node
-
-    def remade(self, node: Node, group: int) -> Tensor:
-        """A group's input, made again."""
-        if self._latest is None or self._latest[0] != group:  # siblings come one after another
-            self._latest = group, remade(node)
-        return self._latest[1]
 
     def _unreadable(self, module: nn.Module, what: str, problem: Exception) -> NoReturn:
         if isinstance(problem, torch.OutOfMemoryError):
@@ -310,17 +253,6 @@ class Taps:
         times = Counter(module for module, _ in self.calls)
         return {Manner(module, count, module in self.odd) for module, count in times.items()}
 
-    def _group(self, given: Tensor) -> int:
-        state = given._version, given.data_ptr()
-        known = self._inputs.get(id(given))
-        group = len(self.calls)
-        if known is not None and known[0]() is given and known[1:3] == state:
-            group = known[3]
-        else:
-            self._inputs[id(given)] = weakref.ref(given), *state, group
-        self._last = given, state[0], group
-        return group
-
     def backward(self, outputs: Tensor, deliver: Callable[[Delivery], None], *, again: bool = False) -> None:
         """Send the gradient of `outputs.sum()` down the tape; `deliver` is called on the way, under no_grad."""
         if not outputs.requires_grad:
@@ -328,13 +260,12 @@ class Taps:
                 "output: it depends on none of the chosen parameters' modules (was it detached, or computed under "
                 "no_grad?)"
             )
-        self._deliver, self._backward, self.again, self._last = deliver, True, again, (None, 0, 0)
-        torch.autograd.grad(outputs.sum(), self._anchor, allow_unused=True, retain_graph=again)
+        self._deliver, self._backward = deliver, True
+        missing = self._arrivals.ask(outputs.sum(), self._anchor, self.note, again)
         with torch.no_grad():
             self._hand_over()
         # A gradient that did not come: nothing depends on that output, or it is on a tape of somebody's that does not
         # lead to the anchor (an input that requires grad). The full tap knows which.
-        missing = {arrival.module for arrival in self._expected if not arrival.came}
         if missing:
             self._known.slow |= missing
             for module in missing:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .batches import Batch, rows_of
 from .capture import Delivery, Shape
@@ -16,7 +16,6 @@ from .gradients import Factors, Packing, Stream, join_calls
 from .layers import Site
 from .streams import Extents, sent
 
-USUAL = ("as it lies",)  # the key of an input that is neither packed nor cast
 Consume = Callable[[list[Site], list[Stream]], None]
 
 
@@ -196,27 +195,37 @@ class Gather:
     def __init__(self, course: Course, layout: Layout, consume: Consume) -> None:
         """`course` says how many deliveries complete each parameter."""
         self._course, self._layout, self._consume = course, layout, consume
-        self._lie_as_they_are = layout.in_place or layout.is_full
+        # of a linear weight's delivery, a row a token, nothing is packed: what the rule makes of it is known
+        as_they_are = layout.in_place or layout.is_full
+        self._weights = course.weights if as_they_are else {}
+        self._grid = layout.shape
         self._missing = dict(course.missing)
         self._awaited = dict(course.awaited)
         self._unread = dict(course.unread)
         self._inputs: dict[int, dict[tuple[Any, ...], Tensor]] = {}
+        self._usual: dict[int, tuple[Tensor, Packing]] = {}  # a group's input as it lies
         self._parts: dict[Site, list[Stream]] = {}
-        self._ready: dict[int, list[tuple[Site, Stream]]] = {}
+        self._ready: dict[int, list[tuple[Site, Factors]]] = {}
 
     def deliver(self, delivery: Delivery) -> None:
         """A tap's callback."""
         module, group, a, d = delivery
-        inputs = self._inputs.get(group)
-        if inputs is None:
-            inputs = self._inputs[group] = {}
-        if self._lie_as_they_are and module in self._course.weights and self._is_usual(inputs, group, module, a, d):
-            return
+        weight = self._weights.get(module)
+        if weight is not None and a is not None:
+            usual = self._usual.get(group) or self._as_it_lies(group, a, d)
+            if usual is not None and d.shape[:-1] == self._grid and d.dtype == usual[0].dtype:
+                site, family = weight
+                flat = d.view(-1, d.shape[-1]) if d.is_contiguous() else d.flatten(0, 1)
+                self._ready.setdefault(family, []).append((site, Factors(usual[0], flat, usual[1])))
+                self._is_there(family)
+                self._was_read(group)
+                return
+        inputs = self._inputs.setdefault(group, {})
         call = _Call(delivery, self._layout, inputs)
-        for site, stream_of, family in self._course.served[module]:
+        for site, stream_of, own_family in self._course.served[module]:
             stream = stream_of(module, call)
-            if family is not None:
-                self._sibling(site, stream, family)
+            if own_family is not None:
+                self._sibling(site, stream, own_family)
                 continue
             self._parts.setdefault(site, []).append(stream)
             self._missing[site] -= 1
@@ -228,27 +237,16 @@ class Gather:
         left = self._unread[group] - 1
         self._unread[group] = left
         if not left:
-            del self._inputs[group]
+            self._inputs.pop(group, None)
+            self._usual.pop(group, None)
 
-    def _is_usual(
-        self, inputs: dict[tuple[Any, ...], Tensor], group: int, module: nn.Module, a: Tensor | None, d: Tensor
-    ) -> bool:
-        """A linear weight's delivery, a row a token: what the rule makes of a `_Call`, in a fraction of the time."""
-        if a is None or d.dim() != 3 or a.dim() != 3:
-            return False
-        size, tokens, features = d.shape
-        if size != self._layout.shape.examples or tokens != self._layout.shape.tokens or a.size(1) != tokens:
-            return False
-        site, family = self._course.weights[module]
-        x = inputs.get(USUAL)
-        if x is None:
-            x = inputs[USUAL] = a.detach().flatten(0, 1)
-        if x.dtype != d.dtype or x.size(0) != size * tokens:
-            return False
-        packing = self._layout.packing(tokens, 1, d.device)
-        self._sibling(site, Factors(x, d.view(-1, features) if d.is_contiguous() else d.flatten(0, 1), packing), family)
-        self._was_read(group)
-        return True
+    def _as_it_lies(self, group: int, a: Tensor, d: Tensor) -> tuple[Tensor, Packing] | None:
+        """A group's input, a row a token, and where its examples lie; None where it is no such input."""
+        if a.dim() != 3 or a.shape[:2] != self._grid or a.device != d.device:
+            return None
+        found = a.detach().flatten(0, 1), self._layout.packing(a.shape[1], 1, a.device)
+        self._usual[group] = found
+        return found
 
     def finish(self) -> None:
         """Pass on what is left: parameters of which some calls, or siblings, did not reach the output."""
@@ -265,16 +263,25 @@ class Gather:
             self._ready.setdefault(family, []).append((site, stream))
         else:
             self._consume([site], [stream])
+        self._is_there(family)
+
+    def _is_there(self, family: int) -> None:
         left = self._awaited[family] - 1
         self._awaited[family] = left
         if not left:
             self._pass_on(family)
 
     def _pass_on(self, family: int) -> None:
+        waiting = self._ready.pop(family, None)
+        if waiting is None:
+            return
+        if len(waiting) == 1:
+            site, stream = waiting[0]
+            self._consume([site], [stream])
+            return
         # siblings that did not come to share a tensor (a dtype apart, another layout) go one by one
         together: dict[int, tuple[list[Site], list[Stream]]] = {}
-        for site, stream in self._ready.pop(family, ()):
-            assert isinstance(stream, Factors)
+        for site, stream in waiting:
             sites, streams = together.setdefault(id(stream.a), ([], []))
             sites.append(site)
             streams.append(stream)

@@ -196,7 +196,7 @@ class Passes:
         return min(rows_of(batch), 2), tuple(entries), self.model.training, torch.is_autocast_enabled(device)
 
     def _tapped(self, batch: Batch, layout: Layout, consume: Consume, comparison: Comparison | None = None) -> Tensor:
-        with tapped(self._plan(), layout.shape, self._known) as taps:
+        with tapped(self._plan(), layout.shape, self._known, self._counting) as taps:
             outputs = self._forward(batch, taps)
             course = self._account(taps, batch)
             if comparison is None or not comparison.fine:
@@ -305,7 +305,7 @@ class Passes:
 
     def _look_at(self, batch: Batch, sizes: int) -> None:
         layout = Layout(batch, self._whole)
-        with tapped(self._plan(), layout.shape, self._known) as taps:
+        with tapped(self._plan(), layout.shape, self._known, self._counting) as taps:
             outputs = self._forward(batch, taps)
             self._account(taps, batch)
             self._probe(taps, batch, outputs, sizes)

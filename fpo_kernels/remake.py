@@ -7,6 +7,7 @@ product; a tap that multiplies again, when the gradient arrives, keeps nothing.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -56,3 +57,31 @@ def _beyond_taps(node: Node | None) -> Node | None:
 
 def _factors(node: Node) -> tuple[Tensor | None, Tensor | None]:
     return node._saved_self, node._saved_other
+
+
+class Inputs:
+    """The inputs that the calls of a pass read: which read the same one, and those that are made again."""
+
+    def __init__(self) -> None:
+        # id → an input, its version, where it lies, and its group
+        self._met: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
+        self._latest: tuple[int, Tensor] | None = None  # the input made last, and its group
+
+    def group(self, given: Tensor, fresh: int) -> int:
+        """The number of all calls that read this very tensor, `fresh` if it is the first."""
+        state = given._version, given.data_ptr()
+        known = self._met.get(id(given))
+        if known is not None and known[0]() is given and known[1:3] == state:
+            return known[3]
+        self._met[id(given)] = weakref.ref(given), *state, fresh
+        return fresh
+
+    def remade(self, node: Node, group: int) -> Tensor:
+        """A group's input, made again."""
+        if self._latest is None or self._latest[0] != group:  # siblings come one after another
+            self._latest = group, remade(node)
+        return self._latest[1]
+
+    def close(self) -> None:
+        """Let go of what was made."""
+        self._latest = None

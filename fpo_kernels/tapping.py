@@ -48,24 +48,30 @@ _running: list[Taps] = []  # passes that are under way, the innermost last
 
 
 @contextmanager
-def tapped(plan: Plan, shape: Shape, known: Known) -> Iterator[Taps]:
+def tapped(plan: Plan, shape: Shape, known: Known, counting: bool) -> Iterator[Taps]:
     """Taps on the sites' modules for one forward and `Taps.backward`; the model is restored whatever happens.
 
-    Within another pass, of an output map that asks an engine of its own, the outer taps stand idle.
+    Within another pass, of an output map that asks an engine of its own, the outer taps stand idle. In a pass that is
+    `counting` every module has a full tap; in others those of a plain module's calls are noted.
     """
-    taps = Taps(plan, shape, known)
+    taps = Taps(plan, shape, known, counting)
     with ExitStack() as stack:
         stack.enter_context(_frozen(plan.parameters, plan.modules))
         stack.callback(_untap, taps)
+        quick = {} if counting else plan.quick
         for module in taps.names:
+            own = module.__dict__
+            taps.reads[module] = own["_parameters"] = Reads(own["_parameters"])
+            if module in quick:
+                taps.forwards[module] = own.get("forward")
+                own["forward"] = taps.noting(module, quick[module])
+                continue
             # first in line: a user's own hook may change the output, and d belongs to what the module made. What
             # register_forward_hook does, without handles, which cost as much as all the rest.
             hooks: Any = module._forward_hooks
             hooks[taps] = taps.hook
             hooks.move_to_end(taps, last=False)
             module._forward_hooks_with_kwargs[taps] = True  # type: ignore[index]
-            taps.reads[module] = Reads(module._parameters)
-            module.__dict__["_parameters"] = taps.reads[module]
         for module in plan.quantised:
             stack.callback(module.register_forward_hook(_passes_gradients, with_kwargs=True).remove)
         # torch's fused encoder layers, taken where no weight requires grad, call none of their modules
@@ -84,10 +90,16 @@ def tapped(plan: Plan, shape: Shape, known: Known) -> Iterator[Taps]:
 def _untap(taps: Taps) -> None:
     taps.close()
     for module, reads in taps.reads.items():
-        module._forward_hooks.pop(taps, None)  # type: ignore[call-overload]
-        module._forward_hooks_with_kwargs.pop(taps, None)  # type: ignore[call-overload]
-        module.__dict__["_parameters"] = reads.own
-        if list(map(id, reads.own.values())) != list(map(id, reads.values())):  # the forward put another in its place
+        own = module.__dict__
+        if module not in taps.forwards:
+            module._forward_hooks.pop(taps, None)  # type: ignore[call-overload]
+            module._forward_hooks_with_kwargs.pop(taps, None)  # type: ignore[call-overload]
+        elif taps.forwards[module] is None:
+            del own["forward"]
+        else:
+            own["forward"] = taps.forwards[module]
+        own["_parameters"] = reads.own
+        if reads.changed:  # the forward put another parameter in its place
             reads.own.clear()
             reads.own.update(reads)
 

@@ -27,19 +27,39 @@ _NEUTRAL = re.compile(r"detach|data|(zeros|ones|empty|full|rand|randn|randint)_l
 
 
 class Reads(dict[str, Any]):
-    """A module's parameters, counting how often one is asked for: what a pass costs that needs no `Uses`."""
+    """A module's parameters, counting how often one is asked for: what a pass costs that needs no `Uses`.
 
-    __slots__ = ("count", "own")
+    Attributes:
+        own: the module's dictionary, for which this stands.
+        count: how often a parameter was asked for.
+        changed: another was put in a parameter's place, or one was taken out.
+    """
+
+    __slots__ = ("changed", "count", "own")
 
     def __init__(self, own: dict[str, Any]) -> None:
-        """`own` is the module's dictionary, for which this stands."""
-        self.update(own)
+        super().__init__(own)
         self.own = own
         self.count = 0
+        self.changed = False
 
     def __getitem__(self, name: str, _get: Any = dict.__getitem__) -> Any:
         self.count += 1
         return _get(self, name)
+
+
+def _remembered(change: Any) -> Any:
+    """A dictionary's method, remembering that it was called."""
+
+    def changing(self: Reads, *args: Any, **kwargs: Any) -> Any:
+        self.changed = True
+        return change(self, *args, **kwargs)
+
+    return changing
+
+
+for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+    setattr(Reads, _name, _remembered(getattr(dict, _name)))
 
 
 class Uses(TorchFunctionMode):
