@@ -1,18 +1,20 @@
-"""Calls that are noted as they are made, and the gradients that the tape is asked for once it is whole.
+"""Calls that are only noted, and the gradients that the tape is asked for once it is whole.
 
 Of a module that earlier passes saw to be plain, a pass needs no node on the tape and no hook: its output says where
-its gradient will arrive. Where all of them take little room the tape is asked for them together, which costs a tenth
-of a call of Python each; else each is met where it arrives, and let go of.
+its gradient will arrive. Where all of them take little room outputs are kept, looked at when the forward is done, and
+the tape is asked for their gradients together: a fraction of what two calls of Python each would take in its midst.
+Else each is looked at as it comes, its gradient met where it arrives, and let go of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.nn import functional as F
 
 from .known import Quick
 from .remake import Inputs, Node, are_saved_plainly, maker_of
@@ -28,7 +30,8 @@ class Noted(NamedTuple):
     Attributes:
         turn: among all calls. module: what was called. group: calls of one group read the same input.
         a: the input, at `version`; None where no rule reads it, or where `maker` makes it again.
-        node: the tape's node, `number` which of its gradients. shape: the output's, where the node's is another.
+        output: where it is kept; else the tape's node, `number` which of its gradients, and the output's shape where
+            the node's is another.
     """
 
     turn: int
@@ -37,7 +40,8 @@ class Noted(NamedTuple):
     a: Tensor | None
     version: int
     maker: Node | None
-    node: Node
+    output: Tensor | None
+    node: Node | None
     number: int
     shape: torch.Size | None
 
@@ -68,11 +72,13 @@ class Arrivals:
     def __init__(self, size: int, inputs: Inputs, calls: list[tuple[nn.Module, int]], most_bytes: int) -> None:
         """`size` is the batch's; `calls` takes (module, group) of each; beyond `most_bytes` nothing is kept at once."""
         self._size, self._inputs, self._calls, self._most_bytes = size, inputs, calls, most_bytes
+        # not yet looked at: turn, module, input and its version, output and its version
+        self._waiting: list[tuple[int, nn.Module, Quick, Tensor, int, Tensor, int]] = []
         self._noted: list[Noted] = []
         self._makers: dict[int, Node | None] = {}  # what makes a group's input again
-        self._last: tuple[Tensor | None, int, int] = None, 0, 0  # the input met last, its version and group
-        self.bytes = 0
+        self._odd: set[nn.Module] = set()
         self._met: list[_Met] = []
+        self.bytes = 0
         self.open = True
 
     def noting(self, module: nn.Module, quick: Quick, otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,47 +86,56 @@ class Arrivals:
 
         Asked at every tap of every pass: what is looked up once too often shows.
         """
-        forward, parameters = module.forward, module._parameters
-        own, reads, remade_before = quick
-        size, calls, noted = self._size, self._calls, self._noted
+        parameters: Any = module._parameters
+        forward, asked = _forward_of(module)
+        size, calls, waiting, most_bytes = self._size, self._calls, self._waiting, self._most_bytes
 
         def noting(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
+            parameters.count += asked
             if kwargs or len(args) != 1 or type(output) is not Tensor or not output.requires_grad or not self.open:
                 return otherwise(module, args, kwargs, output)
             if size > 1 and (output.ndim < 2 or output.shape[0] != size):
                 return otherwise(module, args, kwargs, output)
             if _are_transformed() or not are_saved_plainly():
                 return otherwise(module, args, kwargs, output)
-            for attribute, parameter in own:
-                if parameters.get(attribute) is not parameter:
-                    return otherwise(module, args, kwargs, output)
-            made, shape = output, None
-            if output._is_view():  # going on in place would take the view's node off the way; its base's stays
-                base = output._base
-                if base is None or not _is_all_of(output, base):
-                    return otherwise(module, args, kwargs, output)
-                made, shape = base, output.shape
-            node = made.grad_fn
-            if node is None:
-                return otherwise(module, args, kwargs, output)
-            kept: Tensor = args[0]
-            last, version, group = self._last
-            if last is not kept or version != kept._version:
-                group, version = self._inputs.group(kept, len(calls)), kept._version
-                self._last = kept, version, group
-            maker = None
-            if reads and self.bytes > self._most_bytes:  # making a small one again would be work to save nothing
-                maker = self._maker(kept, group)
-                if maker is not None and not remade_before:
-                    return otherwise(module, args, kwargs, output)
-            self.bytes += output.nbytes + (kept.nbytes if reads else 0)
-            a = kept if reads and maker is None else None
-            noted.append(_new(Noted, (len(calls), module, group, a, version, maker, node, made.output_nr, shape)))
-            calls.append((module, group))
+            a = args[0]
+            waiting.append((len(calls), module, quick, a, a._version, output, output._version))
+            calls.append((module, -1))
+            self.bytes += output.nbytes + a.nbytes
+            if self.bytes > most_bytes:
+                self.settle()
             return output
 
         return noting
+
+    def settle(self) -> set[nn.Module]:
+        """Look at the calls so far. → modules whose calls cannot be noted: a pass that called any is void."""
+        large = self.bytes > self._most_bytes
+        last, last_version, group = None, 0, 0
+        for turn, module, quick, a, version, output, output_version in self._waiting:
+            if a is not last or version != last_version:
+                last, last_version, group = a, version, self._inputs.group(a, version, turn)
+            self._calls[turn] = module, group
+            parameters: Any = module._parameters
+            # a hook on a kept output would change its gradient after it is read
+            if output._version != output_version or parameters.changed or (not large and output._backward_hooks):
+                self._odd.add(module)
+                continue
+            made: Tensor | None = output
+            maker, node, number, shape = None, None, 0, None
+            if large:
+                made, shape = _product_of(output)
+                if made is None or made.grad_fn is None:
+                    self._odd.add(module)
+                    continue
+                node, number = made.grad_fn, made.output_nr
+                maker = self._maker(a, group) if quick.reads and quick.remade else None
+            kept = a if quick.reads and maker is None else None
+            place = None if large else output
+            self._noted.append(_new(Noted, (turn, module, group, kept, version, maker, place, node, number, shape)))
+        self._waiting.clear()
+        return self._odd
 
     def _maker(self, a: Tensor, group: int) -> Node | None:
         if group not in self._makers:
@@ -132,22 +147,19 @@ class Arrivals:
 
         With `again` the tape and what was noted are left for another backward. → the modules of which no gradient came.
         """
-        self.open, self._last = False, (None, 0, 0)
-        together = self.bytes <= self._most_bytes
-        inputs: list[Any] = [anchor]
-        if together:
-            inputs += [GradientEdge(call.node, call.number) for call in self._noted]
-        else:
+        self.open = False
+        if self.bytes > self._most_bytes:
             self._meet(note, again)
-        found = torch.autograd.grad(total, inputs, allow_unused=True, retain_graph=again)
-        if not together:
+            torch.autograd.grad(total, anchor, allow_unused=True, retain_graph=again)
             return {met.module for met in self._met if not met.came}
+        outputs: list[Any] = [call.output for call in self._noted]
+        found = torch.autograd.grad(total, [anchor, *outputs], allow_unused=True, retain_graph=again)
         missing: set[nn.Module] = set()
         for call, d in zip(reversed(self._noted), reversed(found[1:]), strict=True):
             if d is None:
                 missing.add(call.module)
             else:
-                note(call.turn, call.module, call.group, call.a_as_read(), call.shaped(d))
+                note(call.turn, call.module, call.group, call.a_as_read(), d)
         if not again:
             self._noted.clear()
         return missing
@@ -162,13 +174,29 @@ class Arrivals:
 
     def close(self) -> None:
         """Let go of what the pass made."""
+        self._waiting.clear()
         self._noted.clear()
-        self._makers, self._met, self._last = {}, [], (None, 0, 0)
+        self._makers, self._met = {}, []
 
 
-def _is_all_of(view: Tensor, base: Tensor) -> bool:
-    """Whether a view has its base's elements, in their order."""
-    return base.numel() == view.numel() and base.is_contiguous() and view.is_contiguous()
+def _forward_of(module: nn.Module) -> tuple[Callable[..., Any], int]:
+    """A module's forward, and how often it would have asked for a parameter that it is given beforehand."""
+    own: Any = module._parameters
+    if type(module) is not nn.Linear or "forward" in module.__dict__ or own.get("weight") is None or "bias" not in own:
+        return module.forward, 0
+    return partial(F.linear, weight=own.get("weight"), bias=own.get("bias")), 2
+
+
+def _product_of(output: Tensor) -> tuple[Tensor | None, torch.Size | None]:
+    """What stays on the way of a layer's gradient if somebody goes on in place, and the output's shape if it differs.
+
+    A view's node is then taken off the way, its base's is not; None where that is not all of it.
+    """
+    if not output._is_view():
+        return output, None
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    return (base if whole else None), output.shape
 
 
 class _Met:
@@ -178,6 +206,7 @@ class _Met:
         self.module, self.came, self.again = call.module, False, False
         self._call: Noted | None = call
         self._inputs, self._note = inputs, note
+        assert call.node is not None  # of a pass where outputs are not kept
         call.node.register_prehook(self)
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:

@@ -43,13 +43,9 @@ class Shape(NamedTuple):
     tokens: int | None
 
 
-class Delivery(NamedTuple):
-    """One use of a module. Deliveries of one `group` read the same input tensor."""
-
-    module: nn.Module
-    group: int
-    a: Tensor | None  # (B, …, p) its input, or (B, …) ids; None where no rule reads it
-    d: Tensor  # (B, …, q) the gradient of its output
+# One use of a module: (module, group, a, d). Deliveries of one group read the same input tensor; a (B, …, p) is that
+# input, or (B, …) ids, None where no rule reads it; d (B, …, q) is the gradient of the module's output.
+Deliver = Callable[[nn.Module, int, "Tensor | None", Tensor], None]
 
 
 class _Tap(torch.autograd.Function):
@@ -98,7 +94,7 @@ class Taps:
         self.forwards: dict[nn.Module, Any] = {}
         self.names, self._own, self._reads, self._quick = plan.names, plan.own, plan.reading, plan.quick
         self._size = shape.examples
-        self._deliver: Callable[[Delivery], None] = _nowhere
+        self._deliver: Deliver = _nowhere
         self._known = known
         self._shape = shape
         self._anchor = torch.zeros((), device=plan.device, requires_grad=True)
@@ -132,7 +128,7 @@ class Taps:
         finally:
             self.reads[module].count = counted
         index = len(self.calls)
-        group, given = self._inputs.group(a, index), a
+        group, given = self._inputs.group(a, a._version, index), a
         a, output = self._by_example(module, a.detach(), output)
         node = self._maker(module, given) if module in self._reads and a.shape == given.shape else None
         if not self._backward:  # under checkpointing the forward runs again during backward
@@ -189,7 +185,7 @@ class Taps:
                 if d._version != version:
                     raise RuntimeError(f"{type(module).__name__}: the gradient of its output was changed in place")
                 try:
-                    self._deliver(Delivery(module, group, a, d))
+                    self._deliver(module, group, a, d)
                 except (TypeError, KeyError, AttributeError, IndexError, ValueError) as problem:
                     self._unreadable(module, "its input and the gradient of its output", problem)
 
@@ -253,7 +249,7 @@ class Taps:
         times = Counter(module for module, _ in self.calls)
         return {Manner(module, count, module in self.odd) for module, count in times.items()}
 
-    def backward(self, outputs: Tensor, deliver: Callable[[Delivery], None], *, again: bool = False) -> None:
+    def backward(self, outputs: Tensor, deliver: Deliver, *, again: bool = False) -> None:
         """Send the gradient of `outputs.sum()` down the tape; `deliver` is called on the way, under no_grad."""
         if not outputs.requires_grad:
             raise ValueError(
@@ -266,9 +262,20 @@ class Taps:
             self._hand_over()
         # A gradient that did not come: nothing depends on that output, or it is on a tape of somebody's that does not
         # lead to the anchor (an input that requires grad). The full tap knows which.
-        if missing:
-            self._known.slow |= missing
-            for module in missing:
+        self._expect_none(missing)
+
+    def settle(self) -> None:
+        """Look at the calls that were noted, now that the forward is done.
+
+        Raises:
+            UnexpectedError: one of them did more than it used to; modules that do have full taps from now on.
+        """
+        self._expect_none(self._arrivals.settle())
+
+    def _expect_none(self, modules: set[nn.Module]) -> None:
+        if modules:
+            self._known.slow |= modules
+            for module in modules:
                 self._quick.pop(module, None)
             raise UnexpectedError
 
@@ -282,12 +289,12 @@ class Taps:
         size = self._shape.examples
         told: dict[nn.Module, Tensor] = {}  # (2,): whether other examples' rows had a gradient, and whether own rows
 
-        def compare(delivery: Delivery) -> None:
-            d = delivery.d.reshape(size, -1)
+        def compare(module: nn.Module, group: int, a: Tensor | None, gradient: Tensor) -> None:
+            d = gradient.reshape(size, -1)
             # NaN is no gradient here: 0·∞ in another example's rows is not evidence that examples meet
             reached = torch.stack([(d[~inside].abs() > 0).any(), (d[inside].abs() > 0).any()])
-            before = told.get(delivery.module)
-            told[delivery.module] = reached if before is None else before | reached
+            before = told.get(module)
+            told[module] = reached if before is None else before | reached
 
         for subset in _separating(size):
             inside = subset.to(outputs.device)
@@ -299,7 +306,7 @@ class Taps:
         return leaks, {module for module, own in zip(told, reached, strict=True) if own} - leaks
 
 
-def _nowhere(delivery: Delivery) -> None:
+def _nowhere(module: nn.Module, group: int, a: Tensor | None, d: Tensor) -> None:
     """Where deliveries go while there is no backward."""
 
 

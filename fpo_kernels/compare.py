@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .capture import Delivery, Taps
+from .capture import Deliver, Taps
 from .gather import Consume
 from .gradients import Packing, Rows, Stream, Vectors
 from .known import Manner
@@ -126,23 +126,23 @@ class Comparison:
             self._picks[id(packing)] = packing, torch.from_numpy(index).to(device), torch.from_numpy(weights).to(device)
         return self._picks[id(packing)][1:]
 
-    def weighing(self, taps: Taps, deliver: Callable[[Delivery], None]) -> Callable[[Delivery], None]:
+    def weighing(self, taps: Taps, deliver: Deliver) -> Deliver:
         """`deliver`, noting on the way what gradient came to the examples, and how finely."""
         self.manners = taps.manners
 
-        def weigh(delivery: Delivery) -> None:
-            d, names = delivery.d.detach(), taps.names[delivery.module]
+        def weigh(module: nn.Module, group: int, a: Tensor | None, gradient: Tensor) -> None:
+            d, names = gradient.detach(), taps.names[module]
             self.coarse |= not is_fine(d)
             self._eps = max(self._eps, self._rounding(d))
             for name in names:
-                self._uses.setdefault(name, []).append(delivery.module)
+                self._uses.setdefault(name, []).append(module)
             vectors = [name for name in names if self._chosen[name].ndim < 2]
             if vectors:
                 own = d.reshape(self._size, -1, d.shape[-1])
                 size = _squares(_wide(own if self.whole else own[self.rows.to(d.device)])).sum()
             for name in vectors:
                 self._mass[name] = size.to(self._chosen[name].device) + self._mass.get(name, 0)
-            deliver(delivery)
+            deliver(module, group, a, gradient)
 
         return weigh
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batches import Batch, rows_of
-from .capture import Delivery, Shape
+from .capture import Shape
 from .course import Course
 from .gradients import Factors, Packing, Stream, join_calls
 from .layers import Site
@@ -146,11 +146,11 @@ def _tokens(batch: Batch) -> int | None:
 class _Call:
     """One delivery as the rules want it (layers.Call)."""
 
-    __slots__ = ("_delivery", "_inputs", "_layout", "_packed", "_per_token", "d")
+    __slots__ = ("_a", "_dims", "_inputs", "_layout", "_packed", "_per_token", "d")
 
-    def __init__(self, delivery: Delivery, layout: Layout, inputs: dict[tuple[Any, ...], Tensor]) -> None:
+    def __init__(self, a: Tensor | None, d: Tensor, layout: Layout, inputs: dict[tuple[Any, ...], Tensor]) -> None:
         size, tokens = layout.shape
-        d = delivery.d
+        self._a, self._dims = a, d.ndim
         if d.ndim != 3 or d.shape[0] != size:
             if size == 1 and d.ndim < 3:
                 d = d[None]
@@ -160,16 +160,16 @@ class _Call:
         self.d = d if d.ndim == 3 else d.reshape(size, -1, d.shape[-1])
         # rows that belong to a token: dropping those of padding is right wherever their gradient is zero
         self._per_token = self.d.shape[1] // own if own == tokens and d.ndim >= 3 else None
-        self._delivery, self._layout, self._inputs = delivery, layout, inputs
+        self._layout, self._inputs = layout, inputs
         self._packed: Tensor | None = None
 
     @property
     def a(self) -> Tensor:
-        a = self._delivery.a
+        a = self._a
         assert a is not None  # a rule that reads the input says so
         if a.ndim == 3 and a.shape[:2] == self.d.shape[:2]:
             return a
-        features = a.ndim - (self._delivery.d.ndim - 1)  # ids have no feature dimension
+        features = a.ndim - (self._dims - 1)  # ids have no feature dimension
         return a.reshape(*self.d.shape[:2], *a.shape[a.ndim - features :])
 
     def inputs(self, dtype: torch.dtype | None) -> Tensor:
@@ -207,21 +207,19 @@ class Gather:
         self._parts: dict[Site, list[Stream]] = {}
         self._ready: dict[int, list[tuple[Site, Factors]]] = {}
 
-    def deliver(self, delivery: Delivery) -> None:
+    def deliver(self, module: nn.Module, group: int, a: Tensor | None, d: Tensor) -> None:
         """A tap's callback."""
-        module, group, a, d = delivery
         weight = self._weights.get(module)
         if weight is not None and a is not None:
             usual = self._usual.get(group) or self._as_it_lies(group, a, d)
             if usual is not None and d.shape[:-1] == self._grid and d.dtype == usual[0].dtype:
                 site, family = weight
                 flat = d.view(-1, d.shape[-1]) if d.is_contiguous() else d.flatten(0, 1)
-                self._ready.setdefault(family, []).append((site, Factors(usual[0], flat, usual[1])))
-                self._is_there(family)
+                self._sibling(site, Factors(usual[0], flat, usual[1]), family)
                 self._was_read(group)
                 return
         inputs = self._inputs.setdefault(group, {})
-        call = _Call(delivery, self._layout, inputs)
+        call = _Call(a, d, self._layout, inputs)
         for site, stream_of, own_family in self._course.served[module]:
             stream = stream_of(module, call)
             if own_family is not None:
@@ -259,29 +257,19 @@ class Gather:
         self._consume([site], [join_calls(self._parts.pop(site))])
 
     def _sibling(self, site: Site, stream: Stream, family: int) -> None:
-        if isinstance(stream, Factors):
-            self._ready.setdefault(family, []).append((site, stream))
-        else:
-            self._consume([site], [stream])
-        self._is_there(family)
-
-    def _is_there(self, family: int) -> None:
         left = self._awaited[family] - 1
         self._awaited[family] = left
-        if not left:
+        if not isinstance(stream, Factors) or (not left and family not in self._ready):
+            self._consume([site], [stream])
+        else:
+            self._ready.setdefault(family, []).append((site, stream))
+        if not left and family in self._ready:
             self._pass_on(family)
 
     def _pass_on(self, family: int) -> None:
-        waiting = self._ready.pop(family, None)
-        if waiting is None:
-            return
-        if len(waiting) == 1:
-            site, stream = waiting[0]
-            self._consume([site], [stream])
-            return
         # siblings that did not come to share a tensor (a dtype apart, another layout) go one by one
         together: dict[int, tuple[list[Site], list[Stream]]] = {}
-        for site, stream in waiting:
+        for site, stream in self._ready.pop(family):
             sites, streams = together.setdefault(id(stream.a), ([], []))
             sites.append(site)
             streams.append(stream)

@@ -254,6 +254,7 @@ class Passes:
 
     def _account(self, taps: Taps, batch: Batch) -> Course:
         """How the forward went, and that it used the parameters where taps see it, or not at all."""
+        taps.settle()
         course, reads = self._course, [own.count for own in taps.reads.values()]
         if course is None or not course.is_of(taps.calls, self._sites, taps.odd):
             course = Course(taps.calls, self._sites, taps.odd)

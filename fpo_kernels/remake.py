@@ -67,9 +67,9 @@ class Inputs:
         self._met: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
         self._latest: tuple[int, Tensor] | None = None  # the input made last, and its group
 
-    def group(self, given: Tensor, fresh: int) -> int:
-        """The number of all calls that read this very tensor, `fresh` if it is the first."""
-        state = given._version, given.data_ptr()
+    def group(self, given: Tensor, version: int, fresh: int) -> int:
+        """The number of all calls that read this very tensor at this version, `fresh` if it is the first."""
+        state = version, given.data_ptr()
         known = self._met.get(id(given))
         if known is not None and known[0]() is given and known[1:3] == state:
             return known[3]

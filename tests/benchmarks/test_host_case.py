@@ -16,7 +16,7 @@ def row(competitor, taps, samples):
 def test_a_tap_and_what_a_pass_costs_beside_them():
     rows = []
     for taps in (57, 225):
-        plain = [1.0, 5.0, 2.0]  # slow rounds hit all alike
+        plain = [1.0, 5.0, 2.0]
         rows.append(row(host.BASELINE, taps, plain))
         rows.append(row(host.HOOKS, taps, [x + taps * 20e-6 for x in plain]))
         rows.append(row(host.TAPS, taps, [x + taps * 30e-6 + 500e-6 for x in plain]))

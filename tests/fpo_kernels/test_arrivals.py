@@ -39,10 +39,11 @@ def through_views(m, x):
 
 
 def gradients_scaled(m, x):
-    x = m.layer(x)
-    if x.requires_grad:
-        x.register_hook(lambda d: 3 * d)
-    return m.plain(x.tanh())
+    for layer in (m.layer, m.plain):
+        x = layer(x)
+        if x.requires_grad:
+            x.register_hook(lambda d: 3 * d)
+    return x.tanh()
 
 
 def twice(m, x):
