@@ -33,7 +33,7 @@ PLAIN = Lookup()
 NOTED_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
 
 
-_index = operator.itemgetter(0)
+_turn = operator.itemgetter(0)
 
 
 class Shape(NamedTuple):
@@ -127,8 +127,8 @@ class Taps:
             self._unreadable(module, "what it was called with", problem)
         finally:
             self.reads[module].count = counted
-        index = len(self.calls)
-        group, given = self._inputs.group(a, a._version, index), a
+        turn = len(self.calls)
+        group, given = self._inputs.group(a, a._version, turn), a
         a, output = self._by_example(module, a.detach(), output)
         node = self._maker(module, given) if module in self._reads and a.shape == given.shape else None
         if not self._backward:  # under checkpointing the forward runs again during backward
@@ -138,7 +138,7 @@ class Taps:
         def deliver(a: Tensor | None, d: Tensor) -> None:
             if self.arriving(module):
                 a = a if node is None else self._inputs.remade(node, group)
-                self.note(index, module, group, a, lookup.gradient(a, d))
+                self.note(turn, module, group, a, lookup.gradient(a, d))
 
         return _Tap.apply(output, self._anchor, a if module in self._reads and node is None else None, deliver)
 
@@ -168,9 +168,9 @@ class Taps:
             self.inner.add(module)
         return self._backward
 
-    def note(self, index: int, module: nn.Module, group: int, a: Tensor | None, d: Tensor) -> None:
+    def note(self, turn: int, module: nn.Module, group: int, a: Tensor | None, d: Tensor) -> None:
         """Keep the delivery of a call; they are handed over together, in a third of the time that each takes alone."""
-        self._noted.append((index, module, group, a, d, d._version))
+        self._noted.append((turn, module, group, a, d, d._version))
         self._noted_bytes += d.nbytes
         if self._noted_bytes >= self._most_bytes:
             self._hand_over()
@@ -178,7 +178,7 @@ class Taps:
     def _hand_over(self) -> None:
         """What was noted to the callback, the last call first, without autocast."""
         noted, self._noted, self._noted_bytes = self._noted, [], 0
-        noted.sort(key=_index, reverse=True)  # however they were come by: sums have one order
+        noted.sort(key=_turn, reverse=True)  # however they were come by: sums have one order
         kind = self._anchor.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             for _, module, group, a, d, version in noted:

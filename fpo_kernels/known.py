@@ -60,7 +60,6 @@ class Known:
 class Quick(NamedTuple):
     """What is asked of a module whose calls need no look but at their shape."""
 
-    own: tuple[tuple[str, Tensor], ...]  # its attributes and the parameters they have to be
     reads: bool  # whether a rule reads the input
     remade: bool  # whether the input was seen to come out the same when it is made again
 
@@ -99,8 +98,8 @@ class Plan:
     def quicken(self, known: Known) -> None:
         """Take up what passes have seen of the modules."""
         self.quick = {
-            module: Quick(tuple(own), module in self.reading, module in known.remade)
-            for module, own in self.own.items()
+            module: Quick(module in self.reading, module in known.remade)
+            for module in self.names
             if known.is_plain(module)
         }
 

@@ -89,9 +89,10 @@ def _check_settings(out: Path, config: RunConfig) -> None:
         free += ("data.date",)
     asked = [key for key in now if not key.startswith(free)]
     # before any value is compared: where a file was cut, the last value left is cut too
-    sections = {key.partition(".")[0] for key in now} - {key.partition(".")[0] for key in before}
-    for key in (*(key for key in asked if key not in before), *sorted(sections)):
-        raise RunError(f"resume: {out / CONFIG} does not say what {key} was; put the whole file back")
+    missing = [key for key in asked if key not in before]
+    missing += sorted({key.partition(".")[0] for key in now} - {key.partition(".")[0] for key in before})
+    if missing:
+        raise RunError(f"resume: {out / CONFIG} does not say what {missing[0]} was; put the whole file back")
     for key in asked:
         if before[key] != now[key]:
             raise RunError(f"resume: {key} was {before[key]!r} when {out} began and is {now[key]!r} now")
