@@ -20,7 +20,7 @@ from .batches import Batch
 from .compare import close
 from .gather import Layout
 from .gradients import Pairs
-from .streams import Extents, deferred_fills, fill
+from .streams import Extents, counted_tables, fill, tables_apart
 
 MODES = ("auto", "never")
 # Recordings an engine keeps, the least recently used makes room. They share one pool of memory, so that all take about
@@ -69,15 +69,17 @@ class CudaGraphs:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(aside), counted_tables() as room:
             work()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with deferred_fills() as fills, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with (
+            tables_apart(room) as tables,
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             answer = work()
-        for held, values in fills:  # tables of addresses, the same in every replay
-            fill(held, values)
-        return _CudaGraph(graph, answer, fills)
+        tables.fill()
+        return _CudaGraph(graph, answer, tables)
 
 
 class _CudaGraph(NamedTuple):

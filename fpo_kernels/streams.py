@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,30 +91,92 @@ class Extents:
         return self.lying
 
 
-_deferred: list[tuple[Tensor, NDArray[Any]]] | None = None
+# Tables begin at multiples of so many bytes, as allocations do.
+_APART = 256
+
+
+class Tables:
+    """What a recording reads beside its inputs, in memory that was there before it.
+
+    What is allocated while a CUDA graph is captured may lie where an earlier kernel of the graph writes, and every
+    replay writes there again; a table that is filled once would be lost. Copies from the host are left out of the
+    graph: they are noted, and made by `fill` when it is whole.
+    """
+
+    def __init__(self, room: dict[torch.device, int]) -> None:
+        """`room`: the bytes that `counted_tables` found."""
+        self._free = {device: torch.empty(size, dtype=torch.uint8, device=device) for device, size in room.items()}
+        self._noted: list[tuple[Tensor, NDArray[Any]]] = []
+
+    def take(self, size: int, device: torch.device) -> Tensor:
+        """(size,) bytes; RuntimeError if the work makes other tables than when they were counted."""
+        room = self._free.get(device)
+        if room is None or len(room) < size:
+            raise RuntimeError("a pass that is recorded makes other tables than the one before it")
+        self._free[device] = room[_whole(size) :]
+        return room[:size]
+
+    def note(self, held: Tensor, values: NDArray[Any]) -> None:
+        """`held` is to have these values."""
+        self._noted.append((held, values))
+
+    def fill(self) -> None:
+        """Make the copies that were noted."""
+        for held, values in self._noted:
+            fill(held, values)
+        self._noted.clear()
+
+
+_counted: dict[torch.device, int] | None = None
+_tables: Tables | None = None
 
 
 @contextmanager
-def deferred_fills() -> Iterator[list[tuple[Tensor, NDArray[Any]]]]:
-    """Within, `fill` only notes what is to be filled: a graph that is captured holds no copy from the host."""
-    global _deferred
-    before, _deferred = _deferred, []
+def counted_tables() -> Iterator[dict[torch.device, int]]:
+    """The bytes that tables made within take on each device."""
+    global _counted
+    before, _counted = _counted, {}
     try:
-        yield _deferred
+        yield _counted
     finally:
-        _deferred = before
+        _counted = before
+
+
+@contextmanager
+def tables_apart(room: dict[torch.device, int]) -> Iterator[Tables]:
+    """Within, tables are made in `room` bytes that are allocated first, and filled by whoever records."""
+    global _tables
+    before, _tables = _tables, Tables(room)
+    try:
+        yield _tables
+    finally:
+        _tables = before
+
+
+def table(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room on a device for a small host array, which `fill` brings."""
+    size = math.prod(shape) * dtype.itemsize
+    if _counted is not None:
+        _counted[device] = _counted.get(device, 0) + _whole(size)
+    if _tables is not None:
+        return _tables.take(size, device).view(dtype).view(*shape)
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 def sent(values: NDArray[Any], device: torch.device) -> Tensor:
     """A small host array on a device."""
     host = torch.from_numpy(values)
-    return fill(torch.empty(host.shape, dtype=host.dtype, device=device), values)
+    return fill(table(host.shape, host.dtype, device), values)
 
 
 def fill(held: Tensor, values: NDArray[Any]) -> Tensor:
     """`held` with the values of a host array, copied without waiting for the device: from pinned memory."""
-    if _deferred is not None:
-        _deferred.append((held, values))
+    if _tables is not None:
+        _tables.note(held, values)
         return held
     host = torch.from_numpy(values)
     return held.copy_(host.pin_memory() if held.is_cuda else host, non_blocking=True)
+
+
+def _whole(size: int) -> int:
+    return -(-size // _APART) * _APART

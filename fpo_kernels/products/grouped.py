@@ -19,7 +19,7 @@ from torch import Tensor
 from fpo_kernels.products import config_triton as config
 from fpo_kernels.products.inputs_triton import readable
 from fpo_kernels.products.triton_grouped import grouped_products_kernel
-from fpo_kernels.streams import Extents, fill, sent
+from fpo_kernels.streams import Extents, fill, sent, table
 
 Ints = NDArray[np.int64]
 Ensure = Callable[[torch.dtype, config.Tokens, bool, torch.device], None]
@@ -167,7 +167,9 @@ class Ledger:
         if extents.differs:
             lists = _roomy_lists(extents, self._pairs, tile.tokens, device)
         else:
-            lists = _lists(extents.key, None if extents2 is None else extents2.key, self._key, tile.tokens, device)
+            other = None if extents2 is None else extents2.key
+            lists = _lists(extents.key, other, self._key, tile.tokens, device)
+            extents.lists[other, self._key, tile.tokens, device] = lists  # a recording reads them as long as it is
         if device not in self._leak:
             self._leak[device] = torch.zeros(1, dtype=torch.int32, device=device)
         sums = launch(members, lists, tile, unit, self._leak[device])
@@ -201,10 +203,10 @@ def launch(members: Sequence[Member], lists: Lists, tile: config.Tokens, unit: i
     device, dtype = x.device, x.dtype
     members = sorted(members, key=lambda m: -sum(s.shape[1] for s in m.x if s.ndim == 2))
     streams = sum(len(m.x) for m in members)
-    table = np.empty(4 * len(members) + 5 * streams, dtype=np.int64)
-    layers, rows = table[: 4 * len(members)].reshape(-1, 4), table[4 * len(members) :].reshape(-1, 5)
-    held = torch.empty(len(table), dtype=torch.int64, device=device)
-    # offsets count from the table itself, which is aligned as all allocations are
+    entries = np.empty(4 * len(members) + 5 * streams, dtype=np.int64)
+    layers, rows = entries[: 4 * len(members)].reshape(-1, 4), entries[4 * len(members) :].reshape(-1, 5)
+    held = table([len(entries)], torch.int64, device)
+    # offsets count from `held` itself, which is aligned as all allocations are
     at, start, size = 0, held.data_ptr(), x.element_size()
     for n, member in enumerate(members):
         ids = member.x[0].ndim == 1
@@ -215,7 +217,7 @@ def launch(members: Sequence[Member], lists: Lists, tile: config.Tokens, unit: i
             right = left if other is own else (other.data_ptr() - start) // element
             rows[at] = left, own.stride(0), right, other.stride(0), own.shape[1] if own.ndim == 2 else 1
             at += 1
-    fill(held, table)
+    fill(held, entries)
     sums = torch.empty(len(lists.items), len(members), dtype=torch.float32, device=device)
     with torch.cuda.device_of(x):
         if sums.numel():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fpo_kernels as fk
 from fpo_kernels import captured, passes, totals
 from fpo_kernels.captured import bucket
+from fpo_kernels.streams import counted_tables
 from tests.fpo_kernels.interpreted import inside, outside, passes_apart
 from tests.fpo_kernels.tiny import PAD, batch_of, error, rows_of_gradients, tiny_llama
 
@@ -47,8 +48,14 @@ class Recorder:
         return True
 
     def record(self, work) -> Again:
+        rooms = []
         with mock.patch.object(passes.Passes, "padding_read", side_effect=AssertionError("read while recorded")):
-            self.recordings.append(Again(work))
+            for do in (work, lambda: self.recordings.append(Again(work))):
+                with counted_tables() as room:
+                    do()
+                rooms.append(room)
+        assert rooms[0] == rooms[1]  # what is made aside tells how much memory the recording's tables want
+        assert rooms[0]
         return self.recordings[-1]
 
 
