@@ -1,8 +1,8 @@
 """Inputs that need not be kept, because autograd keeps what they were made of.
 
-Most linear layers of a gated transformer read a product: a norm's weight times the normalised stream, an
-activation times a gate. With weights frozen autograd keeps the factors for its own backward and not the
-product; a tap that multiplies again, when the gradient arrives, keeps nothing.
+Most linear layers of a gated transformer read a product: a norm's weight times the normalised stream, which in 16 bits
+is the cast of another, an activation times a gate. With weights frozen autograd keeps the factors for its own backward
+and not the product; a tap that multiplies again, when the gradient arrives, keeps nothing.
 """
 
 from __future__ import annotations
@@ -31,21 +31,40 @@ def maker_of(x: Tensor) -> Node | None:
 
 def remade(node: Node, of: Callable[[Tensor], Tensor] = lambda factor: factor) -> Tensor:
     """The product that `maker_of` found, bit for bit; while the tape is there. `of` takes some rows of its factors."""
-    node = _beyond_taps(node)
+    node, dtype = _uncast(node)
     with torch.no_grad():
         left, right = (
             remade(parent, of) if saved is None else of(saved)
             for saved, (parent, _) in zip(_factors(node), node.next_functions, strict=True)
         )
-        return left * right
+        if dtype is None:
+            return left * right
+        if torch.result_type(left, right) != torch.float32 or dtype.itemsize != 2:
+            return (left * right).to(dtype)
+        # rounded as it is written: a norm's product in fp32 would take three times the bytes
+        rounded = torch.empty(torch.broadcast_shapes(left.shape, right.shape), dtype=dtype, device=left.device)
+        return torch.mul(left, right, out=rounded)
 
 
 def _is_product(node: Node | None) -> bool:
-    node = _beyond_taps(node)
+    if node is None:
+        return False
+    node, _ = _uncast(node)
     if node is None or node.name() != "MulBackward0":
         return False
     pairs = zip(_factors(node), node.next_functions, strict=True)
     return all(saved is not None or _is_product(parent) for saved, (parent, _) in pairs)
+
+
+def _uncast(node: Node) -> tuple[Node | None, torch.dtype | None]:
+    """The node whose output a cast took, and the dtype it was cast to; norms multiply in fp32 and go on in 16 bits."""
+    node = _beyond_taps(node)
+    if node is None or node.name() != "ToCopyBackward0":
+        return node, None
+    made, (cast,) = _beyond_taps(node.next_functions[0][0]), node._input_metadata
+    if made is None or len(made._input_metadata) != 1 or made._input_metadata[0].device != cast.device:
+        return None, None
+    return made, cast.dtype
 
 
 def _beyond_taps(node: Node | None) -> Node | None:
