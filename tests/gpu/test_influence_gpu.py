@@ -1,0 +1,118 @@
+"""The whole engine on a GPU: against float64 gradients, and replayed passes against eager ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+import fpo_kernels as fk
+from tests.fpo_kernels.tiny import PAD, batch_of, error, gradients
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+F32, BF16 = torch.float32, torch.bfloat16
+TOLERANCE = {F32: 2e-5, BF16: 3e-2}
+LENGTHS = [40, 3, 1, 64, 17]
+SIDES = ["right", "left"]
+Batch = dict[str, Tensor]
+
+
+def llama(dtype: torch.dtype, layers: int = 3, seed: int = 0) -> nn.Module:
+    """Head dimensions that fused attention takes, and widths that loads of 16 bytes do."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_labels=1,
+        pad_token_id=PAD,
+        initializer_range=0.1,
+        use_cache=False,
+    )
+    return LlamaForSequenceClassification(config).to(dtype=dtype, device="cuda").eval().requires_grad_(False)
+
+
+def on_gpu(lengths: list[int], seed: int, side: str = "right", width: int | None = None) -> Batch:
+    return {name: value.cuda() for name, value in batch_of(lengths, seed, side, width).items()}
+
+
+def exact(model: nn.Module, batch: Batch) -> Tensor:
+    """(B, weights) float64 on the CPU."""
+    own = gradients(model.requires_grad_(True), batch, lambda name: True).cpu()
+    model.requires_grad_(False)
+    return own
+
+
+def near(got: Tensor, g: Tensor, h: Tensor, dtype: torch.dtype, truth: Tensor) -> None:
+    """Measured by the gradients' sizes: inner products may cancel."""
+    assert got.is_cuda
+    size = g.norm(dim=1).max() * h.norm(dim=1).max()
+    assert ((got.cpu().double() - truth).abs() <= TOLERANCE[dtype] * size).all()
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_every_question_about_every_parameter(dtype: torch.dtype, side: str) -> None:
+    """16 bits are held to the float64 gradients of a model that has rounded in other places: a loose bound."""
+    model = llama(dtype)
+    batch, reference = on_gpu(LENGTHS, 1, side), on_gpu([33], 2, side, width=64)
+    g, h = exact(model, batch), exact(model, reference)
+    engine = fk.Influence(model, "all")
+    for _ in range(3):  # looked at, met again, replayed
+        near(engine.norms(batch), g, g, dtype, (g * g).sum(1))
+        near(engine.steering(batch, reference).product, g, g, dtype, (g * g).sum(1) - g @ h[0])
+        near(engine.gram(batch), g, g, dtype, g @ g.T)
+        near(engine.gram(batch, reference), g, h, dtype, g @ h.T)
+    directions = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    v = torch.cat([one.flatten() for one in directions.values()]).double().cpu()
+    near(engine.direction(batch, directions), g, v[None], dtype, g @ v)
+    sketch = engine.sketch(batch, dim=4096)
+    assert error((sketch @ sketch.T).cpu(), g @ g.T) < 0.2
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_replays_are_eager_passes_to_the_bit(dtype: torch.dtype, side: str) -> None:
+    """Of every batch of a bucket, while memory around is written over, as the graph itself writes over its own."""
+    model = llama(dtype, layers=8)
+    engine, eager = fk.Influence(model, "all"), fk.Influence(model, "all", capture="never")
+    passes: list[int] = []
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+    width = 64
+    for seed in range(8):
+        lengths = [width, *torch.randint(1, width, (4,), generator=torch.Generator().manual_seed(seed)).tolist()]
+        batch, reference = on_gpu(lengths, seed, side), on_gpu([width], seed + 100, side)
+        expected = eager.steering(batch, reference)
+        before = len(passes)
+        got = engine.steering(batch, reference)
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True)), seed
+        if seed > 2:
+            assert len(passes) == before, engine.coverage()[0].reason
+        _litter = [torch.full((n,), torch.nan, device="cuda") for n in (64, 4096, 2**18) for _ in range(20)]
+    assert {row.reason for row in engine.coverage()} == {""}
+
+
+def test_replays_see_weights_that_were_updated_in_place() -> None:
+    model = llama(BF16)
+    engine, batch = fk.Influence(model), on_gpu(LENGTHS, 5)
+    for _ in range(4):
+        engine.norms(batch)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    expected = fk.Influence(model, capture="never").norms(batch)
+    assert torch.equal(engine.norms(batch), expected)
+
+
+def test_several_widths_take_turns() -> None:
+    """Recordings share one pool of memory; none spoils another's."""
+    model = llama(BF16)
+    engine, eager = fk.Influence(model), fk.Influence(model, capture="never")
+    for turn in range(5):
+        for width in (24, 64, 8, 48):
+            batch = on_gpu([width, 2, width // 2], turn, width=width)
+            assert torch.equal(engine.norms(batch), eager.norms(batch)), (turn, width)
