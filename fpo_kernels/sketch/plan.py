@@ -159,7 +159,7 @@ def plan(streams: Sequence[Streams], k: int, major: int) -> list[Launch]:
     for (dtype, wide, align), together in groups.items():
         together.sort(key=lambda one: one.slot)
         span = config.wide_span(dtype, major) if wide else config.SPAN
-        cut = [_cut(one, span) for one in together]
+        cut = [_cut(one, span, k) for one in together]
         runs = _runs(cut, k)
         chunks = -(-max(one.longest for one in together) // config.CHUNK)
         launches.append(Launch(dtype, wide, align, place, chunks, cut, runs))
@@ -167,11 +167,12 @@ def plan(streams: Sequence[Streams], k: int, major: int) -> list[Launch]:
     return launches
 
 
-def _cut(one: Streams, span: int) -> Cut:
+def _cut(one: Streams, span: int, k: int) -> Cut:
     of_a, of_d = ([(x, piece) for x, table in side for piece in pieces(table, x.shape[1], span)] for side in one.sides)
     parts = []
     for side in one.sides:
-        alone = len(side) == 1 and len(side[0][1]) == 1  # no bucket holds more than one coordinate
+        # no bucket holds more than one coordinate: one of a block, of several, adds up those of as many blocks
+        alone = len(side) == 1 and len(side[0][1]) == 1 and config.sides(k).blocks == 1
         parts.append(_PARTS[side[0][0].dtype if alone else torch.float32])
     return Cut((of_a, of_d), (parts[0], parts[1]), _long(one.starts), _long(one.lengths), one.slot)
 

@@ -19,13 +19,14 @@ from fpo_kernels.sketch import TensorSketch
 from fpo_kernels.sketch import config_triton as config
 from fpo_kernels.sketch.grouped import Member, grouped_sketch
 from fpo_kernels.sketch.maps import bucket_map
-from fpo_kernels.sketch.plan import pieces
+from fpo_kernels.sketch.plan import Streams, pieces, plan
+from fpo_kernels.sketch.reference import hadamard
 from fpo_kernels.testing import random_streams
 from tests.fpo_kernels.interpreted import dirty_memory, inside, outside, passes_apart
 from tests.fpo_kernels.sketches import definition
 
 pytest.importorskip("triton")
-F32, F16 = torch.float32, torch.float16
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DIMS = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 # None, one token, a pair, odd ones; more than a chunk where the test makes chunks short.
 LENGTHS = [0, 0, 1, 1, 2, 3, 5]
@@ -232,3 +233,24 @@ def test_pieces_hold_the_map(width: int, span: int, dim: int) -> None:
         sign[feature] = 1.0 - 2 * (entry & 1)
     assert torch.equal(bucket, made.bucket)
     assert torch.equal(sign, made.sign)
+
+
+@outside
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_parts_are_all_of_a_bucket(dtype: torch.dtype, dim: int) -> None:
+    """Of a block, whose bucket adds up those of every block with W_c's signs, and of siblings."""
+    sides, tokens = config.sides(dim), torch.zeros(1, dtype=torch.int64)
+    for widths in ([dim], [dim + 8], [8, 16]):
+        maps = [bucket_map(width, dim, 0, f"layer {n}", "d") for n, width in enumerate(widths)]
+        xs = [torch.randn(1, width).to(dtype) for width in widths]
+        side = [(x, own.table) for x, own in zip(xs, maps, strict=True)]
+        parts = plan([Streams((side, side), tokens, tokens + 1, 1, 0)], dim, 9)[0].streams[0].parts
+        buckets = torch.zeros(dim)
+        for x, own in zip(xs, maps, strict=True):
+            buckets.index_add_(0, own.bucket, x[0].float() * own.sign)
+        rest = hadamard(sides.blocks, F32, torch.device("cpu")) @ buckets.view(sides.blocks, -1)
+        for _ in range(parts[1]):
+            rest = rest - rest.bfloat16().float()
+        assert parts[0] == parts[1]
+        assert not rest.any()
