@@ -23,6 +23,13 @@ from torch import Tensor
 # has 22 and loses some to any sum above it. The band is that of fp16 for both. That units cut, a block at a time, is
 # theirs; the sizes of blocks and the extra bits above are not yet checked against their tables or on a card.
 TRUNCATION = 0.35
+# The same a block where products are ±1 times a part of 8 bits, those of the sketch's W: in ε. The first parts have no
+# bit below what is kept; the last part's are the lowest bits of numbers, whose signs are no sum's, so that what they
+# lose is a walk, within the band for rounding. The sum's own cut to fp32 remains, half an ulp on average, towards zero.
+# Parts after the first are added to sums of full size: no half is margin. Blocks have 8 products or more where there
+# is bfloat16, from Ampere on.
+CUT = 0.5
+LEAST_BLOCK = 8
 
 
 class Maps(Protocol):
@@ -126,12 +133,14 @@ def direction_budget(
     return budget(reference_error, reached, features + counts, dtype, max(V.shape) * truncations)
 
 
-def sketch_budget(streams: tuple[Tensor, Tensor, Tensor], sketch: Maps, dtype: torch.dtype, more: int = 0) -> Tensor:
+def sketch_budget(
+    streams: tuple[Tensor, Tensor, Tensor], sketch: Maps, dtype: torch.dtype, more: int = 0, cut_off: float = 0
+) -> Tensor:
     """(B,) the error in norm allowed to S_i computed in `dtype`.
 
     Maps and transforms keep norms but for rounding: what errs is sums of p/k and q/k features, 2·log₂ k butterflies
     and T_i tokens, of partial sums no longer than Σ_t ‖C_a a_t‖‖C_d d_t‖, here bounded by √loads ‖a_t‖‖d_t‖.
-    `more` are further terms that a sum has.
+    `more` are further terms that a sum has; `cut_off` is what matrix units lose, in ε of the scale (`CUT`).
     """
     a, d, offsets = (x.cpu() for x in streams)
     loads = -(-sketch.p // sketch.dim) * -(-sketch.q // sketch.dim)
@@ -139,4 +148,4 @@ def sketch_budget(streams: tuple[Tensor, Tensor, Tensor], sketch: Maps, dtype: t
     counts = offsets.diff()
     scale = torch.segment_reduce(size, "sum", lengths=counts, initial=0) if len(size) else counts.double() * 0
     steps = loads + 2 * sketch.dim.bit_length() + counts + more
-    return budget(torch.zeros_like(scale), scale, steps, dtype)
+    return budget(scale * (cut_off * torch.finfo(dtype).eps), scale, steps, dtype)

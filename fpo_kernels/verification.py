@@ -125,7 +125,7 @@ def sketch_checks(device: torch.device) -> Iterator[Check]:
                         impl: str = impl, dim: int = dim, dtype: torch.dtype = dtype,
                         p: int = p, qs: tuple[int, ...] = qs,
                     ) -> verified.Comparison:  # fmt: skip
-                        return sketch.check(sketch_ops.load(impl), dtype, device, dim, p, qs)
+                        return sketch.check(sketch_ops.load(impl), impl, dtype, device, dim, p, qs)
 
                     yield Check("grad_sketch", impl, f"k={dim}, {p} to {', '.join(map(str, qs))}", _name(dtype), run)
 

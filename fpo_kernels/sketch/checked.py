@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fpo_kernels import budgets, library, verified
+from fpo_kernels.sketch import config_triton
 from fpo_kernels.sketch.blocked import grad_sketch as widened
 from fpo_kernels.sketch.spec import TensorSketch
 
@@ -24,11 +25,11 @@ def ensure(room: Any, impl: str, a: Tensor, sketches: Sequence[TensorSketch]) ->
     # A bucket's coordinates are a constant of the kernel; from some width on a stream is read in parts.
     loads = tuple((-(-n // dim), (n - 1).bit_length()) for n in (p, *qs))
     key = ("grad_sketch", impl, f"k={dim}", a.dtype, *loads)
-    verified.ensure(key, a.device, lambda: check(room, a.dtype, a.device, dim, p, qs))
+    verified.ensure(key, a.device, lambda: check(room, impl, a.dtype, a.device, dim, p, qs))
 
 
 def check(
-    room: Any, dtype: torch.dtype, device: torch.device, dim: int, p: int, qs: tuple[int, ...]
+    room: Any, impl: str, dtype: torch.dtype, device: torch.device, dim: int, p: int, qs: tuple[int, ...]
 ) -> verified.Comparison:
     """A room on ragged examples, an empty one and one of a token among them, against the torch room in float64.
 
@@ -47,14 +48,28 @@ def check(
     got = room.grad_sketch(a.to(device), table, tuple(d.to(device) for d in ds), others, offsets.to(device))
     table, others = tables(torch.device("cpu"))
     exact = widened(a.double(), table, tuple(d.double() for d in ds), others, offsets)
-    many = budgets.truncations(device, dtype, "")
-    # W's sides, up to 64 terms each, on both streams
-    more = len(qs) + int((budgets.TRUNCATION * many * 4 * 64) ** 2)
     total = torch.float64 if dtype == torch.float64 else torch.float32
-    allowed = sum(budgets.sketch_budget((a, d, offsets), own, total, more) for d, own in zip(ds, sketches, strict=True))
+    lost = cut_off(impl, device, dim)
+    allowed = sum(
+        budgets.sketch_budget((a, d, offsets), own, total, len(qs), lost) for d, own in zip(ds, sketches, strict=True)
+    )
     assert isinstance(allowed, Tensor)
     error = (got.detach().cpu().double() - exact).norm(dim=1)
     return verified.compared(error, torch.zeros_like(error), allowed, "sketch of example")
+
+
+def cut_off(impl: str, device: torch.device, dim: int) -> float:
+    """What matrix units cut off a room's sketch of `dim` numbers, in ε of fp32 and of its size: `budgets.CUT` a block.
+
+    Only the Triton room multiplies on them; the others' products are plain fp32, of 16-bit streams too. It has W's two
+    sides on both streams, each with up to three parts of a number, whatever the stream's dtype. What sides cut off
+    adds up: a sketch is linear in each of its two spectra.
+    """
+    if impl != "triton" or device.type != "cuda":
+        return 0.0
+    sides = config_triton.sides(dim)
+    blocks = sum(-(-side // budgets.LEAST_BLOCK) for side in (sides.rows, sides.columns) if side > 1)
+    return budgets.CUT * 2 * 3 * blocks
 
 
 def missing(impl: str, device: torch.device) -> str | None:

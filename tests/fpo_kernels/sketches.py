@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fpo_kernels.sketch.checked import cut_off
 from fpo_kernels.sketch.spec import TensorSketch
 from fpo_kernels.testing import budget, outputs
 
@@ -45,12 +46,13 @@ def spectra(a: Tensor, ds: Sequence[Tensor], sketches: Sequence[TensorSketch]) -
 
 
 def definition(
-    a: Tensor, d: Tensor | tuple[Tensor, ...], offsets: Tensor, sketches: Sequence[TensorSketch]
+    a: Tensor, d: Tensor | tuple[Tensor, ...], offsets: Tensor, sketches: Sequence[TensorSketch], lost: float = 0
 ) -> tuple[Tensor, Tensor]:
     """S (B, k) in float64, and the error that float32 sums may make.
 
     A spectrum's number errs by a walk over p (or Σ q) terms whose partial sums reach ‖a_t‖, times the other spectrum,
-    of size ‖d_t‖; four standard deviations of both, over all k and all tokens.
+    of size ‖d_t‖; four standard deviations of both, over all k and all tokens. What matrix units cut off a spectrum,
+    `lost` in ε of those partial sums, is towards zero, and adds up with the tokens' products.
     """
     ds = [x.cpu() for x in outputs(d)]
     left, right = spectra(a.cpu(), ds, sketches)
@@ -61,12 +63,13 @@ def definition(
     reach = torch.stack([tokens.sum() for tokens in energy.split(lengths)])[:, None].sqrt() * scale * 4
     features = a.shape[1] + sum(x.shape[1] for x in ds)
     terms = features + offsets.cpu().diff()[:, None]
-    return exact, budget(torch.zeros_like(exact), torch.maximum(reach, exact.abs()), terms, torch.float32)
+    size = torch.maximum(reach, exact.abs())
+    return exact, budget(size * (lost * torch.finfo(torch.float32).eps), size, terms, torch.float32)
 
 
-def check_room(got: Tensor, streams: tuple, sketches: Sequence[TensorSketch]) -> None:
+def check_room(got: Tensor, streams: tuple, sketches: Sequence[TensorSketch], impl: str = "") -> None:
     """Asserts that a room's fp32 answer lies within the budget around the definition; empty examples are exact."""
-    exact, allowed = definition(*streams, sketches)
+    exact, allowed = definition(*streams, sketches, cut_off(impl, got.device, sketches[0].dim))
     assert (got.dtype, got.shape) == (torch.float32, exact.shape)
     over = (got.cpu() - exact).abs() - allowed
     assert not over.numel() or over.max() <= 0, (
