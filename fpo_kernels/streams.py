@@ -127,6 +127,9 @@ class Tables:
         self._noted.clear()
 
 
+# Host memory that graphs which others capture copy from in every replay: a few KiB a capture, kept for good.
+_READ_BY_GRAPHS: list[Tensor] = []
+
 _counted: dict[torch.device, int] | None = None
 _tables: Tables | None = None
 
@@ -175,7 +178,11 @@ def fill(held: Tensor, values: NDArray[Any]) -> Tensor:
         _tables.note(held, values)
         return held
     host = torch.from_numpy(values)
-    return held.copy_(host.pin_memory() if held.is_cuda else host, non_blocking=True)
+    if held.is_cuda:
+        host = host.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            _READ_BY_GRAPHS.append(host)
+    return held.copy_(host, non_blocking=True)
 
 
 def _whole(size: int) -> int:
