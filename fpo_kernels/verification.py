@@ -92,7 +92,7 @@ def layers_checks(device: torch.device) -> Iterator[Check]:
             tiles = [config_triton.tokens(dtype, n, aligned, config_triton.chip(device)) for n in (64, 128, 256)]
             for tile in dict.fromkeys(tiles):
                 run = functools.partial(products.check_layers, dtype, tile, aligned, device)
-                label = f"{tile.tokens} x {tile.columns} x {tile.features}, {'aligned' if aligned else 'odd rows'}"
+                label = f"{tile.tokens} x {tile.features}, {'aligned' if aligned else 'odd rows'}"
                 yield Check("grad_products", "triton, layers", label, _name(dtype), run)
 
 

@@ -56,7 +56,7 @@ def _launch(
         return name, ODD, 70
     whole = all(_whole(shape, dtype.itemsize) for shape in shapes)
     tile = config.tokens(dtype, longest, whole, config.chip(device))
-    tokens = next((edge for edge in (64, 128) if longest <= edge), 300)
+    tokens = next((edge for edge in (64, 128) if longest <= edge), 200)
     return (*name, tile, "aligned" if whole else "odd"), ALIGNED if whole else ODD, tokens
 
 
@@ -101,8 +101,7 @@ def check_layers(dtype: torch.dtype, tile: config.Tokens, aligned: bool, device:
     """A launch of two layers and an embedding over padded examples, an empty one and one of a token among them."""
     from fpo_kernels.products.grouped import Ledger  # triton loads where it is wanted
 
-    most = max(tile.tokens, tile.columns)
-    lengths, rows = np.array([most + 3, 0, 1, most - 27]), most + 9
+    lengths, rows = np.array([tile.tokens + 3, 0, 1, tile.tokens - 27]), tile.tokens + 9
     begin = np.arange(4) * rows
     extents = Extents(np.stack([begin, np.full(4, rows), rows - lengths, lengths], 1))
     kept = np.concatenate([np.arange(b + rows - n, b + rows) for b, n in zip(begin, lengths, strict=True)])
@@ -155,7 +154,7 @@ def configurations(impl: str, way: str, dtype: torch.dtype) -> Iterator[tuple[st
     """(what it is called, widths, tokens) of every launch that a room has."""
     for widths, rows in ((ALIGNED, "aligned"), (ODD, "odd rows")):
         if (impl, way) == ("triton", "tokens"):
-            for tokens in (64, 128, 300):
+            for tokens in (64, 128, 200):
                 yield f"{rows}, {tokens} tokens", widths, tokens
         else:
             yield rows, widths, 70

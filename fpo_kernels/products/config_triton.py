@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-
-T = TypeVar("T", bound=Any)  # arrays or tensors
 
 
 class Tokens(NamedTuple):
     """way="tokens": a tile of token products and how it is computed."""
 
-    tokens: int  # rows
+    tokens: int  # rows, and columns
     features: int  # at a time
     warps: int
     stages: int  # copies in flight
-    wide: int = 0  # columns, if they are not as many; a·a then waits in memory while d·d takes its registers
-
-    @property
-    def columns(self) -> int:
-        return self.wide or self.tokens
 
 
 class Formed(NamedTuple):
@@ -39,12 +32,9 @@ class Formed(NamedTuple):
 # of each of 256 threads, and whose copies in flight 128 KiB of a processor's 228.
 SHORT = Tokens(tokens=64, features=128, warps=8, stages=3)  # up to 64 tokens: 0.038 ms a Llama-3.1-8B block
 MIDDLE = Tokens(tokens=64, features=128, warps=4, stages=3)  # up to 128: 0.096 ms
-LONG = Tokens(tokens=128, features=64, warps=8, stages=4)  # longer: 0.237 ms at 256, 0.874 at 512
-# Two operands of 128 rows are 64 FLOP a byte of them, which at 500 TFLOP/s is 7.8 TB/s out of the L2 cache: about all
-# it gives. 128 by 256 are 85; one fp32 tile takes the 128 registers that two took. sm_80 and sm_100 spilled.
-WIDE = Tokens(tokens=128, features=64, warps=8, stages=3, wide=256)
-# Bytes of a·a that wait: four rounds of 132 processors.
-PARKED_BYTES = 64 * 2**20
+# Longer: 0.202 ms at 256, 0.717 at 512 (663 of 767 TFLOP/s). Of 128 by 256 tokens, which read a quarter less but have
+# registers for one fp32 tile, so that a·a waits in memory for d·d: 0.328 and 0.715. 3 stages: 0.258, 0.845; 6: the same.
+LONG = Tokens(tokens=128, features=64, warps=8, stages=4)
 # The others by arithmetic; tests/compile_only reads them all in the binaries of sm_80, sm_90, sm_100 and gfx942.
 # sm_80 spilled 8 bytes a thread of SHORT.
 SHORT_SM80 = Tokens(tokens=64, features=64, warps=8, stages=4)
@@ -91,11 +81,10 @@ def formed(narrow: int) -> Formed:
 
 @functools.cache
 def chip(device: torch.device) -> str:
-    """Which tiles a device wants: "amd", "sm_80" (and what is older), "sm_90" or "sm_100" (and what is newer)."""
+    """Which tiles a device wants: "amd", "sm_80" (and what else is older than Hopper), or "sm_90"."""
     if torch.version.hip is not None:
         return "amd"
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    return "sm_90" if major == 9 else "sm_80" if major < 9 else "sm_100"
+    return "sm_80" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9 else "sm_90"
 
 
 def tokens(dtype: torch.dtype, longest: int, aligned: bool, chip: str) -> Tokens:
@@ -108,16 +97,4 @@ def tokens(dtype: torch.dtype, longest: int, aligned: bool, chip: str) -> Tokens
         return ODD
     if longest <= 64:
         return SHORT_SM80 if chip == "sm_80" else SHORT
-    if longest <= 128:
-        return MIDDLE
-    return WIDE if chip == "sm_90" else LONG
-
-
-def twin_weight(tile: Tokens, row: T, column: T) -> T:
-    """The weight of tiles of ⟨G_i, G_i⟩, symmetric in (t, s): 2 above the diagonal, 0 below it.
-
-    On it 1 where the tile is square, else 3: the kernel weighs its numbers one by one.
-    """
-    above = column * tile.columns >= (row + 1) * tile.tokens
-    below = (column + 1) * tile.columns <= row * tile.tokens
-    return (1 + above * 1) * ~below if not tile.wide else (3 - above * 1) * ~below
+    return MIDDLE if longest <= 128 else LONG

@@ -40,7 +40,7 @@ class Member(NamedTuple):
     y: tuple[Tensor, ...]
 
 
-def items_of(x: Ints, y: Ints | None, pairs: Ints, tile: config.Tokens) -> tuple[Ints, Ints]:
+def items_of(x: Ints, y: Ints | None, pairs: Ints, tile: int) -> tuple[Ints, Ints]:
     """(U, 5) items of pairs (n, 2) between examples of these extents (B, 4), and (n + 1,) how many each pair has.
 
     y is None where both are of one stream: ⟨G_i, G_i⟩ is symmetric in (t, s), so that tiles above the diagonal count
@@ -48,18 +48,18 @@ def items_of(x: Ints, y: Ints | None, pairs: Ints, tile: config.Tokens) -> tuple
     """
     mirrored, right = y is None, x if y is None else y
     i, j = pairs[:, 0], pairs[:, 1]
-    across = -(-right[j, 3] // tile.columns)
-    cells = -(-x[i, 3] // tile.tokens) * across
+    across = -(-right[j, 3] // tile)
+    cells = -(-x[i, 3] // tile) * across
     ends = cells.cumsum()
     pair = np.repeat(np.arange(len(pairs)), cells)
     row, column = np.divmod(np.arange(len(pair)) - (ends - cells)[pair], np.maximum(across, 1)[pair])
     twin = mirrored & (i == j)[pair]
-    weight = np.where(twin, config.twin_weight(tile, row, column), 1)
-    kept = weight > 0
+    weight = 1 + (twin & (row < column))
+    kept = ~twin | (row <= column)
     there = j[pair] + (0 if mirrored else len(x))
     items = np.stack([i[pair], row, there, column, weight], 1)[kept]
     counts = np.bincount(pair[kept], minlength=len(pairs))
-    looks = [_looks(x, 0, 0, tile.tokens)] + ([] if y is None else [_looks(y, len(x), -1, tile.tokens)])
+    looks = [_looks(x, 0, 0, tile)] + ([] if y is None else [_looks(y, len(x), -1, tile)])
     behind = np.concatenate(looks)
     return np.concatenate([items, behind]).astype(np.int32), np.append(counts, len(behind))
 
@@ -76,7 +76,7 @@ def _looks(extents: Ints, first: int, weight: int, tile: int) -> Ints:
 
 
 @functools.lru_cache(maxsize=64)
-def _lists(x: bytes, y: bytes | None, pairs: bytes, tile: config.Tokens, device: torch.device) -> Lists:
+def _lists(x: bytes, y: bytes | None, pairs: bytes, tile: int, device: torch.device) -> Lists:
     left, right, listed = (
         None if b is None else np.frombuffer(b, np.int64).reshape(-1, w) for b, w in ((x, 4), (y, 4), (pairs, 2))
     )
@@ -87,13 +87,13 @@ def _lists(x: bytes, y: bytes | None, pairs: bytes, tile: config.Tokens, device:
     return Lists(*(sent(values, device) for values in (items, extents.copy(), counts)))
 
 
-def _roomy_lists(extents: Extents, pairs: Ints, tile: config.Tokens, device: torch.device) -> Lists:
+def _roomy_lists(extents: Extents, pairs: Ints, tile: int, device: torch.device) -> Lists:
     """For lengths that only the device knows: items for all the room there is; kept with the extents."""
     key = pairs.tobytes(), tile, device
     if key not in extents.lists:
         items, counts = items_of(extents.host, None, pairs, tile)
         empty = extents.host * np.array([1, 1, 1, 0])
-        looks = _looks(empty, 0, 0, tile.tokens).astype(np.int32)
+        looks = _looks(empty, 0, 0, tile).astype(np.int32)
         counts[-1] = len(looks)
         made = (sent(values, device) for values in (np.concatenate([items, looks]), counts))
         extents.lists[key] = tuple(made)
@@ -165,11 +165,11 @@ class Ledger:
         if self._ensure is not None:
             self._ensure(dtype, tile, unit > 1, device)
         if extents.differs:
-            lists = _roomy_lists(extents, self._pairs, tile, device)
+            lists = _roomy_lists(extents, self._pairs, tile.tokens, device)
         else:
             other = None if extents2 is None else extents2.key
-            lists = _lists(extents.key, other, self._key, tile, device)
-            extents.lists[other, self._key, tile, device] = lists  # a recording reads them as long as it is
+            lists = _lists(extents.key, other, self._key, tile.tokens, device)
+            extents.lists[other, self._key, tile.tokens, device] = lists  # a recording reads them as long as it is
         if device not in self._leak:
             self._leak[device] = torch.zeros(1, dtype=torch.int32, device=device)
         sums = launch(members, lists, tile, unit, self._leak[device])
@@ -219,15 +219,11 @@ def launch(members: Sequence[Member], lists: Lists, tile: config.Tokens, unit: i
             at += 1
     fill(held, entries)
     sums = torch.empty(len(lists.items), len(members), dtype=torch.float32, device=device)
-    size, at_once, parked = tile.tokens * tile.columns, len(lists.items), sums
-    if tile.wide:
-        at_once = max(1, config.PARKED_BYTES // (4 * size * len(members)))
-        parked = sums.new_empty(min(at_once, len(lists.items)), len(members), size)
     with torch.cuda.device_of(x):
-        for some, made in zip(lists.items.split(at_once), sums.split(at_once), strict=True) if sums.numel() else ():
-            grouped_products_kernel[len(some), len(members)](
-                held.view(dtype), held, held, held[4 * len(members) :], some, lists.extents, leak, made, parked,
-                X=tile.tokens, Y=tile.columns, F=tile.features, UNIT=unit, PRECISION=config.PRECISION[dtype],
+        if sums.numel():
+            grouped_products_kernel[len(lists.items), len(members)](
+                held.view(dtype), held, held, held[4 * len(members) :], lists.items, lists.extents, leak, sums,
+                T=tile.tokens, F=tile.features, UNIT=unit, PRECISION=config.PRECISION[dtype],
                 INTERPRETED=triton.knobs.runtime.interpret, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return sums

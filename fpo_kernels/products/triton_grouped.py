@@ -17,12 +17,10 @@ import triton.language as tl
 @triton.jit
 def stream_products(
     total, base, stream, x_row, y_row, rows_x, rows_y,
-    X: tl.constexpr, Y: tl.constexpr, F: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    T: tl.constexpr, F: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """total (X, Y) fp32 plus x_t·y_s over a stream's features; nothing where t or s is past its example's end."""
-    t = tl.arange(0, X)
-    s = tl.arange(0, Y)
+    """total (T, T) fp32 plus x_t·y_s over a stream's features; nothing where t or s is past its example's end."""
+    token = tl.arange(0, T)
     feature = tl.arange(0, F)
     x_stride = tl.load(stream + 1).to(tl.int32) // UNIT * UNIT
     y_stride = tl.load(stream + 3).to(tl.int32) // UNIT * UNIT
@@ -30,10 +28,10 @@ def stream_products(
     # 64 bits to the tile, 32 within it: addresses of all elements in 64 would not fit into the registers
     x_first = base + (tl.load(stream) + x_row * x_stride) // UNIT * UNIT
     y_first = base + (tl.load(stream + 2) + y_row * y_stride) // UNIT * UNIT
-    x_token = t[:, None] * x_stride
-    y_token = s[None, :] * y_stride
-    in_x = (t < rows_x)[:, None]
-    in_y = (s < rows_y)[None, :]
+    x_token = token[:, None] * x_stride
+    y_token = token[None, :] * y_stride
+    in_x = (token < rows_x)[:, None]
+    in_y = (token < rows_y)[None, :]
     if INTERPRETED:  # that of triton 3.6 counts no range to a bound that is read from memory
         first = tl.zeros((), tl.int32)
         while first < width:
@@ -71,17 +69,9 @@ def left_out(base, offset, stride, width, begin, tile, extent, T: tl.constexpr, 
 
 
 @triton.jit
-def twice_above(weight, x_tile, y_tile, X: tl.constexpr, Y: tl.constexpr):
-    """(X, Y) of a tile through which the diagonal runs, weight 3: 2 above it, 1 on it, 0 below; else 1."""
-    above = y_tile.to(tl.int32) + tl.arange(0, Y)[None, :] - (x_tile.to(tl.int32) + tl.arange(0, X)[:, None])
-    return tl.where((weight != 3) | (above == 0), 1.0, tl.where(above > 0, 2.0, 0.0))
-
-
-@triton.jit
 def grouped_products_kernel(
-    base, ids_base, layers, streams, items, extents, leak, sums, parked,
-    X: tl.constexpr, Y: tl.constexpr, F: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    base, ids_base, layers, streams, items, extents, leak, sums,
+    T: tl.constexpr, F: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """sums[item, layer]: Σ_{t, s} (a_t·a_s)(Σ_k d^k_t·d^k_s) of a pair's tile, times the item's weight.
 
@@ -89,25 +79,22 @@ def grouped_products_kernel(
 
         layers (L, 4): first stream (a), one past the last (the d's follow a), 1 where a are ids, else 0, spare
         streams (M, 5): x offset, x stride, y offset, y stride, width; in elements from `base` (ids: `ids_base`)
-        items (U, 5): extent i of x, its tile of X rows, extent j of y, its tile of Y, weight
+        items (U, 5): extent i of x, its tile, extent j of y, its tile, weight
         extents (B, 4): first row, rows, the first of these that counts, how many count
 
-    Weight 3 is of a tile through which the diagonal runs where X is not Y: 2 above it, 1 on it, 0 below.
     Of an item of weight 0 the x tile holds rows that do not count (−1: rows of y, given as i); `leak` is set where one
-    of a layer's d is not 0 there. Where X is not Y, a·a waits in `parked` (items, layers, X, Y) for d·d.
+    of a layer's d is not 0 there.
     """
-    PARK: tl.constexpr = X != Y
     item_at = tl.program_id(0).to(tl.int64)
     layer_at = tl.program_id(1).to(tl.int64)
-    own = item_at * tl.num_programs(1) + layer_at
-    out = sums + own
+    out = sums + item_at * tl.num_programs(1) + layer_at
     item = items + item_at * 5
     weight = tl.load(item + 4)
     layer = layers + layer_at * 4
     first_stream = tl.load(layer)
     last_stream = tl.load(layer + 1)
     x_extent = extents + tl.load(item).to(tl.int64) * 4
-    x_tile = tl.load(item + 1).to(tl.int64) * X
+    x_tile = tl.load(item + 1).to(tl.int64) * T
     if weight <= 0:
         found = tl.zeros((), tl.int32)
         stream = first_stream + 1
@@ -115,7 +102,7 @@ def grouped_products_kernel(
             at = streams + stream * 5
             side = at - weight * 2
             found += left_out(
-                base, tl.load(side), tl.load(side + 1), tl.load(at + 4), tl.load(x_extent), x_tile, x_extent, X, F
+                base, tl.load(side), tl.load(side + 1), tl.load(at + 4), tl.load(x_extent), x_tile, x_extent, T, F
             )
             stream += 1
         tl.store(out, 0.0)
@@ -123,7 +110,7 @@ def grouped_products_kernel(
             tl.store(leak, 1)
         return
     y_extent = extents + tl.load(item + 2).to(tl.int64) * 4
-    y_tile = tl.load(item + 3).to(tl.int64) * Y
+    y_tile = tl.load(item + 3).to(tl.int64) * T
     rows_x = tl.load(x_extent + 3) - x_tile
     rows_y = tl.load(y_extent + 3) - y_tile
     if (rows_x <= 0) | (rows_y <= 0):
@@ -131,42 +118,29 @@ def grouped_products_kernel(
         return
     x_row = tl.load(x_extent) + tl.load(x_extent + 2) + x_tile
     y_row = tl.load(y_extent) + tl.load(y_extent + 2) + y_tile
-    t = tl.arange(0, X)
-    s = tl.arange(0, Y)
-    inputs = streams + first_stream * 5
-    one_hot = tl.load(layer + 2) != 0
-    waiting = parked + own * (X * Y) + (t[:, None] * Y + s[None, :])
-    if PARK & (not one_hot):
-        aa = stream_products(
-            tl.zeros((X, Y), tl.float32), base, inputs, x_row, y_row, rows_x, rows_y,
-            X, Y, F, UNIT, PRECISION, INTERPRETED,
-        )  # fmt: skip
-        tl.store(waiting, aa * twice_above(weight, x_tile, y_tile, X, Y))
-    dd = tl.zeros((X, Y), tl.float32)
+    dd = tl.zeros((T, T), tl.float32)
     if INTERPRETED:
         stream = first_stream + 1
         while stream < last_stream:
             dd = stream_products(
-                dd, base, streams + stream * 5, x_row, y_row, rows_x, rows_y, X, Y, F, UNIT, PRECISION, INTERPRETED
+                dd, base, streams + stream * 5, x_row, y_row, rows_x, rows_y, T, F, UNIT, PRECISION, INTERPRETED
             )
             stream += 1
     else:
         for stream in range(first_stream + 1, last_stream):
             dd = stream_products(
-                dd, base, streams + stream * 5, x_row, y_row, rows_x, rows_y, X, Y, F, UNIT, PRECISION, INTERPRETED
+                dd, base, streams + stream * 5, x_row, y_row, rows_x, rows_y, T, F, UNIT, PRECISION, INTERPRETED
             )
-    if one_hot:  # a_t·a_s is 1 where the ids are the same
-        x = tl.load(ids_base + tl.load(inputs) + (x_row + t) * tl.load(inputs + 1), t < rows_x, other=-1)
-        y = tl.load(ids_base + tl.load(inputs + 2) + (y_row + s) * tl.load(inputs + 3), s < rows_y, other=-2)
-        same = tl.where(x[:, None] == y[None, :], dd, 0.0)
-        product = tl.sum(same * twice_above(weight, x_tile, y_tile, X, Y)) if PARK else tl.sum(same)
-    elif PARK:
-        tl.debug_barrier()  # what other threads stored
-        product = tl.sum(tl.load(waiting) * dd)
-    else:
+    inputs = streams + first_stream * 5
+    if tl.load(layer + 2) == 0:
         aa = stream_products(
-            tl.zeros((X, Y), tl.float32), base, inputs, x_row, y_row, rows_x, rows_y,
-            X, Y, F, UNIT, PRECISION, INTERPRETED,
+            tl.zeros((T, T), tl.float32), base, inputs, x_row, y_row, rows_x, rows_y,
+            T, F, UNIT, PRECISION, INTERPRETED,
         )  # fmt: skip
         product = tl.sum(aa * dd)
-    tl.store(out, product * tl.where(weight == 2, 2.0, 1.0))
+    else:  # one-hot inputs: a_t·a_s is 1 where the ids are the same
+        token = tl.arange(0, T)
+        x = tl.load(ids_base + tl.load(inputs) + (x_row + token) * tl.load(inputs + 1), token < rows_x, other=-1)
+        y = tl.load(ids_base + tl.load(inputs + 2) + (y_row + token) * tl.load(inputs + 3), token < rows_y, other=-2)
+        product = tl.sum(tl.where(x[:, None] == y[None, :], dd, 0.0))
+    tl.store(out, product * weight.to(tl.float32))
