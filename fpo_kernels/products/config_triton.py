@@ -33,7 +33,7 @@ class Formed(NamedTuple):
 SHORT = Tokens(tokens=64, features=128, warps=8, stages=3)  # up to 64 tokens: 0.038 ms a Llama-3.1-8B block
 MIDDLE = Tokens(tokens=64, features=128, warps=4, stages=3)  # up to 128: 0.096 ms
 # Longer: 0.202 ms at 256, 0.717 at 512 (663 of 767 TFLOP/s). Of 128 by 256 tokens, which read a quarter less but have
-# registers for one fp32 tile, so that a·a waits in memory for d·d: 0.328 and 0.715. 3 stages: 0.258, 0.845; 6: the same.
+# registers for one fp32 tile, so that a·a waits in memory for d·d: 0.328 and 0.715. 3 stages: 0.258, 0.845; 6: same.
 LONG = Tokens(tokens=128, features=64, warps=8, stages=4)
 # The others by arithmetic; tests/compile_only reads them all in the binaries of sm_80, sm_90, sm_100 and gfx942.
 # sm_80 spilled 8 bytes a thread of SHORT.
