@@ -56,6 +56,15 @@ def _is_product(node: Node | None) -> bool:
     return all(saved is not None or _is_product(parent) for saved, (parent, _) in pairs)
 
 
+def is_cast(node: Node) -> bool:
+    """Whether what `maker_of` found has a cast on the way: more to read and write than a product in one dtype."""
+    made, dtype = _uncast(node)
+    if dtype is not None:
+        return True
+    pairs = zip(_factors(made), made.next_functions, strict=True)
+    return any(saved is None and is_cast(parent) for saved, (parent, _) in pairs)
+
+
 def _uncast(node: Node) -> tuple[Node | None, torch.dtype | None]:
     """The node whose output a cast took, and the dtype it was cast to; norms multiply in fp32 and go on in 16 bits."""
     node = _beyond_taps(node)

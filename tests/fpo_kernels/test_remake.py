@@ -11,7 +11,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fpo_kernels.layers import some_rows
-from fpo_kernels.remake import maker_of, remade
+from fpo_kernels.remake import is_cast, maker_of, remade
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +61,15 @@ def test_made_again_to_the_bit(how: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("how", KEPT)
 def test_what_autograd_does_not_keep_has_no_maker(how: str) -> None:
     assert maker_of(KEPT[how](values(torch.float32))) is None
+
+
+def test_which_are_casts() -> None:
+    told = {(how, dtype): is_cast(maker_of(make(values(dtype)))) for how, make in MADE.items() for dtype in DTYPES[:2]}
+    casts = {how for (how, dtype), cast in told.items() if cast and dtype == torch.bfloat16}
+    assert casts == {"a norm", "a norm that casts last", "a gate in float32", "a product in 16 bits that goes on in 32"}
+    assert {how for (how, dtype), cast in told.items() if cast and dtype == torch.float32} == {
+        "a product in 16 bits that goes on in 32"
+    }
 
 
 def test_nothing_is_made_again_where_hooks_pack_what_is_saved() -> None:
