@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .known import Quick
+from .known import Current, Quick
 from .remake import Inputs, Node, are_saved_plainly, is_cast, maker_of
 
-# Of a norm's outputs in 16 bits one in so many is made again, the others are kept. Made again, all of an 8B model's take
-# 8.3 ms at 9 × 512 tokens on an H200, a thirty-fourth of forward and backward; kept, 0.115 of the backward's peak.
+# Of a norm's outputs in 16 bits one in so many is made again, the others are kept. Made again, all of an 8B model's
+# take 8.3 ms at 9 × 512 tokens on an H200, a thirty-fourth of the pass; kept, 0.115 of the backward's peak.
 ONE_IN = 4
 _are_transformed = torch._C._are_functorch_transforms_active
 _new: Any = tuple.__new__  # a named tuple's own takes twice as long
@@ -70,13 +70,13 @@ class Arrivals:
     Attributes:
         bytes: what keeping all of them takes, inputs and gradients, with those of other taps.
         open: calls are noted; not where taps stand idle, and not once the way back has begun.
+        waiting: those not yet looked at: turn, module, input and its version, output and its version.
     """
 
     def __init__(self, size: int, inputs: Inputs, calls: list[tuple[nn.Module, int]], most_bytes: int) -> None:
         """`size` is the batch's; `calls` takes (module, group) of each; beyond `most_bytes` nothing is kept at once."""
-        self._size, self._inputs, self._calls, self._most_bytes = size, inputs, calls, most_bytes
-        # not yet looked at: turn, module, input and its version, output and its version
-        self._waiting: list[tuple[int, nn.Module, Quick, Tensor, int, Tensor, int]] = []
+        self.size, self._inputs, self.calls, self.most_bytes = size, inputs, calls, most_bytes
+        self.waiting: list[tuple[int, nn.Module, Quick, Tensor, int, Tensor, int]] = []
         self._noted: list[Noted] = []
         self._makers: dict[int, Node | None] = {}  # what makes a group's input again
         self._casts = 0
@@ -85,42 +85,14 @@ class Arrivals:
         self.bytes = 0
         self.open = True
 
-    def noting(self, module: nn.Module, quick: Quick, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-        """What stands for the forward of a module that was seen to be plain; `otherwise` takes unusual calls on.
-
-        Asked at every tap of every pass: what is looked up once too often shows.
-        """
-        parameters: Any = module._parameters
-        forward, asked = _forward_of(module)
-        size, calls, waiting, most_bytes = self._size, self._calls, self._waiting, self._most_bytes
-
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            parameters.count += asked
-            if kwargs or len(args) != 1 or type(output) is not Tensor or not output.requires_grad or not self.open:
-                return otherwise(module, args, kwargs, output)
-            if size > 1 and (output.ndim < 2 or output.shape[0] != size):
-                return otherwise(module, args, kwargs, output)
-            if _are_transformed() or not are_saved_plainly():
-                return otherwise(module, args, kwargs, output)
-            a = args[0]
-            waiting.append((len(calls), module, quick, a, a._version, output, output._version))
-            calls.append((module, -1))
-            self.bytes += output.nbytes + a.nbytes
-            if self.bytes > most_bytes:
-                self.settle()
-            return output
-
-        return noting
-
     def settle(self) -> set[nn.Module]:
         """Look at the calls so far. → modules whose calls cannot be noted: a pass that called any is void."""
-        large = self.bytes > self._most_bytes
+        large = self.bytes > self.most_bytes
         last, last_version, group = None, 0, 0
-        for turn, module, quick, a, version, output, output_version in self._waiting:
+        for turn, module, quick, a, version, output, output_version in self.waiting:
             if a is not last or version != last_version:
                 last, last_version, group = a, version, self._inputs.group(a, version, turn)
-            self._calls[turn] = module, group
+            self.calls[turn] = module, group
             parameters: Any = module._parameters
             # a hook on a kept output would change its gradient after it is read
             if output._version != output_version or parameters.changed or (not large and output._backward_hooks):
@@ -138,7 +110,7 @@ class Arrivals:
             kept = a if quick.reads and maker is None else None
             place = None if large else output
             self._noted.append(_new(Noted, (turn, module, group, kept, version, maker, place, node, number, shape)))
-        self._waiting.clear()
+        self.waiting.clear()
         return self._odd
 
     def _maker(self, a: Tensor, group: int) -> Node | None:
@@ -156,7 +128,7 @@ class Arrivals:
         With `again` the tape and what was noted are left for another backward. → the modules of which no gradient came.
         """
         self.open = False
-        if self.bytes > self._most_bytes:
+        if self.bytes > self.most_bytes:
             self._meet(note, again)
             torch.autograd.grad(total, anchor, allow_unused=True, retain_graph=again)
             return {met.module for met in self._met if not met.came}
@@ -182,9 +154,38 @@ class Arrivals:
 
     def close(self) -> None:
         """Let go of what the pass made."""
-        self._waiting.clear()
+        self.waiting.clear()
         self._noted.clear()
         self._makers, self._met = {}, []
+
+
+def stand_in(module: nn.Module, quick: Quick, current: Current) -> Callable[..., Any]:
+    """What stands for the forward of a module that was seen to be plain, while a pass is current.
+
+    Asked at every tap of every pass: what is looked up once too often shows.
+    """
+    own = module.__dict__
+    forward, asked = _forward_of(module)
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        own["_parameters"].count += asked
+        noted = current.arrivals
+        if kwargs or len(args) != 1 or type(output) is not Tensor or not output.requires_grad or not noted.open:
+            return current.otherwise(module, args, kwargs, output)
+        if noted.size > 1 and (output.ndim < 2 or output.shape[0] != noted.size):
+            return current.otherwise(module, args, kwargs, output)
+        if _are_transformed() or not are_saved_plainly():
+            return current.otherwise(module, args, kwargs, output)
+        a, calls = args[0], noted.calls
+        noted.waiting.append((len(calls), module, quick, a, a._version, output, output._version))
+        calls.append((module, -1))
+        noted.bytes += output.nbytes + a.nbytes
+        if noted.bytes > noted.most_bytes:
+            noted.settle()
+        return output
+
+    return noting
 
 
 def _forward_of(module: nn.Module) -> tuple[Callable[..., Any], int]:

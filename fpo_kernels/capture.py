@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from .arrivals import Arrivals
-from .known import Known, Manner, Plan, Quick
+from .known import Current, Known, Manner, Plan
 from .layers import Lookup, input_of, looked_up, returns_what_it_should, some_rows
 from .refusals import UnexpectedError, UnservedError, UnusableError
 from .remake import Inputs, Node, maker_of, remade
@@ -152,9 +152,9 @@ class Taps:
         self._idle = idle
         self._arrivals.open = not idle and not self._backward
 
-    def noting(self, module: nn.Module, quick: Quick) -> Callable[..., Any]:
-        """What stands for the forward of a module that was seen to be plain."""
-        return self._arrivals.noting(module, quick, self.hook)
+    def under(self, current: Current) -> None:
+        """Have stand-ins note calls for this pass."""
+        current.arrivals, current.otherwise = self._arrivals, self.hook
 
     def close(self) -> None:
         """Let go of what the pass made: what is on the tape knows the taps, which know the tape."""

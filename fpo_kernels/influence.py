@@ -267,8 +267,8 @@ class Influence:
         for batch in given:
             check_entries(batch)
         with lock_of(self.model):
-            check_mode(self.model)
             self._renew()
+            check_mode(self.model, self._passes.modules)
             if self.micro_batch is not None or self._fallback == PER_EXAMPLE or len(given) > 1:
                 for batch in given:
                     self._passes.see_entries(batch)

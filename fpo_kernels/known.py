@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,28 @@ class Quick(NamedTuple):
     remade: bool  # whether the input was seen to come out the same when it is made again
 
 
+class Current:
+    """The pass that stand-ins note calls for: they are made once for all passes of a plan.
+
+    Attributes:
+        arrivals: its noted calls. otherwise: what takes on a call that is none to note.
+    """
+
+    __slots__ = ("arrivals", "otherwise")
+
+    def __init__(self) -> None:
+        self.arrivals: Any = None
+        self.otherwise: Any = None
+
+
+class Stand(NamedTuple):
+    """A stand-in, of a module of which so much was known, for the forward that was its own, apart from its class's."""
+
+    quick: Quick
+    before: Any
+    forward: Callable[..., Any]
+
+
 class Plan:
     """What all passes over the same sites share: worked out once.
 
@@ -73,7 +95,7 @@ class Plan:
         reading: modules a rule of which reads the input.
         modules: all of the model's. parameters: theirs. quantised: those with a packed 4-bit weight.
         device: the first parameter's.
-        quick: modules whose calls need no look, by `quicken`.
+        quick: modules whose calls need no look, by `quicken`. stands: their stand-ins, for the pass that is `current`.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
@@ -88,6 +110,8 @@ class Plan:
                 if rule.reads_input:
                     self.reading.add(module)
         self.quick: dict[nn.Module, Quick] = {}
+        self.stands: dict[nn.Module, Stand] = {}
+        self.current = Current()
         self.modules = list(model.modules())
         self.parameters = list(dict.fromkeys(p for m in self.modules for p in m._parameters.values() if p is not None))
         # of a parametrised weight, asking for it would already be a step (spectral norm's)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,10 +22,16 @@ def lock_of(model: nn.Module) -> threading.RLock:
         return _locks.setdefault(model, threading.RLock())
 
 
-def check_mode(model: nn.Module) -> None:
-    """Raises RuntimeError under inference mode, and where the model's mode lets chance or other examples in."""
+def check_mode(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Raises RuntimeError under inference mode, and where the model's mode lets chance or other examples in.
+
+    Args:
+        modules: all of the model's; to name them takes longer, and is asked for in every call.
+    """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("Influence needs a backward pass and cannot run under torch.inference_mode; use no_grad")
+    if not any(module.training for module in modules):
+        return
     for name, module in model.named_modules():
         if module.training and _is_random(module):
             raise RuntimeError(
@@ -87,6 +94,7 @@ def parts_of(model: nn.Module) -> list[object]:
         forward = own.get("forward")  # kernel libraries replace it on the instance
         found += module, type(module).forward, getattr(forward, "stands_for", forward)
         for parameter in own["_parameters"].values():
-            found += parameter, parameter is not None and is_hooked(parameter)
+            hooked = parameter is not None and parameter._backward_hooks and is_hooked(parameter)
+            found += parameter, bool(hooked)
         waiting += [child for child in own["_modules"].values() if child is not None]
     return found

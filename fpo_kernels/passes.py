@@ -71,6 +71,7 @@ class Passes:
         self._unseen: set[tuple[object, ...]] = set()  # those of this call, and where somebody looked meanwhile
         self._seen: set[tuple[object, ...]] = set()
         self._parts = parts_of(model)
+        self.modules = [part for part in self._parts if isinstance(part, nn.Module)]
         hopeless = {n: why for n, why in self._refused.items() if not chosen[n].is_floating_point()}
         if hopeless or fallback == "error":
             refuse(hopeless or self._refused)
@@ -123,8 +124,8 @@ class Passes:
 
     def weights(self) -> object:
         """Where the model's numbers lie."""
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return tuple([x.data_ptr() for x in tensors]), self.model.training
+        owned = (tensors for module in self.modules for tensors in (module._parameters, module._buffers))
+        return [x.data_ptr() for own in owned for x in own.values() if x is not None], self.model.training
 
     def run(self, batch: Batch, consume: Consume, layout: Layout | None = None) -> Tensor:
         """One forward and one backward; `consume` meets each parameter's stream as it is complete. → outputs (B,).

@@ -59,7 +59,7 @@ def _is_product(node: Node | None) -> bool:
 def is_cast(node: Node) -> bool:
     """Whether what `maker_of` found has a cast on the way: more to read and write than a product in one dtype."""
     made, dtype = _uncast(node)
-    if dtype is not None:
+    if made is None or dtype is not None:
         return True
     pairs = zip(_factors(made), made.next_functions, strict=True)
     return any(saved is None and is_cast(parent) for saved, (parent, _) in pairs)

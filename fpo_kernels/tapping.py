@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arrivals import stand_in
 from .capture import Shape, Taps
-from .known import Known, Plan
+from .known import Current, Known, Plan, Stand
 from .refusals import UnusableError
 from .uses import Reads
 
@@ -59,12 +60,19 @@ def tapped(plan: Plan, shape: Shape, known: Known, counting: bool) -> Iterator[T
         stack.enter_context(_frozen(plan.parameters, plan.modules))
         stack.callback(_untap, taps)
         quick = {} if counting else plan.quick
+        stack.callback(_return_to, plan.current, plan.current.arrivals, plan.current.otherwise)
+        taps.under(plan.current)
         for module in taps.names:
             own = module.__dict__
             taps.reads[module] = own["_parameters"] = Reads(own["_parameters"])
             if module in quick:
-                taps.forwards[module] = own.get("forward")
-                own["forward"] = taps.noting(module, quick[module])
+                taps.forwards[module] = before = own.get("forward")
+                stand = plan.stands.get(module)
+                usual = stand is not None and (before is stand.before or before is stand.forward)
+                if stand is None or not usual or stand.quick != quick[module]:
+                    stand = Stand(quick[module], before, stand_in(module, quick[module], plan.current))
+                    plan.stands[module] = stand
+                own["forward"] = stand.forward
                 continue
             # first in line: a user's own hook may change the output, and d belongs to what the module made. What
             # register_forward_hook does, without handles, which cost as much as all the rest.
@@ -85,6 +93,11 @@ def tapped(plan: Plan, shape: Shape, known: Known, counting: bool) -> Iterator[T
         stack.callback(_running.pop)
         stack.enter_context(torch.enable_grad())
         yield taps
+
+
+def _return_to(current: Current, arrivals: Any, otherwise: Any) -> None:
+    """The pass within which this one was."""
+    current.arrivals, current.otherwise = arrivals, otherwise
 
 
 def _untap(taps: Taps) -> None:
