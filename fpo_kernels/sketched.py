@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .beside import Beside
 from .gradients import Factors, Packing, Rows, Stream, Vectors
 from .layers import Site
 from .sketch import (
@@ -73,6 +75,8 @@ class Sketched:
         self._maps, self._shapes, self._per_layer = maps, shapes, per_layer
         self._noted: list[tuple[str, Member]] = []  # by the sum that it adds to
         self._kept_bytes = 0
+        self._made: list[tuple[list[str], Tensor]] = []  # names, and what was sketched of each
+        self._beside = Beside()
         self._cuts: dict[Packing, tuple[Tensor, Tensor]] = {}
         self._spectra: dict[str, Tensor] = {}
         self._buckets: dict[str, Tensor] = {}
@@ -118,11 +122,11 @@ class Sketched:
         by_device: dict[torch.device, list[tuple[str, Member]]] = {}
         for name, member in self._noted:
             by_device.setdefault(member.a.device, []).append((name, member))
-        for named in by_device.values():
+        for device, named in by_device.items():
             slots = {name: slot for slot, name in enumerate(dict.fromkeys(name for name, _ in named))}
-            sums = grouped_sketch([member._replace(slot=slots[name]) for name, member in named], len(slots))
-            for name, slot in slots.items():
-                self._add(self._spectra, name, sums[slot])
+            members = [member._replace(slot=slots[name]) for name, member in named]
+            sums = self._beside.run(device, functools.partial(grouped_sketch, members, len(slots)), members)
+            self._made.append((list(slots), sums))
         self._noted, self._kept_bytes = [], 0
 
     def _in_buckets(self, name: str, stream: Rows | Vectors) -> Tensor:
@@ -148,6 +152,11 @@ class Sketched:
     def result(self, outputs: Tensor) -> dict[str, Tensor]:
         """Name → (B, dim) in the outputs' precision, zeros where nothing came."""
         self._flush()
+        self._beside.join()
+        for names, sums in self._made:
+            for name, own in zip(names, sums, strict=True):
+                self._add(self._spectra, name, own)
+        self._made = []
         like = wide(outputs)
         every = {}
         for name in self._shapes if self._per_layer else ("",):

@@ -16,6 +16,7 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fpo_kernels.beside import Beside
 from fpo_kernels.products import config_triton as config
 from fpo_kernels.products.inputs_triton import readable
 from fpo_kernels.products.triton_grouped import grouped_products_kernel
@@ -104,8 +105,8 @@ def _roomy_lists(extents: Extents, pairs: Ints, tile: int, device: torch.device)
 class Ledger:
     """Σ over layers of ⟨G_i, G_j⟩ for one list of pairs: noted layer by layer, multiplied many layers at a time.
 
-    Nothing here waits for the device or copies from pageable memory. The same layers in the same order give the same
-    bits; an item beyond an example's end adds an exact zero.
+    Nothing here waits for the device or copies from pageable memory; launches run beside what follows them. The same
+    layers in the same order give the same bits; an item beyond an example's end adds an exact zero.
     """
 
     def __init__(self, pairs: Ints, ensure: Ensure | None = None) -> None:
@@ -119,6 +120,7 @@ class Ledger:
         self._sums: dict[int, tuple[Lists, list[Tensor]]] = {}
         self._total: Tensor | None = None
         self._leak: dict[torch.device, Tensor] = {}
+        self._beside = Beside()
 
     def note(
         self,
@@ -172,13 +174,15 @@ class Ledger:
             extents.lists[other, self._key, tile.tokens, device] = lists  # a recording reads them as long as it is
         if device not in self._leak:
             self._leak[device] = torch.zeros(1, dtype=torch.int32, device=device)
-        sums = launch(members, lists, tile, unit, self._leak[device])
+        leak = self._leak[device]
+        sums = self._beside.run(device, functools.partial(launch, members, lists, tile, unit, leak), members)
         parts = self._sums.setdefault(id(lists.items), (lists, []))[1]
         parts.append(sums)
         if sum(part.nbytes for part in parts) > config.SUM_BYTES:
             self._add_up(id(lists.items))
 
     def _add_up(self, key: int) -> None:
+        self._beside.join()
         lists, parts = self._sums.pop(key)
         items = torch.cat(parts, 1).sum(1, dtype=torch.float64)
         # one number after another, so that items that add nothing leave no trace; unsafe: no check that would wait

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import fpo_kernels as fk
+from fpo_kernels import sketched
+from fpo_kernels.beside import Beside
+from fpo_kernels.products import config_triton
 from tests.fpo_kernels.tiny import PAD, batch_of, error, gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -116,3 +119,24 @@ def test_several_widths_take_turns() -> None:
         for width in (24, 64, 8, 48):
             batch = on_gpu([width, 2, width // 2], turn, width=width)
             assert torch.equal(engine.norms(batch), eager.norms(batch)), (turn, width)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_what_runs_beside_a_pass_reads_what_was_there(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch a layer, each beside the backward that goes on, and memory that is used again at once."""
+    monkeypatch.setattr(config_triton, "ENOUGH_FLOPS", 0)
+    monkeypatch.setattr(sketched, "KEPT_BYTES", 1)
+    model = llama(dtype, layers=8)
+    engine, batch = fk.Influence(model, "all", capture="never"), on_gpu([256] * 9, 1)
+    norms, sketch = engine.norms(batch), engine.sketch(batch, dim=1024)
+    torch.cuda.synchronize()
+    monkeypatch.setattr(Beside, "run", lambda self, device, work, reads: work())
+    alone = fk.Influence(model, "all", capture="never")
+    assert torch.equal(alone.norms(batch), norms)
+    assert torch.equal(alone.sketch(batch, dim=1024), sketch)
+    monkeypatch.undo()
+    monkeypatch.setattr(config_triton, "ENOUGH_FLOPS", 0)
+    monkeypatch.setattr(sketched, "KEPT_BYTES", 1)
+    for _ in range(10):
+        assert torch.equal(engine.norms(batch), norms)
+        assert torch.equal(engine.sketch(batch, dim=1024), sketch)
