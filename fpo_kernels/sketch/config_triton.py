@@ -17,6 +17,7 @@ class Sides(NamedTuple):
     blocks: int  # of the output, each its own program
     rows: int
     columns: int
+    tokens: int  # that one product takes, in adjacent columns
 
     @property
     def buckets(self) -> int:
@@ -31,19 +32,19 @@ class Tile(NamedTuple):
     registers: int | None  # a thread's, at most; None: not said
 
 
-# One token a product, so that nothing is permuted or added up across warps after it. 64 rows where there are so many,
-# what Hopper's products take, and few columns: the left product multiplies once where buckets hold one coordinate, the
-# right one three times. No side under 16, the least of a product, but rows of 1, which take no left one.
+# 64 rows where there are so many, what Hopper's products take. Tokens lie in adjacent columns: the left product takes
+# them as they are, the right one's matrix is W_columns ⊗ I, which multiplies zeros, and 128 columns are as many as that
+# is worth. No side under 16, the least of a product.
 _SIDES = {
-    64: Sides(1, 1, 64),
-    128: Sides(2, 1, 64),
-    256: Sides(1, 16, 16),
-    512: Sides(1, 32, 16),
-    1024: Sides(1, 64, 16),
-    2048: Sides(1, 64, 32),
-    4096: Sides(1, 64, 64),
-    8192: Sides(2, 64, 64),
-    16384: Sides(4, 64, 64),
+    64: Sides(1, 16, 4, 4),
+    128: Sides(1, 32, 4, 4),
+    256: Sides(1, 64, 4, 4),
+    512: Sides(1, 64, 8, 4),
+    1024: Sides(1, 64, 16, 2),
+    2048: Sides(1, 64, 32, 2),
+    4096: Sides(1, 64, 64, 2),
+    8192: Sides(2, 64, 64, 2),
+    16384: Sides(4, 64, 64, 2),
 }
 # Entries of the table that are gathered at a time: the largest tile, 16 for each of 256 threads.
 ENTRIES = 4096
@@ -92,6 +93,11 @@ def tile(dim: int, wide: bool, dtype: torch.dtype, major: int) -> Tile:
     if not wide and sides(dim).buckets < ENTRIES and dtype.itemsize == 2:
         return Tile(WARPS, REGISTERS)
     return Tile(HOPPER_WARPS, REGISTERS) if major == 9 else Tile(WARPS, MOST_REGISTERS)
+
+
+def rounds(dim: int, span: int) -> int:
+    """Rounds of entries that a gather from `span` features takes: features come to shared memory once a gather."""
+    return max(1, span // ENTRIES) if sides(dim).blocks == 1 else 1  # else each round is of another block
 
 
 def wide_span(dtype: torch.dtype, major: int) -> int:

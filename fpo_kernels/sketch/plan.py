@@ -47,15 +47,18 @@ class Piece(NamedTuple):
 
     Attributes:
         first, width: the features first to first + width.
-        entries: (rounds · ENTRIES,) int16: 2·(j − first), + 1 for minus, or −1 for none. A round is of one block of
-            buckets, bucket after bucket, as many rows of the gather table as make a round.
-        rounds: of them.
+        entries: (rounds · ENTRIES,) int16: j − first, bit 15 for minus; `width` for none, a place in the span that is
+            zero. A round is of one block of buckets, bucket after bucket, as many rows of the gather table as make a
+            round.
+        gathers: of them, each of `config.rounds`.
+        wide: whether from the wider span.
     """
 
     first: int
     width: int
     entries: Tensor
-    rounds: int
+    gathers: int
+    wide: bool
 
 
 class Cut(NamedTuple):
@@ -105,7 +108,10 @@ class Layout(NamedTuple):
     pieces: Tensor
 
 
-_PIECES: WeakIdKeyDictionary = WeakIdKeyDictionary()  # gather table → span → pieces
+# Features left out of a span that a stream is cut to: a place of zeros, and 16 bytes of whatever dtype.
+_ZEROS = 8
+
+_PIECES: WeakIdKeyDictionary = WeakIdKeyDictionary()  # gather table → spans → pieces
 
 
 def pieces(table: Tensor, width: int, span: int) -> list[Piece]:
@@ -114,15 +120,21 @@ def pieces(table: Tensor, width: int, span: int) -> list[Piece]:
     A table wider than the span is read back, once: what falls into each span is not known before.
     """
     kept = _PIECES.setdefault(table, {})
-    if span not in kept:
-        if width <= span:
-            kept[span] = [_piece(table, 0, width)]
+    key = span, config.SPAN
+    if key not in kept:
+        if fits(width, table.shape[1], span):
+            kept[key] = [_piece(table, 0, width, span)]
         else:
-            whole = table.cpu().numpy()
-            cut = [(first, min(span, width - first)) for first in range(0, width, span)]
+            whole, step = table.cpu().numpy(), span - _ZEROS
+            cut = [(first, min(step, width - first)) for first in range(0, width, step)]
             parts = [torch.from_numpy(_within(whole, *part)).to(table.device) for part in cut]
-            kept[span] = [_piece(part, *where) for part, where in zip(parts, cut, strict=True)]
-    return kept[span]
+            kept[key] = [_piece(part, *where, span) for part, where in zip(parts, cut, strict=True)]
+    return kept[key]
+
+
+def fits(width: int, k: int, span: int) -> bool:
+    """Whether a span holds so many features, and a zero where entries stand for none."""
+    return width < span or (width == span and not span % max(k, config.ENTRIES))
 
 
 def _within(table: NDArray[np.int32], first: int, width: int) -> NDArray[np.int32]:
@@ -132,14 +144,16 @@ def _within(table: NDArray[np.int32], first: int, width: int) -> NDArray[np.int3
     return np.take_along_axis(np.where(inside, table - 2 * first, -1), front, axis=0).astype(np.int32)
 
 
-def _piece(table: Tensor, first: int, width: int) -> Piece:
+def _piece(table: Tensor, first: int, width: int, span: int) -> Piece:
     rows, k = table.shape
-    buckets = config.sides(k).buckets
+    wide = not fits(width, k, min(config.SPAN, span))
+    buckets, rounds = config.sides(k).buckets, config.rounds(k, span) if wide else 1
     together = config.ENTRIES // buckets
-    padded = torch.nn.functional.pad(table, (0, 0, 0, -rows % together), value=-1)
+    padded = torch.nn.functional.pad(table, (0, 0, 0, -rows % (together * rounds)), value=-1)
     # (rounds of rows, rows, blocks, buckets) → a round is of one block, and a bucket's rows adjacent in it
-    rounds = padded.view(-1, together, k // buckets, buckets).permute(0, 2, 3, 1).contiguous()
-    return Piece(first, width, rounds.to(torch.int16).flatten(), rounds.numel() // config.ENTRIES)
+    entries = padded.view(-1, together, k // buckets, buckets).permute(0, 2, 3, 1).flatten()
+    entries = torch.where(entries < 0, width, entries >> 1 | (entries & 1) << 15)
+    return Piece(first, width, entries.to(torch.int16), len(entries) // config.ENTRIES // rounds, wide)
 
 
 def plan(streams: Sequence[Streams], k: int, major: int) -> list[Launch]:
@@ -153,7 +167,7 @@ def plan(streams: Sequence[Streams], k: int, major: int) -> list[Launch]:
             raise RuntimeError(f'grad_sketch: impl="triton" takes no {str(dtype).removeprefix("torch.")}')
         align = _VECTOR // dtype.itemsize if all(map(_aligned, every)) else 1
         # read one by one, the features of a wide span take more registers than there are
-        wide = align > 1 and any(x.shape[1] > config.SPAN for x in every)
+        wide = align > 1 and not all(fits(x.shape[1], k, config.SPAN) for x in every)
         groups.setdefault((dtype, wide, align), []).append(one._replace(sides=(of_a, of_d)))
     launches, place = [], 0
     for (dtype, wide, align), together in groups.items():
@@ -182,7 +196,7 @@ def _runs(streams: list[Cut], k: int) -> list[Run]:
     work = 0
     for n, one in enumerate(streams):
         # entries gathered, and the numbers of two spectra
-        own = 2 * k + config.ENTRIES * sum(piece.rounds for side in one.sides for _, piece in side)
+        own = 2 * k + sum(piece.entries.numel() for side in one.sides for _, piece in side)
         if runs and runs[-1].slot == one.slot and work + own <= config.RUN_WORK:
             runs[-1] = runs[-1]._replace(last=n + 1)
             work += own
@@ -232,11 +246,11 @@ def _rows(launch: Launch) -> tuple[tuple[Tensor, Tensor, Tensor], list[int], lis
     rows: list[int] = []
     for one in launch.streams:
         of_a, of_d = one.sides
-        members += [_distance(one.starts, starts), _distance(one.lengths, starts), len(rows) // 5]
+        members += [_distance(one.starts, starts), _distance(one.lengths, starts), len(rows) // 6]
         members += [len(of_a), len(of_d), *one.parts]
         for x, piece in (*of_a, *of_d):
             rows += [_distance(x, base) + piece.first, x.stride(0), piece.width]
-            rows += [_distance(piece.entries, first.entries), piece.rounds]
+            rows += [_distance(piece.entries, first.entries), piece.gathers, int(piece.wide)]
     return (base, first.entries, starts), members, rows
 
 

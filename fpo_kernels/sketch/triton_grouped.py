@@ -35,86 +35,134 @@ def parity(x):
 
 
 @triton.jit
-def signs(N: tl.constexpr):
-    """W_n (N, N) of ±1, exact in any format."""
-    n = tl.arange(0, N)
-    return 1.0 - 2.0 * parity(n[:, None] & n[None, :]).to(tl.float32)
+def signs(N: tl.constexpr, TOKENS: tl.constexpr):
+    """W_n of ±1, exact in any format; for tokens in adjacent columns W_n ⊗ I, with zeros between tokens."""
+    n = tl.arange(0, N * TOKENS)
+    row, column = n[:, None], n[None, :]
+    W = 1.0 - 2.0 * parity((row // TOKENS) & (column // TOKENS)).to(tl.float32)
+    return tl.where(row % TOKENS == column % TOKENS, W, 0.0)
 
 
 @triton.jit
-def signed(x, entry, minus, ROWS: tl.constexpr, BUCKETS: tl.constexpr):
-    """(BUCKETS,) what one round of entries adds: ±x, nothing where the table has none; a bucket's ROWS are adjacent."""
-    x = x.to(tl.float32)
-    x = tl.where(entry >= 0, tl.where(minus == 1, -x, x), 0.0)
+def one_word(stream, stride, width, left, ROW: tl.constexpr, SPAN: tl.constexpr):
+    """(SPAN,) int32: the features of row ROW, of 16 bits those of the next too; zeros from row `left` on.
+
+    Zeros from `width` on as well, where entries point that stand for no feature.
+    """
+    feature = tl.arange(0, SPAN)
+    there = feature < width
+    word = tl.load(stream + (stride * ROW + feature), there & (left > ROW), other=0.0)
+    if stream.dtype.element_ty.primitive_bitwidth == 32:
+        word = word.to(tl.int32, bitcast=True)
+    else:
+        other = tl.load(stream + (stride * (ROW + 1) + feature), there & (left > ROW + 1), other=0.0)
+        word = word.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        word |= other.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return word
+
+
+@triton.jit
+def summed(x, ROUNDS: tl.constexpr, BUCKETS: tl.constexpr, ROWS: tl.constexpr):
+    """(BUCKETS,) of what some rounds of entries add; a bucket's ROWS are adjacent in each."""
     if ROWS > 1:
-        x = tl.sum(tl.reshape(x, (BUCKETS, ROWS)), 1)
+        x = tl.sum(tl.reshape(x, (ROUNDS * BUCKETS, ROWS)), 1)
+    if ROUNDS > 1:
+        x = tl.sum(tl.reshape(x, (ROUNDS, BUCKETS)), 0)
     return x
 
 
 @triton.jit
+def unpacked(word, KIND: tl.constexpr, ROUNDS: tl.constexpr, BUCKETS: tl.constexpr, ROWS: tl.constexpr):
+    """(BUCKETS, 2): what the two tokens of words of 16-bit features add to buckets."""
+    if KIND == tl.bfloat16:
+        first = (word << 16).to(tl.float32, bitcast=True)
+        second = (word & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        first = word.to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+        second = (word >> 16).to(tl.int16).to(KIND, bitcast=True).to(tl.float32)
+    return tl.join(summed(first, ROUNDS, BUCKETS, ROWS), summed(second, ROUNDS, BUCKETS, ROWS))
+
+
+@triton.jit
 def gathered(
-    x0, x1, stream, table, stride, width, rounds, both, block,
-    C: tl.constexpr, BUCKETS: tl.constexpr, ENTRIES: tl.constexpr, SPAN: tl.constexpr,
+    x, stream, table, stride, width, gathers, left, block,
+    C: tl.constexpr, BUCKETS: tl.constexpr, TOKENS: tl.constexpr, ENTRIES: tl.constexpr, ROUNDS: tl.constexpr,
+    SPAN: tl.constexpr,
 ):  # fmt: skip
-    """x0, x1 (BUCKETS,) fp32 plus what two tokens' features, at most SPAN, fall into; the second if `both`."""
+    """x (BUCKETS, TOKENS) fp32 plus what as many rows' features, at most SPAN, fall into; `left` rows are there."""
     KIND: tl.constexpr = stream.dtype.element_ty
-    PACKED: tl.constexpr = KIND.primitive_bitwidth == 16
-    feature = tl.arange(0, SPAN)
-    there = feature < width
-    first = tl.load(stream + feature, there, other=0.0)
-    second = tl.load(stream + (stride + feature), there & both, other=0.0)
-    if PACKED:
-        words = first.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        words |= second.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    ROWS: tl.constexpr = ENTRIES // BUCKETS
+    WORDS: tl.constexpr = TOKENS * KIND.primitive_bitwidth // 32
+    # the sign of an entry of 16 bits stands in bits 15 and 31 once it has 32: those of two packed tokens
+    SIGN: tl.constexpr = -0x80000000 if KIND.primitive_bitwidth == 32 else -0x7FFF8000
+    word0 = one_word(stream, stride, width, left, 0, SPAN)
+    if WORDS > 1:
+        word1 = one_word(stream, stride, width, left, TOKENS // WORDS, SPAN)
+    if WORDS > 2:
+        word2 = one_word(stream, stride, width, left, 2, SPAN)
+        word3 = one_word(stream, stride, width, left, 3, SPAN)
     n = tl.full((), 0, tl.int32)
-    while n < rounds:
-        entry = tl.load(table + (n * ENTRIES + tl.arange(0, ENTRIES))).to(tl.int32)
-        index = (entry >> 1) & (SPAN - 1)
-        minus = entry & 1
+    while n < gathers:
+        entry = tl.load(table + (n * (ROUNDS * ENTRIES) + tl.arange(0, ROUNDS * ENTRIES))).to(tl.int32)
+        index = entry & (SPAN - 1)
         if C > 1:
-            minus ^= parity(block & (n % C))
-        if PACKED:
-            word = tl.gather(words, index, 0)
-            y0 = word.to(tl.int16).to(KIND, bitcast=True)
-            y1 = (word >> 16).to(tl.int16).to(KIND, bitcast=True)
+            entry ^= -parity(block & (n % C))
+        sign = entry & SIGN
+        y = tl.gather(word0, index, 0) ^ sign
+        if WORDS == 4:
+            y = summed(y.to(tl.float32, bitcast=True), ROUNDS, BUCKETS, ROWS)
+            y1 = summed((tl.gather(word1, index, 0) ^ sign).to(tl.float32, bitcast=True), ROUNDS, BUCKETS, ROWS)
+            y2 = summed((tl.gather(word2, index, 0) ^ sign).to(tl.float32, bitcast=True), ROUNDS, BUCKETS, ROWS)
+            y3 = summed((tl.gather(word3, index, 0) ^ sign).to(tl.float32, bitcast=True), ROUNDS, BUCKETS, ROWS)
+            y = tl.reshape(tl.join(tl.join(y, y1), tl.join(y2, y3)), (BUCKETS, 4))
+        elif KIND.primitive_bitwidth == 32:
+            y = summed(y.to(tl.float32, bitcast=True), ROUNDS, BUCKETS, ROWS)
+            y1 = summed((tl.gather(word1, index, 0) ^ sign).to(tl.float32, bitcast=True), ROUNDS, BUCKETS, ROWS)
+            y = tl.join(y, y1)
         else:
-            y0 = tl.gather(first, index, 0)
-            y1 = tl.gather(second, index, 0)
-        x0 += signed(y0, entry, minus, ENTRIES // BUCKETS, BUCKETS)
-        x1 += signed(y1, entry, minus, ENTRIES // BUCKETS, BUCKETS)
+            y = unpacked(y, KIND, ROUNDS, BUCKETS, ROWS)
+            if WORDS == 2:
+                y1 = unpacked(tl.gather(word1, index, 0) ^ sign, KIND, ROUNDS, BUCKETS, ROWS)
+                y = tl.reshape(tl.join(y, y1), (BUCKETS, 4))
+        x += y
         n += 1
-    return x0, x1
+    return x
 
 
 @triton.jit
 def fold(
-    x0, x1, base, entries, piece, row, both, block,
-    C: tl.constexpr, BUCKETS: tl.constexpr, ENTRIES: tl.constexpr,
+    x, base, entries, piece, row, left, block,
+    C: tl.constexpr, BUCKETS: tl.constexpr, TOKENS: tl.constexpr, ENTRIES: tl.constexpr, ROUNDS: tl.constexpr,
     SPAN: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """x0, x1 plus what a piece of a stream's rows `row` and `row` + 1 falls into."""
+    """x plus what a piece of a stream's rows from `row` on falls into."""
     stride = tl.load(piece + 1) // ALIGN * ALIGN
     width = (tl.load(piece + 2) // ALIGN * ALIGN).to(tl.int32)
     stream = base + (tl.load(piece) // ALIGN * ALIGN + row * stride)
     table = entries + tl.load(piece + 3) // 8 * 8
-    rounds = tl.load(piece + 4).to(tl.int32)
+    gathers = tl.load(piece + 4).to(tl.int32)
     if WIDE > SPAN:
-        if width > SPAN:
-            x0, x1 = gathered(x0, x1, stream, table, stride, width, rounds, both, block, C, BUCKETS, ENTRIES, WIDE)
+        if tl.load(piece + 5) > 0:
+            x = gathered(
+                x, stream, table, stride, width, gathers, left, block, C, BUCKETS, TOKENS, ENTRIES, ROUNDS, WIDE
+            )
         else:
-            x0, x1 = gathered(x0, x1, stream, table, stride, width, rounds, both, block, C, BUCKETS, ENTRIES, SPAN)
+            x = gathered(x, stream, table, stride, width, gathers, left, block, C, BUCKETS, TOKENS, ENTRIES, 1, SPAN)
     else:
-        x0, x1 = gathered(x0, x1, stream, table, stride, width, rounds, both, block, C, BUCKETS, ENTRIES, SPAN)
-    return x0, x1
+        x = gathered(x, stream, table, stride, width, gathers, left, block, C, BUCKETS, TOKENS, ENTRIES, 1, SPAN)
+    return x
 
 
 @triton.jit
 def times(x, W, parts, LEFT: tl.constexpr):
-    """W x if LEFT, else x W, in fp32: x as the sum of so many bfloat16, W of ±1."""
+    """W x if LEFT, else x W, in fp32: x as the sum of so many bfloat16, W of ±1 and 0."""
     total = tl.full(x.shape, 0, tl.float32)
+    # a loop to Triton too: products one after another would each be all warps' on Hopper, twice and four times over
     while parts > 0:
-        part = x.to(tl.bfloat16)
-        x -= part.to(tl.float32)
+        # cut off, which is cheaper than rounding and as exact: eight bits of the 24 a time
+        bits = x.to(tl.int32, bitcast=True)
+        part = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        x -= (bits & -0x10000).to(tl.float32, bitcast=True)
         # W is fp32 when interpreted: a dot of bf16 is garbage there, and the parts are what is to be tested
         if LEFT:
             total = tl.dot(W, part.to(W.dtype), total, input_precision="ieee")
@@ -125,27 +173,17 @@ def times(x, W, parts, LEFT: tl.constexpr):
 
 
 @triton.jit
-def spectrum(x, left, right, parts, M: tl.constexpr, N: tl.constexpr):
-    """W_m X W_n of the buckets x (M·N,): (M, N); M = 1: sixteen times the same row, the fewest a product takes."""
-    if M == 1:
-        x = times(tl.broadcast_to(x[None, :], (16, N)), right, parts, False)
-    else:
-        x = times(tl.reshape(x, (M, N)), left, parts, True)
-        x = times(x, right, tl.full((), 3, tl.int32), False)
-    return x
-
-
-@triton.jit
 def grouped_sketch_kernel(
     base, entries, rows_base, runs, members, pieces, sums, examples, chunks,
-    C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
-    SPAN: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr, INTERPRETED: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, ENTRIES: tl.constexpr,
+    ROUNDS: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """sums[run, chunk, example, block] = Σ over a run's members and a chunk's tokens; grid (runs · chunks · B · C).
 
     Rows of int64, `plan.py` writes them. runs: first member, the one after the last. members: where starts and lengths
     lie, first piece, pieces of a and of the d's, bfloat16 parts of their buckets. pieces: first element, stride, width,
-    first entry, rounds. Addresses that come from memory are shown to be multiples of ALIGN elements.
+    first entry, gathers, whether WIDE. Addresses that come from memory are shown to be multiples of ALIGN elements.
     """
     program = tl.program_id(0).to(tl.int64)
     block = (program % C).to(tl.int32)
@@ -154,40 +192,43 @@ def grouped_sketch_kernel(
     before = place % chunks * CHUNK
     member = tl.load(runs + place // chunks * 2)
     last = tl.load(runs + place // chunks * 2 + 1)
-    LINES: tl.constexpr = 16 if M == 1 else M
     WHOLE: tl.constexpr = tl.float32 if INTERPRETED else tl.bfloat16
-    W_m = signs(M).to(WHOLE)
-    W_n = signs(N).to(WHOLE)
-    total = tl.full((LINES, N), 0, tl.float32)
+    W_m = signs(M, 1).to(WHOLE)
+    W_n = signs(N, TOKENS).to(WHOLE)
+    total = tl.full((M, N * TOKENS), 0, tl.float32)
     while member < last:
         own = members + member * 7
         begin = tl.load(rows_base + (tl.load(own) + example))
         row = begin + before
         end = tl.minimum(begin + tl.load(rows_base + (tl.load(own + 1) + example)), row + CHUNK)
         while row < end:
-            left = tl.full((LINES, N), 1.0, tl.float32)
-            right = tl.full((LINES, N), 1.0, tl.float32)
+            left = (end - row).to(tl.int32)
+            product = tl.full((M, N * TOKENS), 1.0, tl.float32)
             piece = tl.load(own + 2)
             side = tl.full((), 0, tl.int32)
             while side < 2:
-                x0 = tl.full((M * N,), 0, tl.float32)
-                x1 = tl.full((M * N,), 0, tl.float32)
+                x = tl.full((M * N, TOKENS), 0, tl.float32)
                 stop = piece + tl.load(own + 3 + side)
                 while piece < stop:
-                    x0, x1 = fold(
-                        x0, x1, base, entries, pieces + piece * 5, row, row + 1 < end, block,
-                        C, M * N, ENTRIES, SPAN, WIDE, ALIGN,
+                    x = fold(
+                        x, base, entries, pieces + piece * 6, row, left, block,
+                        C, M * N, TOKENS, ENTRIES, ROUNDS, SPAN, WIDE, ALIGN,
                     )  # fmt: skip
                     piece += 1
-                parts = tl.load(own + 5 + side).to(tl.int32)
-                left *= spectrum(x0, W_m, W_n, parts, M, N)
-                right *= spectrum(x1, W_m, W_n, parts, M, N)
+                x = times(tl.reshape(x, (M, N * TOKENS)), W_m, tl.load(own + 5 + side).to(tl.int32), True)
+                product *= times(x, W_n, tl.full((), 3, tl.int32), False)
                 side += 1
-            total += left + right
-            row += 2
+            total += product
+            row += TOKENS
         member += 1
-    line = tl.arange(0, LINES)[:, None]
-    tl.store(sums + (program * (M * N) + (line * N + tl.arange(0, N)[None, :])), total, line < M)
+    # halves of neighbours, not a sum: that of an axis which warps share went wrong (README)
+    if TOKENS == 4:
+        total, other = tl.split(tl.reshape(total, (M, N * 2, 2)))
+        total += other
+    total, other = tl.split(tl.reshape(total, (M, N, 2)))
+    total += other
+    line = tl.arange(0, M)[:, None]
+    tl.store(sums + (program * (M * N) + (line * N + tl.arange(0, N)[None, :])), total)
 
 
 @triton.jit
@@ -261,12 +302,13 @@ def unadded(streams: Sequence[Streams], slots: int, k: int) -> tuple[Tensor, Ten
 def _add_tokens(launch: Launch, layout: Layout, sums: Tensor, k: int, examples: int, major: int) -> None:
     sides = config.sides(k)
     tile = config.tile(k, launch.wide, launch.dtype, major)
+    span = config.wide_span(launch.dtype, major) if launch.wide else config.SPAN
     options = {} if tile.registers is None else {"maxnreg": tile.registers}
     with torch.cuda.device_of(sums):
         grouped_sketch_kernel[len(launch.runs) * launch.chunks * examples * sides.blocks,](
             *layout, sums, examples, launch.chunks,
-            C=sides.blocks, M=sides.rows, N=sides.columns, ENTRIES=config.ENTRIES, CHUNK=config.CHUNK,
-            SPAN=config.SPAN, WIDE=config.wide_span(launch.dtype, major) if launch.wide else config.SPAN,
-            ALIGN=launch.align, INTERPRETED=triton.knobs.runtime.interpret,
+            C=sides.blocks, M=sides.rows, N=sides.columns, TOKENS=sides.tokens, ENTRIES=config.ENTRIES,
+            ROUNDS=config.rounds(k, span), CHUNK=config.CHUNK, SPAN=config.SPAN, WIDE=span, ALIGN=launch.align,
+            INTERPRETED=triton.knobs.runtime.interpret,
             num_warps=tile.warps, num_stages=config.STAGES, **options,
         )  # fmt: skip
