@@ -62,14 +62,14 @@ def cut_off(impl: str, device: torch.device, dim: int) -> float:
     """What matrix units cut off a room's sketch of `dim` numbers, in ε of fp32 and of its size: `budgets.CUT` a block.
 
     Only the Triton room multiplies on them; the others' products are plain fp32, of 16-bit streams too. It has W's two
-    sides on both streams, each with up to three parts of a number, whatever the stream's dtype; the right one's blocks
-    have zeros for the other tokens among their terms. What sides cut off
+    sides on both streams, each with up to three parts of a number, whatever the stream's dtype; the left one's blocks
+    may have zeros for the other tokens among their terms. What sides cut off
     adds up: a sketch is linear in each of its two spectra.
     """
     if impl != "triton" or device.type != "cuda":
         return 0.0
     sides = config_triton.sides(dim)
-    blocks = -(-sides.rows // budgets.LEAST_BLOCK) - (-sides.columns * sides.tokens // budgets.LEAST_BLOCK)
+    blocks = -(-sides.rows * sides.joined // budgets.LEAST_BLOCK) - (-sides.columns // budgets.LEAST_BLOCK)
     return budgets.CUT * 2 * 3 * blocks
 
 

@@ -17,7 +17,12 @@ class Sides(NamedTuple):
     blocks: int  # of the output, each its own program
     rows: int
     columns: int
-    tokens: int  # that one product takes, in adjacent columns
+    tokens: int  # that one product takes
+
+    @property
+    def joined(self) -> int:
+        """Of these, those that the left product takes as rows, by W_rows ⊗ I; the others are further columns."""
+        return self.tokens if self.rows * self.tokens <= _PRODUCT_ROWS else 1
 
     @property
     def buckets(self) -> int:
@@ -32,16 +37,17 @@ class Tile(NamedTuple):
     registers: int | None  # a thread's, at most; None: not said
 
 
-# 64 rows where there are so many, what Hopper's products take. Tokens lie in adjacent columns: the left product takes
-# them as they are, the right one's matrix is W_columns ⊗ I, which multiplies zeros, and 128 columns are as many as that
-# is worth. No side under 16, the least of a product.
+# What Hopper's products take. Tokens fill them where a sketch has fewer rows; where it has as many, tokens lie side by
+# side in the left product and one below the other in the right one, which is the same order of numbers. No side under
+# 16, the least of a product. Two tokens, or four of a small sketch, are what 128 registers hold beside what they gather.
+_PRODUCT_ROWS = 64
 _SIDES = {
-    64: Sides(1, 16, 4, 4),
-    128: Sides(1, 32, 4, 4),
-    256: Sides(1, 64, 4, 4),
-    512: Sides(1, 64, 8, 4),
-    1024: Sides(1, 64, 16, 2),
-    2048: Sides(1, 64, 32, 2),
+    64: Sides(1, 4, 16, 4),
+    128: Sides(1, 8, 16, 4),
+    256: Sides(1, 16, 16, 2),
+    512: Sides(1, 16, 32, 2),
+    1024: Sides(1, 32, 32, 2),
+    2048: Sides(1, 32, 64, 2),
     4096: Sides(1, 64, 64, 2),
     8192: Sides(2, 64, 64, 2),
     16384: Sides(4, 64, 64, 2),
@@ -97,11 +103,13 @@ def tile(dim: int, wide: bool, dtype: torch.dtype, major: int) -> Tile:
 
 def rounds(dim: int, span: int) -> int:
     """Rounds of entries that a gather from `span` features takes: features come to shared memory once a gather."""
-    return max(1, span // ENTRIES) if sides(dim).blocks == 1 else 1  # else each round is of another block
+    # of several blocks, each round is another's; of four tokens, more takes more registers than there are
+    return max(1, span // ENTRIES) if sides(dim).blocks == 1 and sides(dim).tokens == 2 else 1
 
 
-def wide_span(dtype: torch.dtype, major: int) -> int:
+def wide_span(dim: int, dtype: torch.dtype, major: int) -> int:
     """Features of a wide stream that lie in shared memory at a time; what is wider is cut."""
+    large = sides(dim).buckets >= ENTRIES
     if dtype.itemsize == 2:
-        return WIDE_SPAN_16 if major else WIDE_SPAN
-    return SPAN if major == 8 else WIDE_SPAN
+        return WIDE_SPAN if major == 0 or (major == 8 and large) else WIDE_SPAN_16
+    return SPAN if major == 8 or large else WIDE_SPAN

@@ -172,7 +172,7 @@ def plan(streams: Sequence[Streams], k: int, major: int) -> list[Launch]:
     launches, place = [], 0
     for (dtype, wide, align), together in groups.items():
         together.sort(key=lambda one: one.slot)
-        span = config.wide_span(dtype, major) if wide else config.SPAN
+        span = config.wide_span(k, dtype, major) if wide else config.SPAN
         cut = [_cut(one, span, k) for one in together]
         runs = _runs(cut, k)
         chunks = -(-max(one.longest for one in together) // config.CHUNK)

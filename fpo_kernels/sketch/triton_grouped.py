@@ -36,7 +36,7 @@ def parity(x):
 
 @triton.jit
 def signs(N: tl.constexpr, TOKENS: tl.constexpr):
-    """W_n of ±1, exact in any format; for tokens in adjacent columns W_n ⊗ I, with zeros between tokens."""
+    """W_n of ±1, exact in any format; for the rows of several tokens W_n ⊗ I, with zeros between tokens."""
     n = tl.arange(0, N * TOKENS)
     row, column = n[:, None], n[None, :]
     W = 1.0 - 2.0 * parity((row // TOKENS) & (column // TOKENS)).to(tl.float32)
@@ -175,9 +175,9 @@ def times(x, W, parts, LEFT: tl.constexpr):
 @triton.jit
 def grouped_sketch_kernel(
     base, entries, rows_base, runs, members, pieces, sums, examples, chunks,
-    C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, ENTRIES: tl.constexpr,
-    ROUNDS: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr, ALIGN: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, JOINED: tl.constexpr,
+    ENTRIES: tl.constexpr, ROUNDS: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """sums[run, chunk, example, block] = Σ over a run's members and a chunk's tokens; grid (runs · chunks · B · C).
 
@@ -190,42 +190,44 @@ def grouped_sketch_kernel(
     example = program // C % examples
     place = program // C // examples
     before = place % chunks * CHUNK
-    member = tl.load(runs + place // chunks * 2)
-    last = tl.load(runs + place // chunks * 2 + 1)
+    member = tl.load(runs + place // chunks * 2).to(tl.int32)
+    last = tl.load(runs + place // chunks * 2 + 1).to(tl.int32)
     WHOLE: tl.constexpr = tl.float32 if INTERPRETED else tl.bfloat16
-    W_m = signs(M, 1).to(WHOLE)
-    W_n = signs(N, TOKENS).to(WHOLE)
-    total = tl.full((M, N * TOKENS), 0, tl.float32)
+    W_m = signs(M, JOINED).to(WHOLE)
+    W_n = signs(N, 1).to(WHOLE)
+    total = tl.full((M * TOKENS, N), 0, tl.float32)
     while member < last:
         own = members + member * 7
-        begin = tl.load(rows_base + (tl.load(own) + example))
-        row = begin + before
-        end = tl.minimum(begin + tl.load(rows_base + (tl.load(own + 1) + example)), row + CHUNK)
-        while row < end:
-            left = (end - row).to(tl.int32)
-            product = tl.full((M, N * TOKENS), 1.0, tl.float32)
-            piece = tl.load(own + 2)
+        row = tl.load(rows_base + (tl.load(own) + example)) + before
+        left = tl.minimum(tl.load(rows_base + (tl.load(own + 1) + example)) - before, CHUNK).to(tl.int32)
+        while left > 0:
+            product = tl.full((M * TOKENS, N), 1.0, tl.float32)
+            piece = tl.load(own + 2).to(tl.int32)
             side = tl.full((), 0, tl.int32)
             while side < 2:
                 x = tl.full((M * N, TOKENS), 0, tl.float32)
-                stop = piece + tl.load(own + 3 + side)
+                stop = piece + tl.load(own + 3 + side).to(tl.int32)
                 while piece < stop:
                     x = fold(
                         x, base, entries, pieces + piece * 6, row, left, block,
                         C, M * N, TOKENS, ENTRIES, ROUNDS, SPAN, WIDE, ALIGN,
                     )  # fmt: skip
                     piece += 1
-                x = times(tl.reshape(x, (M, N * TOKENS)), W_m, tl.load(own + 5 + side).to(tl.int32), True)
-                product *= times(x, W_n, tl.full((), 3, tl.int32), False)
+                parts = tl.load(own + 5 + side).to(tl.int32)
+                x = tl.permute(tl.reshape(x, (M, N, TOKENS)), (0, 2, 1))
+                x = times(tl.reshape(x, (M * JOINED, TOKENS // JOINED * N)), W_m, parts, True)
+                product *= times(tl.reshape(x, (M * TOKENS, N)), W_n, tl.full((), 3, tl.int32), False)
                 side += 1
             total += product
             row += TOKENS
+            left -= TOKENS
         member += 1
-    # halves of neighbours, not a sum: that of an axis which warps share went wrong (README)
+    # halves, not a sum: that of an axis which warps share went wrong (README)
+    total = tl.permute(tl.reshape(total, (M, TOKENS, N)), (0, 2, 1))
     if TOKENS == 4:
-        total, other = tl.split(tl.reshape(total, (M, N * 2, 2)))
+        total, other = tl.split(tl.reshape(total, (M, N, 2, 2)))
         total += other
-    total, other = tl.split(tl.reshape(total, (M, N, 2)))
+    total, other = tl.split(total)
     total += other
     line = tl.arange(0, M)[:, None]
     tl.store(sums + (program * (M * N) + (line * N + tl.arange(0, N)[None, :])), total)
@@ -302,13 +304,13 @@ def unadded(streams: Sequence[Streams], slots: int, k: int) -> tuple[Tensor, Ten
 def _add_tokens(launch: Launch, layout: Layout, sums: Tensor, k: int, examples: int, major: int) -> None:
     sides = config.sides(k)
     tile = config.tile(k, launch.wide, launch.dtype, major)
-    span = config.wide_span(launch.dtype, major) if launch.wide else config.SPAN
+    span = config.wide_span(k, launch.dtype, major) if launch.wide else config.SPAN
     options = {} if tile.registers is None else {"maxnreg": tile.registers}
     with torch.cuda.device_of(sums):
         grouped_sketch_kernel[len(launch.runs) * launch.chunks * examples * sides.blocks,](
             *layout, sums, examples, launch.chunks,
-            C=sides.blocks, M=sides.rows, N=sides.columns, TOKENS=sides.tokens, ENTRIES=config.ENTRIES,
-            ROUNDS=config.rounds(k, span), CHUNK=config.CHUNK, SPAN=config.SPAN, WIDE=span, ALIGN=launch.align,
-            INTERPRETED=triton.knobs.runtime.interpret,
+            C=sides.blocks, M=sides.rows, N=sides.columns, TOKENS=sides.tokens, JOINED=sides.joined,
+            ENTRIES=config.ENTRIES, ROUNDS=config.rounds(k, span), CHUNK=config.CHUNK, SPAN=config.SPAN, WIDE=span,
+            ALIGN=launch.align, INTERPRETED=triton.knobs.runtime.interpret,
             num_warps=tile.warps, num_stages=config.STAGES, **options,
         )  # fmt: skip

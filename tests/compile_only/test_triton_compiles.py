@@ -118,9 +118,9 @@ def sketch(dtype: str, target: str, every: bool = True) -> Iterator[Job]:
             arguments = sketch_arguments(dtype) | {"C": Constant(sides.blocks)}
             arguments |= {"M": Constant(sides.rows), "N": Constant(sides.columns), "CHUNK": Constant(config.CHUNK)}
             arguments |= {"ENTRIES": Constant(config.ENTRIES), "SPAN": Constant(config.SPAN)}
-            span = config.wide_span(kind, major) if wide else config.SPAN
+            span = config.wide_span(k, kind, major) if wide else config.SPAN
             arguments |= {"TOKENS": Constant(sides.tokens), "ROUNDS": Constant(config.rounds(k, span))}
-            arguments |= {"WIDE": Constant(span)}
+            arguments |= {"WIDE": Constant(span), "JOINED": Constant(sides.joined)}
             arguments |= {"ALIGN": Constant(16 // kind.itemsize if every else 1), "INTERPRETED": Constant(False)}
             name = f"sketch {dtype} {k}{' wide' if wide else ''}"
             yield Job(name, grouped_sketch_kernel, arguments, tile.warps, config.STAGES, every, tile.registers)
@@ -153,7 +153,7 @@ def integers() -> Iterator[Job]:
             arguments |= {"N": Constant(sides.columns), "CHUNK": Constant(config.CHUNK), "ALIGN": Constant(8)}
             arguments |= {"ENTRIES": Constant(config.ENTRIES), "INTERPRETED": Constant(False)}
             arguments |= {"SPAN": Constant(config.SPAN), "WIDE": Constant(config.SPAN)}
-            arguments |= {"TOKENS": Constant(sides.tokens), "ROUNDS": Constant(1)}
+            arguments |= {"TOKENS": Constant(sides.tokens), "ROUNDS": Constant(1), "JOINED": Constant(sides.joined)}
         warps, registers = (tile.warps, tile.registers) if name == "sketch" else (4, None)
         for ones in dict.fromkeys(((), *((one,) for one in counts), counts)):
             for aligned in (True, False):
