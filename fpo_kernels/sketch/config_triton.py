@@ -1,7 +1,7 @@
 """Launch numbers of the Triton kernels of the sketch, each with its reason.
 
-None has been measured on a GPU yet. They follow from the arithmetic in README.md ("What a token costs") and from the
-binaries that tests/compile_only reads: registers, spills, shared memory, instructions.
+They follow from the arithmetic in README.md ("What a token costs") and from the binaries that tests/compile_only reads:
+registers, spills, shared memory, instructions. Only CHUNK has been compared on a GPU.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Tile(NamedTuple):
 
 
 # What Hopper's products take. Tokens fill them where a sketch has fewer rows; where it has as many, tokens lie side by
-# side in the left product and one below the other in the right one, which is the same order of numbers. No side under
-# 16, the least of a product. Two tokens, or four of a small sketch, are what 128 registers hold beside what they gather.
+# side in the left product and one below the other in the right one, which is the same order of numbers. No side of a
+# product is under 16, its least. Two tokens, four of a small sketch, are what 128 registers hold beside a gather.
 _PRODUCT_ROWS = 64
 _SIDES = {
     64: Sides(1, 4, 16, 4),
@@ -52,7 +52,7 @@ _SIDES = {
     8192: Sides(2, 64, 64, 2),
     16384: Sides(4, 64, 64, 2),
 }
-# Entries of the table that are gathered at a time: the largest tile, 16 for each of 256 threads.
+# Entries of a round of the table: 16 for each of 256 threads, of one block's buckets. A gather takes one, or `rounds`.
 ENTRIES = 4096
 # Features that lie in shared memory at a time. Most layers of an 8B model are 4096 wide: 16 KiB for two 16-bit tokens.
 SPAN = 4096

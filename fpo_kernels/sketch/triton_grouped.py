@@ -5,11 +5,15 @@ output is W_(k/c) Σ_β W_c[o, β] x_β: a sketch of k/c buckets whose entries h
 
 Gathering. A warp that gathers from global memory touches a line for each of its threads; from shared memory it takes
 three or four turns (`tl.gather`: README). So a token's features come in once, in order, and are gathered there; two
-tokens of a 16-bit stream lie in one word, so that an entry of the table is read, and a word gathered, for both.
+tokens of a 16-bit stream lie in one word, so that an entry of the table is read, a word gathered and its signs turned
+for both.
+
+Products. The matrix units take several tokens at once, in the order (m, token, n): JOINED of them one below the other
+in the left product, the rest side by side there, all one below the other in the right one.
 
 Precision. ±1 is exact in any format, and a float32 is the sum of three bfloat16 (8 bits each). A bucket of one
 bfloat16 is one part, of one float16 (11 bits) two. Products are therefore exact and sums float32, on matrix units
-whatever the stream's dtype. Nothing is permuted between the two products: W_m multiplies from the left.
+whatever the stream's dtype.
 """
 
 from __future__ import annotations
@@ -74,7 +78,7 @@ def summed(x, ROUNDS: tl.constexpr, BUCKETS: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def unpacked(word, KIND: tl.constexpr, ROUNDS: tl.constexpr, BUCKETS: tl.constexpr, ROWS: tl.constexpr):
     """(BUCKETS, 2): what the two tokens of words of 16-bit features add to buckets."""
-    if KIND == tl.bfloat16:
+    if KIND.is_bf16():
         first = (word << 16).to(tl.float32, bitcast=True)
         second = (word & -0x10000).to(tl.float32, bitcast=True)
     else:
@@ -95,6 +99,11 @@ def gathered(
     WORDS: tl.constexpr = TOKENS * KIND.primitive_bitwidth // 32
     # the sign of an entry of 16 bits stands in bits 15 and 31 once it has 32: those of two packed tokens
     SIGN: tl.constexpr = -0x80000000 if KIND.primitive_bitwidth == 32 else -0x7FFF8000
+    # asked for beside the features, so that both are waited for at once, where registers can hold them so long
+    AHEAD: tl.constexpr = WORDS == 1 and ROUNDS * BUCKETS <= 4096
+    place = tl.arange(0, ROUNDS * ENTRIES)
+    if AHEAD:
+        entry = tl.load(table + place)
     word0 = one_word(stream, stride, width, left, 0, SPAN)
     if WORDS > 1:
         word1 = one_word(stream, stride, width, left, TOKENS // WORDS, SPAN)
@@ -103,11 +112,12 @@ def gathered(
         word3 = one_word(stream, stride, width, left, 3, SPAN)
     n = tl.full((), 0, tl.int32)
     while n < gathers:
-        entry = tl.load(table + (n * (ROUNDS * ENTRIES) + tl.arange(0, ROUNDS * ENTRIES))).to(tl.int32)
-        index = entry & (SPAN - 1)
+        if not AHEAD:
+            entry = tl.load(table + (n * (ROUNDS * ENTRIES) + place))
+        index = entry.to(tl.int32) & (SPAN - 1)
+        sign = entry.to(tl.int32) & SIGN
         if C > 1:
-            entry ^= -parity(block & (n % C))
-        sign = entry & SIGN
+            sign ^= -parity(block & (n % C)) & SIGN
         y = tl.gather(word0, index, 0) ^ sign
         if WORDS == 4:
             y = summed(y.to(tl.float32, bitcast=True), ROUNDS, BUCKETS, ROWS)
@@ -126,6 +136,8 @@ def gathered(
                 y = tl.reshape(tl.join(y, y1), (BUCKETS, 4))
         x += y
         n += 1
+        if AHEAD:
+            entry = tl.load(table + (n * (ROUNDS * ENTRIES) + place), n < gathers, other=0)
     return x
 
 
@@ -187,9 +199,9 @@ def grouped_sketch_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     block = (program % C).to(tl.int32)
-    example = program // C % examples
+    example = (program // C % examples).to(tl.int32)
     place = program // C // examples
-    before = place % chunks * CHUNK
+    before = (place % chunks).to(tl.int32) * CHUNK
     member = tl.load(runs + place // chunks * 2).to(tl.int32)
     last = tl.load(runs + place // chunks * 2 + 1).to(tl.int32)
     WHOLE: tl.constexpr = tl.float32 if INTERPRETED else tl.bfloat16
