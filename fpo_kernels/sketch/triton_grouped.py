@@ -136,8 +136,9 @@ def gathered(
                 y = tl.reshape(tl.join(y, y1), (BUCKETS, 4))
         x += y
         n += 1
-        if AHEAD:
-            entry = tl.load(table + (n * (ROUNDS * ENTRIES) + place), n < gathers, other=0)
+        if AHEAD:  # noqa: SIM102 (of a constant and of a number)
+            if n < gathers:
+                entry = tl.load(table + (n * (ROUNDS * ENTRIES) + place))
     return x
 
 
