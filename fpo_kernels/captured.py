@@ -96,9 +96,10 @@ class StaticLayout(Layout):
 
     static = True
 
-    def __init__(self, examples: int, tokens: int) -> None:
+    def __init__(self, examples: int, tokens: int, left: bool) -> None:
         super().__init__({"input_ids": torch.zeros(examples, tokens, device="meta")}, whole=True)
         self.in_place = True
+        self._left = left
         self._tokens = np.full(examples, tokens, dtype=np.int64)
 
     def _extents(self, rows: int, scale: int, dropping: bool) -> Extents:
@@ -215,7 +216,7 @@ class Captures:
         examples, tokens = layout.shape
         width = slot.width or tokens
         assert width is not None
-        static = StaticLayout(examples, width)
+        static = StaticLayout(examples, width, layout.left)
         inputs = {
             name: value.new_empty((examples, width) if slot.width else value.shape)
             if isinstance(value, Tensor)

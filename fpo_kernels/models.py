@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -75,6 +76,25 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"model: {name} is on the meta device: its values are kept elsewhere between calls (accelerate's CPU "
                 "or disk offload) or were never loaded; load the model onto one device"
             )
+
+
+@contextmanager
+def attending(left: bool) -> Iterator[None]:
+    """Keeps attention from cuDNN where padding on the left makes queries that see no key.
+
+    Its gradient of such a query is NaN, and that of the layers below with it (torch 2.11 in bfloat16 on an H200; the
+    memory-efficient and the plain ones give zero).
+    """
+    backends = torch.backends.cuda
+    others = backends.mem_efficient_sdp_enabled() or backends.math_sdp_enabled()
+    if not (left and others and backends.cudnn_sdp_enabled()):
+        yield
+        return
+    backends.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        backends.enable_cudnn_sdp(True)
 
 
 def parts_of(model: nn.Module) -> list[object]:

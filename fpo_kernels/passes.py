@@ -27,7 +27,7 @@ from .gather import Consume, Gather, Layout, PaddingReadError
 from .gradients import Stream, Vectors
 from .known import Known, Manner, Plan, coverage
 from .layers import Coverage, Site, survey
-from .models import parts_of
+from .models import attending, parts_of
 from .products import are_grouped
 from .refusals import UnexpectedError, UnservedError, UnusableError, named, refuse
 from .tapping import tapped
@@ -62,6 +62,7 @@ class Passes:
         self._compared: set[tuple[object, ...]] = set()  # and those that were compared
         self._coarse = False  # whether a pass of fp32 weights had 16-bit gradients
         self._whole = False  # whether padded positions count, because the model reads them
+        self._left = False  # whether padding stands on the left of the batch that runs
         self._reached = False  # whether a pass had a tape
         self._planned: Plan | None = None
         self._course: Course | None = None  # of the latest forward that was looked at
@@ -137,10 +138,11 @@ class Passes:
             ValueError: the outputs are not one scalar an example, or depend on no chosen parameter.
             UnservedError, PaddingReadError: for `settled`.
         """
-        if layout is not None and layout.static:
+        layout = Layout(batch, self._whole) if layout is None else layout
+        self._left = layout.left
+        if layout.static:
             self._counting = False
             return self._tapped(batch, layout, consume)
-        layout = Layout(batch, self._whole) if layout is None else layout
         outputs = self._ruled(batch, consume, layout) if self._sites else self._plain(batch)
         for name, vectors in self._formed(batch).items():
             consume([Site(name, self.chosen[name], {})], [vectors])
@@ -360,7 +362,7 @@ class Passes:
             raise UnservedError(named(taps.names, odd, reason)) from problem
 
     def _outputs(self, batch: Batch) -> Tensor:
-        with unchanged(batch):
+        with unchanged(batch), attending(self._left):
             outputs = self._output(self.model(**batch), batch)
         rows = rows_of(batch)
         if not isinstance(outputs, Tensor) or outputs.shape != (rows,) or not outputs.is_floating_point():

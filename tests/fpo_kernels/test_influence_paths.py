@@ -1,5 +1,6 @@
 """Models that take another path, or do more, than their classes say: exact or refused, never silently wrong."""
 
+import contextlib
 import pickle
 import threading
 import types
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fpo_kernels as fk
-from tests.fpo_kernels.tiny import error, rows_of_gradients
+from tests.fpo_kernels.tiny import batch_of, error, rows_of_gradients, tiny_llama
 
 FOUR_NINES = torch.tensor([[9, 9, 0, 7], [3, 3, 8, 6], [0, 2, 2, 9], [6, 4, 9, 8]])
 IDS = torch.tensor([[1, 5, 0, 7, 2], [3, 3, 8, 6, 4], [0, 2, 2, 9, 1], [6, 4, 5, 5, 8]])
@@ -301,3 +302,26 @@ def test_inputs_that_are_on_a_tape_of_somebody_s():
         batch = {"x": torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))}
         expected = rows_of_gradients(model, batch).square().sum(1)
         assert error(engine.norms(batch), expected) < 1e-10
+
+
+def test_queries_that_see_no_key_are_kept_from_cudnn():
+    """Whose attention gives NaN there: only where padding stands on the left, and as it was afterwards."""
+    model, seen = tiny_llama(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    for side in ("right", "left"):
+        for call in ("norms", "sketch", "gram"):
+            seen.clear()
+            getattr(fk.Influence(model), call)(batch_of([5, 3], side=side))
+            assert seen
+            assert set(seen) == {side == "right"}
+            assert torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_math_sdp(False)
+    try:  # somebody asks for cuDNN and nothing else
+        seen.clear()
+        with contextlib.suppress(RuntimeError):
+            fk.Influence(model).norms(batch_of([5, 3], side="left"))
+        assert all(seen)
+    finally:
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+        torch.backends.cuda.enable_math_sdp(True)
