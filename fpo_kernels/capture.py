@@ -190,13 +190,13 @@ class Taps:
                     self._unreadable(module, "its input and the gradient of its output", problem)
 
     def _maker(self, module: nn.Module, a: Tensor) -> Node | None:
-        """What makes the input again, once a pass has seen that it comes out the same."""
+        """What makes the input again, where it was seen to come out the same."""
         with self.uses.paused():
             node = maker_of(a)
             if node is not None and module not in self._known.remade:
-                if torch.equal(remade(node, some_rows), some_rows(a)):
-                    self._known.remade.add(module)
-                return None
+                if not torch.equal(remade(node, some_rows), some_rows(a)):
+                    return None
+                self._known.remade.add(module)
         return node
 
     def _unreadable(self, module: nn.Module, what: str, problem: Exception) -> NoReturn:
