@@ -7,6 +7,8 @@ and not the product; a tap that multiplies again, when the gradient arrives, kee
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +35,8 @@ def remade(node: Node, of: Callable[[Tensor], Tensor] = lambda factor: factor) -
     """The product that `maker_of` found, bit for bit; while the tape is there. `of` takes some rows of its factors."""
     node, dtype = _uncast(node)
     with torch.no_grad():
+        if dtype is None and (made := _norm(node, of)) is not None:
+            return made
         left, right = (
             remade(parent, of) if saved is None else of(saved)
             for saved, (parent, _) in zip(_factors(node), node.next_functions, strict=True)
@@ -44,6 +48,30 @@ def remade(node: Node, of: Callable[[Tensor], Tensor] = lambda factor: factor) -
         # rounded as it is written: a norm's product in fp32 would take three times the bytes
         rounded = torch.empty(torch.broadcast_shapes(left.shape, right.shape), dtype=dtype, device=left.device)
         return torch.mul(left, right, out=rounded)
+
+
+def _norm(node: Node, of: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The product of a weight and the cast of another product in one kernel, where it is that of a norm on a GPU."""
+    (left, right), ((of_left, _), (of_right, _)) = _factors(node), node.next_functions
+    if (left is None) == (right is None):
+        return None
+    weight, parent = (left, of_right) if right is None else (right, of_left)
+    if weight is None or not _has_kernel(weight.device.type):
+        return None
+    inner, dtype = _uncast(parent)
+    if inner is None or dtype is None:
+        return None
+    x, rows = _factors(inner)
+    if x is None or rows is None:
+        return None
+    from .remake_triton import scaled_rows  # triton loads where it is wanted
+
+    return scaled_rows(of(x), of(rows), weight, dtype)
+
+
+@functools.cache
+def _has_kernel(device: str) -> bool:
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def _is_product(node: Node | None) -> bool:

@@ -53,6 +53,7 @@ def jobs(target: str) -> Iterator[Job]:
             yield from sketch(dtype, target, every=aligned)
             if aligned and target not in ("sm_80", "sm_100"):
                 yield from sketch(dtype, target, every=False)
+    yield from scaled_rows()
     if target == "sm_90":
         yield from ones()
     yield from list(sketch("fp16", target))[-2:]
@@ -92,6 +93,17 @@ def formed(dtype: str, aligned: bool) -> Iterator[Job]:
         arguments |= {"TM": Constant(tile.wide), "TN": Constant(tile.narrow)}
         name = f"formed {dtype} {narrow}"
         yield Job(name, formed_products_kernel, arguments, tile.warps, tile.stages, aligned)
+
+
+def scaled_rows() -> Iterator[Job]:
+    """Rows of 16 bytes and others; one feature, in rows one after another."""
+    from fpo_kernels.remake_triton import FEATURES, scaled_rows_kernel
+
+    arguments = {"x": "*fp32", "rows": "*fp32", "weight": "*bf16", "out": "*bf16", "FEATURES": Constant(FEATURES)}
+    for some in ((), ("width",), ("x_stride", "width")):
+        for aligned in (True, False):
+            name = f"remade bf16 {' '.join(some)} 1" if some else "remade bf16 integers"
+            yield Job(name, scaled_rows_kernel, arguments | dict.fromkeys(some, 1), 4, 1, aligned)
 
 
 def ones() -> Iterator[Job]:
@@ -255,7 +267,7 @@ def compiled() -> dict[str, dict[str, dict[str, Any]]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_instructions_registers_and_memory(compiled: dict, target: str) -> None:
     kernels = compiled[target]
-    assert {name.split()[0] for name in kernels} == {"tokens", "formed", "sketch", "adding"}
+    assert {name.split()[0] for name in kernels} == {"tokens", "formed", "sketch", "adding", "remade"}
     for name, kernel in kernels.items():
         kind, dtype, k, *_ = name.split()
         older = kind == "sketch" and (not k.isdigit() or int(k) < 1024) and target != "gfx942"

@@ -199,3 +199,25 @@ def test_same_bits_whatever_lies_beyond_an_examples_end() -> None:
             torch.segment_reduce(sums.sum(1, dtype=torch.float64), "sum", lengths=lists.counts, initial=0)[:3]
         )
     assert torch.equal(*totals)
+
+
+@inside
+def test_a_norm_s_output_is_made_again_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel that a GPU takes; one token, rows in steps, more features than a program takes.
+
+    In float16: the interpreter cuts a float32 to bfloat16 where everything else rounds.
+    """
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from fpo_kernels import remake
+    from fpo_kernels.layers import some_rows
+
+    monkeypatch.setattr(remake, "_has_kernel", lambda device: True)
+    for shape in ((2, 9, 33), (1, 1, 8), (3, 2, 1500)):
+        norm = LlamaRMSNorm(shape[-1]).half().requires_grad_(False)
+        torch.nn.init.normal_(norm.weight)
+        made = norm(torch.randn(shape).half().requires_grad_())
+        maker = remake.maker_of(made)
+        assert remake._norm(maker, lambda factor: factor) is not None
+        assert torch.equal(remake.remade(maker), made)
+        assert torch.equal(remake.remade(maker, some_rows), some_rows(made))

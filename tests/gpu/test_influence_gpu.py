@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fpo_kernels as fk
-from fpo_kernels import sketched
+from fpo_kernels import remake, sketched
 from fpo_kernels.beside import Beside
+from fpo_kernels.layers import some_rows
 from fpo_kernels.products import config_triton
 from tests.fpo_kernels.tiny import PAD, batch_of, error, gradients
 
@@ -140,3 +142,16 @@ def test_what_runs_beside_a_pass_reads_what_was_there(dtype: torch.dtype, monkey
     for _ in range(10):
         assert torch.equal(engine.norms(batch), norms)
         assert torch.equal(engine.sketch(batch, dim=1024), sketch)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_a_norm_s_output_is_made_again_to_the_bit(dtype: torch.dtype) -> None:
+    """In one kernel, of all rows and of some in steps."""
+    for shape in ((2, 9, 33), (1, 1, 8), (9, 64, 4096)):
+        norm = LlamaRMSNorm(shape[-1]).to(dtype=dtype, device="cuda").requires_grad_(False)
+        nn.init.normal_(norm.weight)
+        made = norm(torch.randn(shape, device="cuda").to(dtype).requires_grad_())
+        maker = remake.maker_of(made)
+        assert remake._norm(maker, lambda factor: factor) is not None
+        assert torch.equal(remake.remade(maker), made)
+        assert torch.equal(remake.remade(maker, some_rows), some_rows(made))
