@@ -27,7 +27,8 @@ class Beside:
             reads: the tensors that the kernels read. They are kept until the next work is given away: from there on
                 the current stream waits for this one, so that their memory may be used again.
         """
-        if device.type != "cuda":
+        # a graph's kernels follow one another without the host: there is little to gain, and a fork to get wrong
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return work()
         current, own = torch.cuda.current_stream(device), _stream(device)
         self._wait(device)

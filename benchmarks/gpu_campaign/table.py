@@ -87,6 +87,7 @@ def _timed(row: Part) -> str:
     if "cannot" in row:
         return "does not fit" if "OutOfMemory" in row["cannot"] else "–"
     ratio = f" ({row['ratio']:.2f})" if row.get("ratio") else ""
+    ratio += ", not captured" if row.get("runs_eagerly") else ""
     error = f", {row['error']:.0e}" if "error" in row else ""
     return f"{row['ms']:.2f}{ratio}{error}"
 

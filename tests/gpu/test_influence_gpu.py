@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fpo_kernels as fk
-from fpo_kernels import remake, sketched
+from fpo_kernels import capture, remake, sketched
 from fpo_kernels.beside import Beside
 from fpo_kernels.layers import some_rows
 from fpo_kernels.products import config_triton
@@ -99,6 +99,21 @@ def test_replays_are_eager_passes_to_the_bit(dtype: torch.dtype, side: str) -> N
         if seed > 2:
             assert len(passes) == before, engine.coverage()[0].reason
         _litter = [torch.full((n,), torch.nan, device="cuda") for n in (64, 4096, 2**18) for _ in range(20)]
+    assert {row.reason for row in engine.coverage()} == {""}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_replays_of_passes_that_keep_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are met where they arrive, in autograd's own thread; inputs made again; a launch a layer."""
+    monkeypatch.setitem(capture.NOTED_BYTES, "cuda", 0)
+    monkeypatch.setattr(config_triton, "ENOUGH_FLOPS", 0)
+    model = llama(dtype, layers=8)
+    engine, eager = fk.Influence(model), fk.Influence(model, capture="never")
+    for seed in range(6):
+        batch, reference = on_gpu([64, 3, 40], seed), on_gpu([64], seed + 100)
+        expected = eager.steering(batch, reference)
+        got = engine.steering(batch, reference)
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True)), seed
     assert {row.reason for row in engine.coverage()} == {""}
 
 
