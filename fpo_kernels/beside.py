@@ -30,7 +30,8 @@ class Beside:
         # a graph's kernels follow one another without the host: there is little to gain, and a fork to get wrong
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return work()
-        current, own = torch.cuda.current_stream(device), _stream(device)
+        current = torch.cuda.current_stream(device)
+        own = _stream(device, current.cuda_stream)
         self._wait(device)
         own.wait_stream(current)
         with torch.cuda.stream(own):
@@ -50,6 +51,9 @@ class Beside:
 
 
 @functools.cache
-def _stream(device: torch.device) -> Any:
-    """One for all passes: what is let go of there is used again there, after the pass that read it."""
+def _stream(device: torch.device, current: int) -> Any:
+    """The stream beside a current one, by its handle: what is let go of there is used again there.
+
+    A pass on another stream has another: it would not wait for the one that still reads.
+    """
     return torch.cuda.Stream(device)

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.cases import influence, sketch, train_step, ways
+from benchmarks.gpu_campaign import table
 from fpo_train.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,8 @@ def by_name(case):
 def test_costs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "\n".join(influence.chart(rows("influence"))) in readme
+    gpu = json.loads((RESULTS / "nvidia-h200" / "campaign" / "engine.json").read_text())
+    assert "\n".join(table.chart(gpu["rows"])) in readme
     assert f"(ratio {by_name('head')['closed form']['ratio']['median']:.2f} in" in readme
 
 

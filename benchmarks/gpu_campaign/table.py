@@ -71,6 +71,35 @@ def tables(folder: Path, ended: Mapping[str, int]) -> str:
     return "\n".join(lines)
 
 
+def chart(rows: Sequence[Part]) -> list[str]:
+    """The README's table of an engine part: ratios to forward + backward by length, and of memory at the longest."""
+    named = {
+        BACKWARD: "forward + activation-only backward",
+        STEERING: "`fk.Influence.steering`",
+        HOOKS: "token products by plain torch hooks",
+        LOOP: "one autograd call a candidate",
+        "norms": "`norms`",
+        "sketch 1024": "`sketch(dim=1024)`",
+        "sketch 4096": "`sketch(dim=4096)`",
+        "direction": "`direction`",
+        "steering, all parameters": "`steering` over all parameters",
+        "steering, head": "`steering` over the score head",
+    }
+    found = {(row["setting"], row["run"]): row for row in rows if "ms" in row}
+    settings = sorted({one for one, run in found if run == "norms"}, key=lambda one: int(one.rpartition(" ")[2]))
+    last = settings[-1]
+    lines = [f"| | {' | '.join(settings)} | memory, {last} |", "|---|" + "---|" * (len(settings) + 1)]
+    for run, name in named.items():
+        ratios = [f"{found[one, run]['ratio']:.2f}" if (one, run) in found else "" for one in settings]
+        memory = (
+            f"{found[last, run]['peak_bytes'] / found[last, BACKWARD]['peak_bytes']:.2f}"
+            if (last, run) in found
+            else ""
+        )
+        lines.append(f"| {name} | {' | '.join(ratios)} | {memory} |")
+    return lines
+
+
 def _wanted(rows: Sequence[Part]) -> list[Part]:
     """WANTED's ratios in every setting that has both."""
     found = {(row["setting"], row["run"]): row for row in rows}
