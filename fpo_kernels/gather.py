@@ -19,6 +19,10 @@ from .streams import Extents, sent
 Consume = Callable[[list[Site], list[Stream]], None]
 
 
+def ignore(sites: list[Site], streams: list[Stream]) -> None:
+    """A consumer of a pass that is only looked at."""
+
+
 class PaddingReadError(Exception):
     """Padded positions have a gradient in this model: its outputs read them, so their rows count."""
 

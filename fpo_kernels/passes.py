@@ -23,8 +23,8 @@ from .compare import Comparison, close, is_fine
 from .course import Course
 from .entries import refuse_shared
 from .fallback import formed, used_after_all
-from .gather import Consume, Gather, Layout, PaddingReadError
-from .gradients import Stream, Vectors
+from .gather import Consume, Gather, Layout, PaddingReadError, ignore
+from .gradients import Vectors
 from .known import Known, Manner, Plan, coverage
 from .layers import Coverage, Site, survey
 from .models import attending, parts_of
@@ -175,7 +175,7 @@ class Passes:
             outputs = self._compare(batch, kind, layout, rows, consume)
         else:  # in two batches 16 bits round too differently
             some = take(batch, rows)
-            self._compare(some, kind, Layout(some, self._whole), every[: len(rows)], _ignore)
+            self._compare(some, kind, Layout(some, self._whole), every[: len(rows)], ignore)
             outputs = self._tapped(batch, layout, consume)
         self._compared.add((kind, layout.kind))
         return outputs
@@ -252,7 +252,7 @@ class Passes:
             raise problem
         if comparison.whole:
             raise UnservedError(faults)
-        self._compare(batch, kind, Layout(batch, self._whole), torch.arange(rows_of(batch)), _ignore)
+        self._compare(batch, kind, Layout(batch, self._whole), torch.arange(rows_of(batch)), ignore)
         return outputs
 
     def _account(self, taps: Taps, batch: Batch) -> Course:
@@ -397,7 +397,3 @@ class Passes:
         """Gradients of the refused parameters by one forward and backward an example: (B, weights) each."""
         refused = {name: self.chosen[name] for name in self.chosen if name in self._refused}
         return formed(self.model, refused, self._outputs, batch) if refused else {}
-
-
-def _ignore(sites: list[Site], streams: list[Stream]) -> None:
-    """A consumer of a pass that is only compared."""

@@ -62,7 +62,7 @@ def layers(q: int, lengths: list[int], dtype: torch.dtype, p: int, seed: int = 0
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("p", "q", "place"), [(1, 3, "first"), (33, 70, "middle"), (130, 8, "last")])
 def test_matches_the_definition(way: str, p: int, q: int, place: Place, dtype: torch.dtype) -> None:
-    streams = random_streams(ragged(5, 130, place=place), p, q, dtype)
+    streams = random_streams(ragged(5, 70, place=place), p, q, dtype)
     check_products("triton", streams, all_pairs(5, 5), way=way)
     other = random_streams(ragged(3, 70, place=place), p, q, dtype, seed=1)
     check_products("triton", streams, all_pairs(5, 3), other, way=way)
@@ -96,7 +96,7 @@ def test_layers_that_share_their_inputs(way: str) -> None:
 
 
 @inside
-@pytest.mark.parametrize("pairs", [1, 150])
+@pytest.mark.parametrize("pairs", [1, 40])
 def test_any_number_of_pairs(pairs: int) -> None:
     """One pair, and pairs many times over."""
     streams = random_streams([130, 5], 9, 17)
