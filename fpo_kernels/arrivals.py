@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from .known import Current, Quick
 from .remake import Inputs, Node, are_saved_plainly, is_cast, maker_of
 
-# Of a norm's outputs in 16 bits one in so many is made again, the others are kept. Made again, all of an 8B model's
-# take 8.3 ms at 9 × 512 tokens on an H200, a thirty-fourth of the pass; kept, 0.115 of the backward's peak.
+# Of a norm's outputs in 16 bits one in so many is made again, the others are kept. Made again by torch's two kernels,
+# all of an 8B model's took 8.3 ms at 9 × 512 tokens on an H200, a thirty-fourth of the pass; kept, 0.115 of the
+# backward's peak. The one kernel of `remake_triton` has not been timed.
 ONE_IN = 4
 _are_transformed = torch._C._are_functorch_transforms_active
 _new: Any = tuple.__new__  # a named tuple's own takes twice as long
@@ -68,6 +69,7 @@ class Arrivals:
     """The noted calls of one pass.
 
     Attributes:
+        size: the batch's. calls: (module, group) of each. most_bytes: beyond them nothing is kept at once.
         bytes: what keeping all of them takes, inputs and gradients, with those of other taps.
         open: calls are noted; not where taps stand idle, and not once the way back has begun.
         waiting: those not yet looked at: turn, module, input and its version, output and its version.

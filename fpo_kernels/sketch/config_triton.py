@@ -1,7 +1,7 @@
 """Launch numbers of the Triton kernels of the sketch, each with its reason.
 
 They follow from the arithmetic in README.md ("What a token costs") and from the binaries that tests/compile_only reads:
-registers, spills, shared memory, instructions. Only CHUNK has been compared on a GPU.
+registers, spills, shared memory, instructions. On a GPU, CHUNK, RUN_WORK and warps have been compared (README.md).
 """
 
 from __future__ import annotations
