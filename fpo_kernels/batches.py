@@ -12,6 +12,18 @@ from torch import Tensor
 Batch = Mapping[str, Any]
 
 
+def kinds_of_entries(batch: Batch) -> tuple[object, ...]:
+    """What a model may take another path for: which entries there are, their dimensions and dtypes, flags."""
+    entries = []
+    for key in sorted(batch):
+        value = batch[key]
+        told: object = value if isinstance(value, (bool, str)) else None
+        if isinstance(value, Tensor):
+            told = value.ndim, value.dtype
+        entries.append((key, type(value), told))
+    return tuple(entries)
+
+
 def rows_of(batch: Batch) -> int:
     """How many examples a batch holds: the length of `input_ids`, `inputs_embeds` or its first tensor."""
     if not isinstance(batch, Mapping):

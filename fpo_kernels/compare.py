@@ -155,17 +155,23 @@ class Comparison:
     @property
     def separated(self) -> set[Manner]:
         """How modules were called of which an agreement shows that examples keep apart: with a gradient in theirs."""
-        if not self.fine or self.coarse or self._size == 1 or not self._mass:
+        if not self.fine or self.coarse or self._size == 1:
             return set()
-        reached = torch.stack([mass.cpu() for mass in self._mass.values()]).tolist()
+        modules = self.reached()
+        return {manner for manner in self.manners if manner.module in modules}
+
+    def reached(self) -> set[nn.Module]:
+        """Modules through which a gradient came to the examples, so that an agreement says something of them."""
+        if not self._mass:
+            return set()
+        masses = torch.stack([mass.cpu() for mass in self._mass.values()]).tolist()
         # of a parameter that several modules use, the gradient may have come through some of them alone
-        modules = {
+        return {
             module
-            for name, mass in zip(self._mass, reached, strict=True)
+            for name, mass in zip(self._mass, masses, strict=True)
             if mass > 0 and len(set(self._uses[name])) == 1
             for module in self._uses[name]
         }
-        return {manner for manner in self.manners if manner.module in modules}
 
     def faults(self, model: nn.Module, outputs: Callable[[], Tensor], before: Tensor) -> dict[str, str]:
         """Name → reason of the parameters that an ordinary backward tells otherwise; runs the model once.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -158,16 +159,20 @@ def returns_what_it_should(module: nn.Module, a: Tensor, output: Tensor) -> bool
         made = made if bias is None else made + bias
     # many norms compute in fp32 even in a float64 model
     eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)
-    off = made.double() - output.double()
-    return made.shape == output.shape and not bool(off.norm() > 16 * eps * output.double().norm())
+    if made.shape != output.shape:
+        return False
+    norm = functools.partial(torch.linalg.vector_norm, dtype=torch.float64)
+    return not bool(norm(made - output) > 16 * eps * norm(output))
 
 
 def some_rows(x: Tensor) -> Tensor:
     """(…, p) → (1, …, SOME, p): some rows, evenly spaced from the first; x itself where it has no more."""
-    rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
-    if len(rows) <= SOME:
+    shape = x.shape
+    count = math.prod(shape[:-1])
+    if count <= SOME:
         return x
-    return rows[:: len(rows) // SOME][:SOME].view(*[1] * (x.ndim - 2), SOME, x.shape[-1])
+    step = count // SOME
+    return x.reshape(count, shape[-1])[: SOME * step : step].view(*[1] * (len(shape) - 2), SOME, shape[-1])
 
 
 def _with_parameters(module: nn.Module, x: Tensor, **constants: float) -> Tensor:

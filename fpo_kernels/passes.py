@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, as_long_as_the_batch, rows_of, take, telling, unchanged
+from .batches import Batch, as_long_as_the_batch, kinds_of_entries, rows_of, take, telling, unchanged
 from .capture import Taps
 from .compare import Comparison, close, is_fine
 from .course import Course
@@ -188,21 +188,15 @@ class Passes:
 
     def _kind(self, batch: Batch) -> tuple[object, ...]:
         """What a model may take another path for: one example or several, entries, modes."""
-        entries = []
-        for key in sorted(batch):
-            value = batch[key]
-            told: object = value if isinstance(value, (bool, str)) else None
-            if isinstance(value, Tensor):
-                told = value.ndim, value.dtype
-            entries.append((key, type(value), told))
         device = next(iter(self.chosen.values())).device.type
-        return min(rows_of(batch), 2), tuple(entries), self.model.training, torch.is_autocast_enabled(device)
+        return min(rows_of(batch), 2), kinds_of_entries(batch), self.model.training, torch.is_autocast_enabled(device)
 
     def _tapped(self, batch: Batch, layout: Layout, consume: Consume, comparison: Comparison | None = None) -> Tensor:
-        with tapped(self._plan(), layout.shape, self._known, self._counting) as taps:
+        fine = comparison is not None and comparison.fine
+        with tapped(self._plan(), layout.shape, self._known, self._counting, fine) as taps:
             outputs = self._forward(batch, taps)
             course = self._account(taps, batch)
-            if comparison is None or not comparison.fine:
+            if not fine:
                 self._probe(taps, batch, outputs, sizes=1)
             gather = Gather(course, layout, comparison.beside(consume) if comparison else consume)
             deliver = comparison.weighing(taps, gather.deliver) if comparison else gather.deliver
@@ -242,6 +236,8 @@ class Passes:
         self._coarse |= comparison.coarse
         if not faults and problem is None and (comparison.whole or not comparison.coarse):
             self._known.separable |= comparison.separated
+            if comparison.fine and not comparison.coarse:
+                self._believe(comparison.reached())
             if len(outputs) == 1 or comparison.manners <= self._known.separable:
                 self._looked |= {kind, (1, *kind[1:])}
             else:  # no gradient came that could show it
@@ -284,10 +280,14 @@ class Passes:
             self._unused |= {site.name for site in silent}
             taps.idle = False
             self._silent.add(key)
-        self._known.checked |= set(calls)  # their taps would have raised
-        self._plan().quicken(self._known)
+        if not taps.comparing:
+            self._believe(set(calls))  # their taps would have raised
         course.reads, self._course = reads, course
         return course
+
+    def _believe(self, modules: set[nn.Module]) -> None:
+        self._known.checked |= modules
+        self._plan().quicken(self._known)
 
     def _look_once(self, batch: Batch, kind: tuple[object, ...]) -> None:
         if kind not in self._looked:

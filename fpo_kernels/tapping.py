@@ -49,13 +49,13 @@ _running: list[Taps] = []  # passes that are under way, the innermost last
 
 
 @contextmanager
-def tapped(plan: Plan, shape: Shape, known: Known, counting: bool) -> Iterator[Taps]:
+def tapped(plan: Plan, shape: Shape, known: Known, counting: bool, comparing: bool = False) -> Iterator[Taps]:
     """Taps on the sites' modules for one forward and `Taps.backward`; the model is restored whatever happens.
 
     Within another pass, of an output map that asks an engine of its own, the outer taps stand idle. In a pass that is
     `counting` every module has a full tap; in others those of a plain module's calls are noted.
     """
-    taps = Taps(plan, shape, known, counting)
+    taps = Taps(plan, shape, known, counting, comparing)
     with ExitStack() as stack:
         stack.enter_context(_frozen(plan.parameters, plan.modules))
         stack.callback(_untap, taps)

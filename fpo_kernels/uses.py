@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.overrides import TorchFunctionMode
 
@@ -23,6 +24,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 
 # What takes a parameter's dtype, device or shape, or leaves the tape: no use of its values for a gradient.
+_PLAIN = (type(None), Tensor, nn.Parameter)
 _NEUTRAL = re.compile(r"detach|data|(zeros|ones|empty|full|rand|randn|randint)_like|new_\w+|to|type_as")
 
 
@@ -72,11 +74,16 @@ class Uses(TorchFunctionMode):
         self.count: dict[str, int] = {}
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Without counting: what a tap looks up for itself is no use of the model's."""
+    def paused(self, module: nn.Module | None = None) -> Iterator[None]:
+        """Without counting: what a tap looks up for itself is no use of the model's.
+
+        Of a `module` whose parameters are plain tensors functions do not come by here at all meanwhile.
+        """
         before, self._paused = self._paused, True
+        plain = module is not None and all(type(p) in _PLAIN for p in module._parameters.values())
         try:
-            yield
+            with torch._C.DisableTorchFunction() if plain else nullcontext():
+                yield
         finally:
             self._paused = before
 

@@ -64,22 +64,26 @@ FPO_TARGET inline void dot_tile(const Stream<T>* left, const Stream<T>* right, i
   for (int i = 0; i < FPO_M * FPO_N; ++i) out[i] += total[i / lanes][i % lanes];
 }
 
-// Σ over rows t in [begin, end) of the left example and all rows s of the right one.
+// Σ over rows t in [begin, end) of the left example and all rows s of the right one. A tile's left rows stay in
+// the first cache while the right ones pass by, of which kColumns at a time stay in the second.
 template <class T>
 FPO_TARGET double band(const Streams<T>& left, const Streams<T>& right, Span i, Span j, Span rows, bool mirrored) {
   double total = 0;
-  for (int64_t s = mirrored ? rows.begin : j.begin; s < j.end; s += FPO_N) {
-    for (int64_t t = rows.begin; t < rows.end && !(mirrored && t >= s + FPO_N); t += FPO_M) {
-      T aa[FPO_M * FPO_N], dd[FPO_M * FPO_N];
-      dot_tile<T>(&left.a, &right.a, 1, t, i.end, s, j.end, aa);
-      dot_tile<T>(left.d.data(), right.d.data(), left.d.size(), t, i.end, s, j.end, dd);
-      for (int m = 0; m < FPO_M && t + m < rows.end; ++m)
-        for (int n = 0; n < FPO_N && s + n < j.end; ++n) {
-          // (t, s) and (s, t) are equal in a mirrored pair: the upper one counts twice, the lower one not
-          const double weight = !mirrored || t + m == s + n ? 1 : t + m < s + n ? 2 : 0;
-          total += weight * double(aa[m * FPO_N + n]) * double(dd[m * FPO_N + n]);
-        }
-    }
+  for (int64_t first = mirrored ? rows.begin : j.begin; first < j.end; first += kColumns) {
+    const int64_t stop = std::min(first + kColumns, j.end);
+    for (int64_t t = rows.begin; t < rows.end; t += FPO_M)
+      for (int64_t s = first; s < stop; s += FPO_N) {
+        if (mirrored && t >= s + FPO_N) continue;  // below the diagonal
+        T aa[FPO_M * FPO_N], dd[FPO_M * FPO_N];
+        dot_tile<T>(&left.a, &right.a, 1, t, i.end, s, j.end, aa);
+        dot_tile<T>(left.d.data(), right.d.data(), left.d.size(), t, i.end, s, j.end, dd);
+        for (int m = 0; m < FPO_M && t + m < rows.end; ++m)
+          for (int n = 0; n < FPO_N && s + n < stop; ++n) {
+            // (t, s) and (s, t) are equal in a mirrored pair: the upper one counts twice, the lower one not
+            const double weight = !mirrored || t + m == s + n ? 1 : t + m < s + n ? 2 : 0;
+            total += weight * double(aa[m * FPO_N + n]) * double(dd[m * FPO_N + n]);
+          }
+      }
   }
   return total;
 }

@@ -91,6 +91,23 @@ def test_modules_that_do_more_than_their_class(model, named):
     assert exact(engine_of(model(), fallback="per_example"), ids=IDS)
 
 
+class Shut(Base):
+    """Nothing reaches the layer until a token of nine or more is among the ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer.forward = types.MethodType(lambda s, x: 2 * F.linear(x, s.weight, s.bias), self.layer)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.head(torch.tanh(x + (ids >= 9).any() * self.layer(x)).mean(1))[:, 0]
+
+
+def test_an_agreement_says_nothing_of_a_layer_that_no_gradient_reached():
+    with pytest.raises(ValueError, match="does not return what"):
+        engine_of(Shut()).gram({"ids": IDS.clamp_max(8)})
+
+
 class Paths(Base):
     def __init__(self):
         super().__init__(place=nn.Embedding(9, 6), expert=nn.Linear(6, 6))
