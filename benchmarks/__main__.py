@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import registry, results
+from benchmarks import cases, results
 from benchmarks.runner import Options, run_case
 
 BUSY = 0.05  # of all cores' time; with 50%, two-thread matrix products were seen to take 10 times as long
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, SystemExit(2) on wrong usage."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    known = registry.cases()
+    known = cases.cases()
     if arguments.command == "list":
         for case in known.values():
             print(f"{case.name:<12} {case.description}\n{'':<12} {', '.join(case.competitors)}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpo_train.data import Prompt
+from fpo_train.data.prompts import Prompt
 
 REPLIES = Path(__file__).parent / "replies.jsonl"
 Answers = Mapping[str, Tensor]

@@ -39,8 +39,8 @@ def smollm2(blocks: Sequence[int], device: torch.device) -> list[Layer]:
     The reward is w·h at the closing token, w drawn from a normal distribution (seed 0): products of gradients do
     not change with the scale of w. In fp32; the seven layers of each of the `blocks`.
     """
-    from fpo_train.data import read_prompts, render
-    from fpo_train.sources import load_causal_lm
+    from fpo_train.data.prompts import read_prompts, render
+    from fpo_train.data.sources import load_causal_lm
 
     model, tokenizer = load_causal_lm("smollm2", torch.float32)
     questions = dict(read_prompts("questions"))

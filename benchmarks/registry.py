@@ -1,4 +1,4 @@
-"""What a benchmark case is, and the list of them."""
+"""What a benchmark case is."""
 
 from __future__ import annotations
 
@@ -95,30 +95,6 @@ class Case:
     summary: Callable[[list[dict[str, Any]]], str] | None = None
     rounds: int = 10
     clock: Callable[[], float] = time.perf_counter
-
-
-def cases() -> dict[str, Case]:
-    """Every case by name."""
-    from benchmarks.cases import (
-        direction,
-        engine_sketch,
-        exact,
-        grad_sketch,
-        head,
-        host,
-        influence,
-        neural,
-        products,
-        sketch,
-        store,
-        tracin,
-        train_step,
-        ways,
-    )
-
-    kernels = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
-    every = (*kernels, host, train_step, neural)
-    return {module.CASE.name: module.CASE for module in every}
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases import cases
 from benchmarks.meters import synchronize
-from benchmarks.registry import Contest, cases
+from benchmarks.registry import Contest
 from benchmarks.runner import check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

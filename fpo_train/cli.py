@@ -17,10 +17,9 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from .config import RunConfig
-from .errors import RunError
-from .evaluate_config import EvalConfig
-from .profiles import PROFILES
+from fpo_train.config import EvalConfig, RunConfig
+from fpo_train.config.profiles import PROFILES
+from fpo_train.errors import RunError
 
 CONFIGS = Path(__file__).parent / "configs"
 C = TypeVar("C", RunConfig, EvalConfig)
@@ -152,9 +151,9 @@ def _profile(arguments: list[str]) -> str:
 
 
 def _run(options: Any) -> int:
-    from .rehearsal import rehearse
-    from .run import run
-    from .stopping import Stopped
+    from fpo_train.running.rehearsal import rehearse
+    from fpo_train.running.run import run
+    from fpo_train.running.stopping import Stopped
 
     config = _config(RunConfig, options)
     try:
@@ -174,13 +173,13 @@ def _run(options: Any) -> int:
 
 
 def _plan(options: Any) -> int:
-    from .plan import plan_command
+    from fpo_train.memory.plan import plan_command
 
     return plan_command(_config(RunConfig, options))
 
 
 def _study(options: Any) -> int:
-    from .study import study
+    from fpo_train.study.study import study
 
     config, seeds = _config(RunConfig, options), _whole_numbers("--seeds", options.seeds)
     if options.jobs < 1:
@@ -207,8 +206,8 @@ def _config(kind: type[C], options: Any) -> C:
 
 
 def _eval(options: Any) -> int:
-    from .evaluate import evaluate
-    from .stopping import listening
+    from fpo_train.evaluate.evaluation import evaluate
+    from fpo_train.running.stopping import listening
 
     config = _config(EvalConfig, options)
     try:
@@ -221,15 +220,15 @@ def _eval(options: Any) -> int:
 
 
 def _report(options: Any) -> int:
-    from .judgements import report_command
+    from fpo_train.evaluate.judgements import report_command
 
     report_command(Path(options.judgements).expanduser(), Path(options.out).expanduser() if options.out else None)
     return DONE
 
 
 def _simulate(options: Any) -> int:
-    from .simulate import linear, neural
-    from .simulate.results import format_table
+    from fpo_train.report.tables import format_table
+    from fpo_train.simulate import linear, neural
 
     seeds = _whole_numbers("--seeds", options.seeds)
     if options.vectorised and options.environment != "neural":
@@ -246,7 +245,7 @@ def _simulate(options: Any) -> int:
 
 
 def _fetch(options: Any) -> int:
-    from .sources import fetch
+    from fpo_train.data.sources import fetch
 
     print(fetch(options.model))
     return DONE
@@ -254,13 +253,12 @@ def _fetch(options: Any) -> int:
 
 def _doctor(options: Any) -> int:
     if options.kernels:
-        from .kernels import kernels_command
+        from fpo_train.running.kernels import kernels_command
 
         return DONE if kernels_command() else FAILED
     import fpo_kernels as fk
-
-    from .folder import environment
-    from .sources import KNOWN, cached
+    from fpo_train.data.sources import KNOWN, cached
+    from fpo_train.running.folder import environment
 
     facts = environment()
     print(f"python {facts['python']} on {facts['platform']}, {facts['threads']} threads, device {facts['device']}")

@@ -8,19 +8,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .config import RunConfig
-from .data import Prompts
-from .engine import Engine
-from .memory import Guard
-from .metrics import Clock, Row, Sample, measure, peak_memory, samples_of
-from .oracle import Labels, Oracle
-from .penalty import Judged, Penalty
-from .policy import Policy
-from .replay import Pair, Replay
-from .reward_model import Reading, RewardModel
-from .rollout import Readings, Rollout, Sampler
-from .seeds import mix
-from .update import Update
+from fpo_train.config import RunConfig
+from fpo_train.config.seeds import mix
+from fpo_train.data.prompts import Prompts
+from fpo_train.memory.guard import Guard
+from fpo_train.oracle import Labels, Oracle
+from fpo_train.penalty.base import Judged, Penalty
+from fpo_train.policy import Policy
+from fpo_train.processes import Processes
+from fpo_train.report.metrics import Clock, Row, Sample, measure, peak_memory, samples_of
+from fpo_train.reward_model import Reading, RewardModel
+from fpo_train.reward_model.replay import Pair, Replay
+from fpo_train.rollout import Readings, Rollout, Sampler
+from fpo_train.update import Update
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Parts:
     """What an iteration works on."""
 
     config: RunConfig
-    engine: Engine
+    processes: Processes
     memory: Guard
     prompts: Prompts
     policy: Policy
@@ -46,13 +46,13 @@ def iterate(parts: Parts, iteration: int) -> tuple[Row, list[Sample]]:
     `parts.memory` calls each phase's work with the number of sequences that may be held at once, and calls again with
     half of it when memory runs out: until its `step`, a phase changes nothing that calling it again would not.
     """
-    config, engine = parts.config, parts.engine
+    config, processes = parts.config, parts.processes
     clock = Clock(parts.policy.device)
-    seed_stream(config.seed, iteration, engine.rank)
+    seed_stream(config.seed, iteration, processes.rank)
 
     with clock("generate"):
-        prompts = engine.share(parts.prompts.batch(iteration - 1, config.rollout.prompts))
-        first = engine.rank * len(prompts)
+        prompts = processes.share(parts.prompts.batch(iteration - 1, config.rollout.prompts))
+        first = processes.rank * len(prompts)
         rollout = parts.memory("generate", lambda rows: parts.sampler(prompts, iteration, first, rows))
 
     with clock("score"):
@@ -64,8 +64,8 @@ def iterate(parts: Parts, iteration: int) -> tuple[Row, list[Sample]]:
 
     with clock("retrain"):
         pairs = label_pairs(rollout, reading, judged.is_best, labels.preferences(judged.is_best), iteration)
-        labels.check(engine)
-        parts.replay.add(engine.gather_objects(pairs))
+        labels.check(processes)
+        parts.replay.add(processes.gather_objects(pairs))
         fitted = retrain(parts, iteration)
 
     best = judged.effective.argmax(1)  # (B,)
@@ -75,7 +75,7 @@ def iterate(parts: Parts, iteration: int) -> tuple[Row, list[Sample]]:
         labels,
         best,
         rollout,
-        engine,
+        processes,
         learnt=learnt,
         grad_norm=norm,
         learning_rate=float(parts.update.scheduler.get_last_lr()[0]),
@@ -87,7 +87,7 @@ def iterate(parts: Parts, iteration: int) -> tuple[Row, list[Sample]]:
         memory_measured=parts.memory.measured,
         audit=config.logging.audit,
     )
-    return row, samples_of(rollout, judged, best, iteration, engine)
+    return row, samples_of(rollout, judged, best, iteration, processes)
 
 
 def judge(parts: Parts, rollout: Rollout, rows: int) -> tuple[Readings, Labels, Reading, Judged]:

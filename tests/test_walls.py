@@ -92,6 +92,74 @@ def test_rooms_of_an_operation_do_not_know_each_other(operation):
             assert not {n for n in names for room in ROOMS - {path.stem} if n.startswith(f"{here}.{room}")}
 
 
+# Rooms of the training layer: each may import itself and those before it, none after it.
+TRAINING = (
+    "errors",
+    "config",
+    "data",
+    "processes",
+    "policy",
+    "rollout",
+    "reward_model",
+    "oracle",
+    "penalty",
+    "update",
+    "memory",
+    "report",
+    "loop",
+    "simulate",
+    "running",
+    "evaluate",
+    "study",
+    "cli",
+)
+
+
+def test_every_room_of_the_training_layer_has_its_floor():
+    inside = {p.stem for p in (ROOT / "fpo_train").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert inside - {"__init__"} == set(TRAINING)
+
+
+@pytest.mark.parametrize("room", TRAINING)
+def test_rooms_import_downwards(room):
+    above = set(TRAINING[TRAINING.index(room) + 1 :])
+    found = {
+        (str(path.relative_to(ROOT)), name)
+        for path in modules("fpo_train")
+        if path.relative_to(ROOT / "fpo_train").with_suffix("").parts[0] == room
+        for name in imports(path)
+        if name.startswith("fpo_train.") and name.split(".")[1] in above
+    }
+    assert not found
+
+
+@pytest.mark.parametrize("room", [room for room in TRAINING if (ROOT / "fpo_train" / room).is_dir()])
+def test_a_room_fits_a_glance_and_says_what_it_is(room):
+    files = list((ROOT / "fpo_train" / room).glob("*.py"))
+    assert len(files) <= 11
+    assert ast.get_docstring(ast.parse((ROOT / "fpo_train" / room / "__init__.py").read_text(encoding="utf-8")))
+
+
+def named(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("package", ["fpo_kernels", "fpo_train", "benchmarks"])
+def test_no_module_imports_what_imports_it(package):
+    """Neither within a function nor for the types alone."""
+    files = {named(path): path for path in modules(package)}
+    left = {name: (imports(path) & set(files)) - {name} for name, path in files.items()}
+    # the room whose contents are imported is not itself asked for
+    left = {
+        name: {one for one in found if not any(o.startswith(one + ".") for o in found)} for name, found in left.items()
+    }
+    while leaves := [name for name, found in left.items() if not found & set(left)]:
+        for name in leaves:
+            del left[name]
+    assert not left
+
+
 @pytest.mark.parametrize("package", ["fpo_kernels", "fpo_train", "fpo_train.config", "fpo_train.cli"])
 def test_importing_is_light(package):
     heavy = "{'triton', 'torch._dynamo', 'torch._inductor', 'trl', 'bitsandbytes', 'vllm'}"

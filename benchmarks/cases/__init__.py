@@ -1,1 +1,29 @@
-"""One module a case; `registry.cases` lists them."""
+"""One module a case, and the list of them."""
+
+from __future__ import annotations
+
+from benchmarks.registry import Case
+
+
+def cases() -> dict[str, Case]:
+    """Every case by name."""
+    from benchmarks.cases import (
+        direction,
+        engine_sketch,
+        exact,
+        grad_sketch,
+        head,
+        host,
+        influence,
+        neural,
+        products,
+        sketch,
+        store,
+        tracin,
+        train_step,
+        ways,
+    )
+
+    kernels = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
+    every = (*kernels, host, train_step, neural)
+    return {module.CASE.name: module.CASE for module in every}

@@ -36,12 +36,12 @@ from fpo_train.config import (
     RunConfig,
     UpdateConfig,
 )
-from fpo_train.data import read_prompts
+from fpo_train.data.prompts import read_prompts
+from fpo_train.data.sources import load_sequence_classifier
 from fpo_train.errors import RunError
 from fpo_train.loop import iterate, judge, label_pairs
 from fpo_train.rollout import Rollout
-from fpo_train.run import Workshop, first_pairs
-from fpo_train.sources import load_sequence_classifier
+from fpo_train.running.run import Workshop, first_pairs
 
 PUBLISHED, SAME = "the paper's procedure", "fpo-train, the same models"
 HEADS: dict[str, PenaltyKind] = {
@@ -218,8 +218,8 @@ def _build(setting: Setting, device: torch.device) -> Contest:
     shared, texts = configuration(setting), prompts_of(setting)
     workshop = Workshop(shared, texts)
     other = copy.copy(workshop)  # the same policy; but what the head on its base is fitted to is not the classifier's
-    if workshop.engine.device.type != device.type:
-        raise RunError(f"fpo_train runs on {workshop.engine.device.type} here, not on {device.type}")
+    if workshop.processes.device.type != device.type:
+        raise RunError(f"fpo_train runs on {workshop.processes.device.type} here, not on {device.type}")
     prompts = workshop.prompts.batch(0, setting.prompts)  # those of iteration 1, in its order
     fixed = fixed_replies(prompts[:2], workshop.policy.tokenizer)
     models = procedure_models(workshop)

@@ -17,7 +17,7 @@ from .likelihood import BaseOracle
 from .preferences import FileOracle
 
 if TYPE_CHECKING:
-    from fpo_train.engine import Engine
+    from fpo_train.processes import Processes
 
 __all__ = [
     "BaseOracle",
@@ -34,7 +34,7 @@ __all__ = [
 CACHE, UNLABELLED = "judge.jsonl", "unlabelled.jsonl"
 
 
-def load_oracle(config: RunConfig, policy: Policy, engine: Engine) -> Oracle:
+def load_oracle(config: RunConfig, policy: Policy, processes: Processes) -> Oracle:
     """The oracle that `config.oracle` asks for.
 
     Raises:
@@ -48,8 +48,8 @@ def load_oracle(config: RunConfig, policy: Policy, engine: Engine) -> Oracle:
         return FunctionOracle(asked)
     if asked.kind == "judge":
         cache = Path(asked.cache).expanduser() if asked.cache else out / CACHE
-        return JudgeOracle(asked, cache, config.seed, engine.rank, engine.world)
+        return JudgeOracle(asked, cache, config.seed, processes.rank, processes.world)
     if asked.kind == "file":
-        name = UNLABELLED if engine.world == 1 else f"unlabelled.rank{engine.rank}.jsonl"
+        name = UNLABELLED if processes.world == 1 else f"unlabelled.rank{processes.rank}.jsonl"
         return FileOracle(Path(asked.file).expanduser(), out / name)
     return BaseOracle(policy, config)

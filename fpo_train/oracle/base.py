@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fpo_train.rollout import Readings, Rollout
 
 if TYPE_CHECKING:
-    from fpo_train.engine import Engine
+    from fpo_train.processes import Processes
 
 
 class Oracle(ABC):
@@ -49,10 +49,10 @@ class Oracle(ABC):
         """Go on counting from there."""
         self.counts = Counter(state["counts"])
 
-    def gather(self, engine: Engine) -> None:
+    def gather(self, processes: Processes) -> None:
         """Learn the counts of the other processes, for `state_dict`; every process must call it."""
         own = Counter(self.counts)
-        self._others = sum((Counter(one) for one in engine.gather_objects([dict(own)])), Counter()) - own
+        self._others = sum((Counter(one) for one in processes.gather_objects([dict(own)])), Counter()) - own
 
     def report(self) -> str:
         """This process's counts in one line."""

@@ -17,9 +17,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from fpo_train.config import OracleConfig
+from fpo_train.config import JudgeConfig, OracleConfig
 from fpo_train.errors import RunError
-from fpo_train.evaluate_config import JudgeConfig
 
 T = TypeVar("T")
 FIRST_WAIT = 1.0  # seconds before the first repetition; each later wait is twice the one before

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fpo_train.config import RunConfig
-from fpo_train.data import chat, check_template
+from fpo_train.data.limits import alike, check_tokens, context_of, oversized, rows_of
+from fpo_train.data.prompts import chat, check_template
+from fpo_train.data.sources import load_sequence_classifier
 from fpo_train.errors import RunError, about
-from fpo_train.limits import alike, check_tokens, context_of, oversized, rows_of
 from fpo_train.policy import Policy
 from fpo_train.rollout import Readings, Rollout
-from fpo_train.sources import load_sequence_classifier
 
 from .base import UtilityOracle, owner
 

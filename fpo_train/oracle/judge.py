@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fpo_train.config import OracleConfig
+from fpo_train.config import JudgeConfig, OracleConfig
 from fpo_train.errors import RunError
-from fpo_train.evaluate_config import JudgeConfig
 from fpo_train.rollout import Readings, Rollout
 
 from .base import Oracle, owner

@@ -13,7 +13,7 @@ from fpo_train.rollout import Readings, Rollout
 from .base import Oracle, UtilityOracle
 
 if TYPE_CHECKING:
-    from fpo_train.engine import Engine
+    from fpo_train.processes import Processes
 
 NAN = float("nan")
 
@@ -59,7 +59,7 @@ class Labels:
         known = self._utility.masked_fill(~_with_reference(wanted), NAN)
         return known[:, :-1], known[:, -1:]
 
-    def check(self, engine: Engine) -> None:
+    def check(self, processes: Processes) -> None:
         """See that the labels asked for are not all missing, and gather what the oracle has counted.
 
         Every process must call it, once an iteration.
@@ -68,8 +68,8 @@ class Labels:
             RunError: labels were asked for and not one of them could be had, on any process, from an oracle that
                 should have answered.
         """
-        self._oracle.gather(engine)
-        asked, failed = engine.total(torch.tensor([self.calls, self.failures], device=self._asked.device)).tolist()
+        self._oracle.gather(processes)
+        asked, failed = processes.total(torch.tensor([self.calls, self.failures], device=self._asked.device)).tolist()
         if asked and failed == asked and not self._oracle.may_be_silent:
             raise RunError(
                 f"oracle: not one of the iteration's {asked} labels could be had; this process has counted "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpo_train.data import parsed, text_of
+from fpo_train.data.prompts import parsed, text_of
 from fpo_train.errors import RunError
 from fpo_train.rollout import Readings, Rollout
 

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, linear, softplus
 
 from fpo_train.config import RunConfig
-from fpo_train.engine import Engine
 from fpo_train.errors import NotFinite, RunError
-from fpo_train.generation import check_finite
-from fpo_train.optimizers import largest, make_optimizer, make_schedule, move, restore, state_of
 from fpo_train.policy import wide
+from fpo_train.policy.generation import check_finite
+from fpo_train.policy.optimizers import largest, make_optimizer, make_schedule, move, restore, state_of
+from fpo_train.processes import Processes
 
 if TYPE_CHECKING:
-    from fpo_train.replay import Pair
     from fpo_train.rollout import Readings, Rollout
+
+    from .replay import Pair
 
 
 class Scores(NamedTuple):
@@ -84,11 +85,11 @@ class RewardModel(ABC):
 
     loaded: tuple[nn.Module, Any] | None = None
 
-    def __init__(self, module: nn.Module, head: nn.Linear, trained: list[str], config: RunConfig, engine: Engine):
+    def __init__(self, module: nn.Module, head: nn.Linear, trained: list[str], config: RunConfig, processes: Processes):
         self.module = module.eval()
         self.head = head
         self.config = config.reward_model
-        self._engine = engine
+        self._processes = processes
         named = dict(module.named_parameters())
         self.trainable: dict[str, nn.Parameter] = {name: named[name] for name in trained}
         settings = config.reward_model
@@ -193,7 +194,7 @@ class RewardModel(ABC):
             rows_at_once: replies on a tape, an even number in effect; 0: all.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        mine, total = pairs[self._engine.rank :: self._engine.world], torch.zeros((), device=self.device)
+        mine, total = pairs[self._processes.rank :: self._processes.world], torch.zeros((), device=self.device)
         at_once = max(1, rows_at_once // 2 if rows_at_once else len(mine))
         for start in range(0, len(mine), at_once):
             some = mine[start : start + at_once]
@@ -202,8 +203,8 @@ class RewardModel(ABC):
             loss = binary_cross_entropy_with_logits(margin, label.to(margin.dtype), reduction="sum") / len(pairs)
             loss.backward()
             total += loss.detach().float()
-        self._engine.sum_gradients(self.trainable.values())
-        return self._engine.total(total)
+        self._processes.sum_gradients(self.trainable.values())
+        return self._processes.total(total)
 
     def margins(self, pairs: Sequence[Pair]) -> Tensor:
         """r(z) − r(ref) of each pair, (n,), fp32 or float64, with a graph to what is trained."""

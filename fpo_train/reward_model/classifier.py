@@ -11,20 +11,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fpo_train.adapters import REWARD, complaint, refuse_unmatched
 from fpo_train.config import RunConfig
-from fpo_train.engine import Engine
+from fpo_train.config.seeds import mix
+from fpo_train.data.limits import alike, context_of, pad_id, rows_of
+from fpo_train.data.sources import load_sequence_classifier
 from fpo_train.errors import RunError, about
-from fpo_train.limits import alike, context_of, pad_id, rows_of
-from fpo_train.seeds import mix
-from fpo_train.sources import load_sequence_classifier
+from fpo_train.policy.adapters import REWARD, complaint, refuse_unmatched
+from fpo_train.processes import Processes
 
 from .base import Reading, RewardModel, Scores
 from .inputs import TextInputs
 
 if TYPE_CHECKING:
-    from fpo_train.replay import Pair
     from fpo_train.rollout import Readings, Rollout
+
+    from .replay import Pair
 
 FLOAT_ROUNDING, HALF_ROUNDING = 1e-3, 0.05  # what batches may change of a score head's input, relative to its norm
 
@@ -51,7 +52,7 @@ class LastToken(nn.Module):
 class ClassifierRewardModel(RewardModel):
     """See the module. Where the head alone is trained, the rest runs once a text and iteration."""
 
-    def __init__(self, config: RunConfig, engine: Engine, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, processes: Processes, device: torch.device) -> None:
         settings = config.reward_model
         with about("reward_model"):
             self._whole, tokenizer = load_sequence_classifier(settings.model, getattr(torch, settings.dtype))
@@ -77,7 +78,7 @@ class ClassifierRewardModel(RewardModel):
         ]
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
-        super().__init__(module, heads[-1], trained, config, engine)
+        super().__init__(module, heads[-1], trained, config, processes)
 
     @property
     def tokenizer(self) -> Any:

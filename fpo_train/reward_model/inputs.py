@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpo_train.data import chat, check_template
+from fpo_train.data.limits import check_tokens, named, oversized
+from fpo_train.data.prompts import chat, check_template
 from fpo_train.errors import RunError
-from fpo_train.limits import check_tokens, named, oversized
 
 BETWEEN = "\n\n"  # prompt and reply, for a tokenizer without a chat template
 KEPT_TEXTS = 4096  # tokenised texts remembered: some iterations' and a replay's

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 
 from fpo_train.config import RunConfig
-from fpo_train.engine import Engine
 from fpo_train.errors import RunError
 from fpo_train.policy import Policy
+from fpo_train.processes import Processes
 
 from .base import RewardModel
 from .classifier import ClassifierRewardModel
 from .on_base import AdapterRewardModel, HeadRewardModel
 
 
-def load_reward_model(config: RunConfig, policy: Policy, engine: Engine, device: torch.device) -> RewardModel:
+def load_reward_model(config: RunConfig, policy: Policy, processes: Processes, device: torch.device) -> RewardModel:
     """A fresh reward model of `reward_model.kind`; what is drawn at random follows from the run's seed.
 
     Raises:
@@ -24,6 +24,6 @@ def load_reward_model(config: RunConfig, policy: Policy, engine: Engine, device:
     if settings.kind == "classifier":
         if settings.dtype == "float16" and settings.optimizer == "adamw":
             raise RunError("reward_model: torch's AdamW cannot train float16 (its ε is 0 there); take paged_adamw_8bit")
-        return ClassifierRewardModel(config, engine, device)
+        return ClassifierRewardModel(config, processes, device)
     kind = HeadRewardModel if settings.kind == "head" else AdapterRewardModel
-    return kind(policy, config, engine)
+    return kind(policy, config, processes)

@@ -15,20 +15,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fpo_train.adapters import POLICY, REWARD, active, complaint, refuse_unmatched
 from fpo_train.config import RunConfig
-from fpo_train.engine import Engine
+from fpo_train.config.seeds import mix
+from fpo_train.data.limits import rows_of
 from fpo_train.errors import RunError
-from fpo_train.limits import rows_of
 from fpo_train.policy import Policy
-from fpo_train.seeds import mix
+from fpo_train.policy.adapters import POLICY, REWARD, active, complaint, refuse_unmatched
+from fpo_train.processes import Processes
 
 from .base import Reading, RewardModel, Scores
 from .inputs import TextInputs
 
 if TYPE_CHECKING:
-    from fpo_train.replay import Pair
     from fpo_train.rollout import Readings, Rollout
+
+    from .replay import Pair
 
 
 class OnBase(nn.Module):
@@ -60,7 +61,7 @@ class HeadRewardModel(RewardModel):
 
     adapter: str | None = None
 
-    def __init__(self, policy: Policy, config: RunConfig, engine: Engine) -> None:
+    def __init__(self, policy: Policy, config: RunConfig, processes: Processes) -> None:
         module = OnBase(policy, self.adapter)
         settings = config.reward_model
         self._policy = policy
@@ -72,7 +73,7 @@ class HeadRewardModel(RewardModel):
             self._texts = TextInputs(policy.tokenizer, settings.input, longest, policy.eos, rows, policy.eos)
         elif settings.max_tokens:
             raise RunError("reward_model.max_tokens: on the policy's base the input `chat` is read whole; wanted 0")
-        super().__init__(module, module.score, self._trained(module), config, engine)
+        super().__init__(module, module.score, self._trained(module), config, processes)
 
     def read(self, rollout: Rollout, readings: Readings, rows_at_once: int = 0) -> Reading:
         """See `RewardModel`. With `chat` the states are those that the oracle's reading of the rollout gave."""
@@ -137,7 +138,7 @@ class AdapterRewardModel(HeadRewardModel):
 
     adapter = REWARD
 
-    def __init__(self, policy: Policy, config: RunConfig, engine: Engine) -> None:
+    def __init__(self, policy: Policy, config: RunConfig, processes: Processes) -> None:
         from peft import LoraConfig
 
         settings = config.reward_model
@@ -162,7 +163,7 @@ class AdapterRewardModel(HeadRewardModel):
             if f".{REWARD}." in name:
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
                 parameter.requires_grad_(True)
-        super().__init__(policy, config, engine)
+        super().__init__(policy, config, processes)
 
     def save(self, folder: Path) -> None:
         """Write the adapter as PEFT does, and the head beside it."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fpo_train import figures
+from fpo_train.report import figures
 
-if TYPE_CHECKING:
-    from fpo_train.simulate.results import Array, Landscape, Trajectories, Trajectory
+from .trajectories import Array, Landscape, Trajectories, Trajectory
 
 
 def draw_all(trajectories: Trajectories, landscape: Landscape, folder: Path) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fpo_train.residual import fit
-from fpo_train.simulate.results import Array, Landscape, Summary, Trajectory, asked, check_folder, write_results
+from fpo_train.penalty.residual import fit
+
+from .results import Summary, asked, check_folder, write_results
+from .trajectories import Array, Landscape, Trajectory
 
 PENALTIES = ("none", "practical", "relaxed", "tracin", "exact", "residual")
 

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpo_train.residual import fit
-from fpo_train.simulate import mlp
-from fpo_train.simulate.results import Landscape, Summary, Trajectory, asked, check_folder, write_results
+from fpo_train.penalty.residual import fit
+
+from . import mlp
+from .results import Summary, asked, check_folder, write_results
+from .trajectories import Landscape, Trajectory
 
 PENALTIES = ("none", "practical", "relaxed", "tracin", "exact", "residual")
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from benchmarks import procedure, registry
-from benchmarks.cases import train_step
+from benchmarks import procedure
+from benchmarks.cases import cases, train_step
 from benchmarks.fixed import exact, fixed_replies, joined
 from fpo_train.config import PolicyConfig
-from fpo_train.data import Prompt, read_prompts, render
+from fpo_train.data.prompts import Prompt, read_prompts, render
 from fpo_train.policy import load_policy
 from tests.fpo_train.conftest import tiny  # noqa: F401
 
@@ -85,7 +85,7 @@ def test_an_iteration_trains_both_and_tells_its_phases(peer, fixed):
 
 
 def test_the_case_is_known_and_charts_phases():
-    case = registry.cases()["train_step"]
+    case = cases()["train_step"]
     assert {h.over for h in case.headlines} | {h.under for h in case.headlines} <= set(case.competitors)
     figures = dict.fromkeys(procedure.PHASES, 0.5)
     rows = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import isolated, registry, results
+from benchmarks import cases, isolated, results
 from benchmarks.__main__ import main
 from benchmarks.cases import ways
 from benchmarks.registry import Case, Competitor, Contest, Headline
@@ -60,7 +60,7 @@ def run(monkeypatch, tmp_path):
     """Runs a case from the command line; gives the exit code and the result file."""
 
     def run(case: Case, *options: str):
-        monkeypatch.setattr(registry, "cases", lambda: {case.name: case})
+        monkeypatch.setattr(cases, "cases", lambda: {case.name: case})
         code = main(["run", case.name, "--device", "cpu", "--out", str(tmp_path), "--repeats", "3", *options])
         (path,) = tmp_path.rglob("*.*")
         return code, json.loads(path.read_text()), path
@@ -150,7 +150,7 @@ def test_wrong_usage_exits_2(argv, capsys):
         main(argv)
     assert stopped.value.code == 2
     if argv == ["run", "nonsense"]:
-        known = ", ".join(registry.cases())
+        known = ", ".join(cases.cases())
         assert f"unknown case 'nonsense': wanted all or some of {known}" in capsys.readouterr().err
 
 

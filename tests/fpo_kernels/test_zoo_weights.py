@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BitsAndBytesConfig, LlamaForSequenceClassification
 
 import fpo_kernels as fk
-from fpo_train import sources
+from fpo_train.data import sources
 from fpo_train.errors import RunError
 from tests.fpo_kernels.zoo import LLAMA, ZOO, error, lora, lora_over, made, random_direction, scatter, truth
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fpo_train.data import read_prompts
+from fpo_train.data.prompts import read_prompts
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -66,6 +66,6 @@ def policy(tiny):
 @pytest.fixture
 def prompts(policy):
     """The shipped prompts, rendered for the tiny model."""
-    from fpo_train.data import render_prompts
+    from fpo_train.data.prompts import render_prompts
 
     return render_prompts(read_prompts("questions"), seed=0, tokenizer=policy.tokenizer, room=200)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fpo_train import loop
 from fpo_train.config import RunConfig
-from fpo_train.data import Prompt
-from fpo_train.decoding import group_heads
-from fpo_train.engine import Engine
+from fpo_train.data.prompts import Prompt
 from fpo_train.oracle import load_oracle
-from fpo_train.penalty import Penalty
+from fpo_train.penalty.base import Penalty
 from fpo_train.policy import Policy, add_adapter
-from fpo_train.replay import Replay
+from fpo_train.policy.decoding import group_heads
+from fpo_train.processes import Processes
 from fpo_train.reward_model import load_reward_model
+from fpo_train.reward_model.replay import Replay
 from fpo_train.rollout import sampler
 from fpo_train.update import load_update
 
@@ -35,7 +35,7 @@ class Bench:
         if config.policy.gradient_checkpointing:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         tokenizer = SimpleNamespace(eos_token_id=EOS, decode=lambda reply, skip_special_tokens: WORDS)
-        policy, engine = Policy(add_adapter(lm, config.policy), tokenizer), Engine()
+        policy, processes = Policy(add_adapter(lm, config.policy), tokenizer), Processes()
         generator = torch.Generator().manual_seed(0)
         many = config.rollout.prompts
         ids = torch.randint(3, lm.config.vocab_size, (many, prompt_tokens), generator=generator).tolist()
@@ -43,16 +43,16 @@ class Bench:
         self.prompts = [Prompt(name=str(n), text=WORDS, ids=tuple(row)) for n, row in enumerate(ids)]
         self.parts = loop.Parts(
             config=config,
-            engine=engine,
+            processes=processes,
             memory=None,  # type: ignore[arg-type]
             prompts=None,  # type: ignore[arg-type]
             policy=policy,
             sampler=sampler(policy, config.rollout, 0),
-            reward_model=load_reward_model(config, policy, engine, device),
+            reward_model=load_reward_model(config, policy, processes, device),
             replay=Replay(64),
-            oracle=load_oracle(config, policy, engine),
-            penalty=Penalty(config.penalty, engine, 0),
-            update=load_update(policy, config, engine),
+            oracle=load_oracle(config, policy, processes),
+            penalty=Penalty(config.penalty, processes, 0),
+            update=load_update(policy, config, processes),
         )
         torch.nn.init.normal_(self.parts.reward_model.head.weight)  # so that candidates differ
 

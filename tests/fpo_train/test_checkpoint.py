@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fpo_train import checkpoint
 from fpo_train.config import (
     DataConfig,
     LoggingConfig,
@@ -20,10 +19,12 @@ from fpo_train.config import (
     RunConfig,
     UpdateConfig,
 )
-from fpo_train.data import read_prompts
+from fpo_train.data.prompts import read_prompts
 from fpo_train.errors import RunError
 from fpo_train.loop import iterate
-from fpo_train.run import Workshop
+from fpo_train.report import records
+from fpo_train.running import checkpoint
+from fpo_train.running.run import Workshop
 
 
 def same(a, b):
@@ -79,7 +80,7 @@ def test_every_bit_comes_back_and_the_next_iteration_is_the_same(workshop, tmp_p
     assert {k: v for k, v in row.items() if k not in left_out} == {k: v for k, v in after.items() if k not in left_out}
 
     counted = dict(again.oracle.counts)
-    checkpoint.load(tmp_path, 2, dataclasses.replace(again, engine=SimpleNamespace(main=False)))
+    checkpoint.load(tmp_path, 2, dataclasses.replace(again, processes=SimpleNamespace(main=False)))
     assert again.oracle.counts == counted  # the counts of all processes go to one of them
 
 
@@ -95,7 +96,7 @@ def small(monkeypatch):
 
 def restored(folder):
     found = []
-    checkpoint.load(folder, checkpoint.latest(folder), found)
+    checkpoint.load(folder, records.latest(folder), found)
     return found[0]
 
 
@@ -130,11 +131,11 @@ def test_whatever_step_of_a_save_is_the_last_a_whole_checkpoint_is_left(step, be
             pass
         else:
             assert step >= 7  # more than there are
-    assert restored(tmp_path) == checkpoint.latest(tmp_path)
+    assert restored(tmp_path) == records.latest(tmp_path)
     checkpoint.save(tmp_path, 3, 3, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["3"]  # what the kill left is gone
     assert restored(tmp_path) == 3
-    assert checkpoint.counts(tmp_path) == {"asked": 3}
+    assert records.counts(tmp_path) == {"asked": 3}
 
 
 def test_the_state_is_on_the_disk_before_it_has_its_name_and_older_ones_go_last(small, tmp_path, monkeypatch):
@@ -151,7 +152,7 @@ def test_the_last_few_are_kept(small, tmp_path):
     for iteration in (9, 10, 11):
         checkpoint.save(tmp_path, iteration, iteration, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11"]
-    assert checkpoint.latest(tmp_path) == 11
+    assert records.latest(tmp_path) == 11
 
 
 def test_a_state_cut_short_or_lacking_something_is_named(workshop, small, tmp_path, monkeypatch):
@@ -165,7 +166,7 @@ def test_a_state_cut_short_or_lacking_something_is_named(workshop, small, tmp_pa
             restored(tmp_path)
     (tmp_path / "4" / "oracle.json").write_text('{"asked')
     with pytest.raises(RunError, match=r"oracle\.json is damaged; delete it"):
-        checkpoint.counts(tmp_path)
+        records.counts(tmp_path)
     monkeypatch.undo()
     shop, config = workshop
     parts = shop.parts(config, resumed=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fpo_train import config, evaluate_config
+from fpo_train.config import evaluation as evaluate_config
+from fpo_train.config import settings as config
 
 
 def sections():

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from fpo_train.config import DataConfig
-from fpo_train.data import read_prompts, render, render_prompts
+from fpo_train.data.prompts import read_prompts, render, render_prompts
 from fpo_train.errors import RunError
 
 

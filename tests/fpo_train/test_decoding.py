@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fpo_train.decoding import GROUPED, Roomy, attend, group_heads
+from fpo_train.policy.decoding import GROUPED, Roomy, attend, group_heads
 
 
 class Module(torch.nn.Module):

@@ -11,12 +11,12 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fpo_train.answers import Answerer
 from fpo_train.cli import main
 from fpo_train.config import PolicyConfig
-from fpo_train.data import render
+from fpo_train.data.prompts import render
+from fpo_train.evaluate.answers import Answerer
+from fpo_train.evaluate.questions import read_questions
 from fpo_train.policy import load_policy
-from fpo_train.questions import read_questions
 
 from .runs import arguments, contents
 from .stub_judge import StubJudge
@@ -155,7 +155,7 @@ def test_what_was_answered_is_not_answered_again(runs, answered, tmp_path, monke
     assert main(command) == 0
     assert asked == [("left", 3), ("right", 3), ("left", 1), ("right", 1)]
     assert path.read_bytes() == whole
-    monkeypatch.setattr("fpo_train.answers.load_causal_lm", None)  # nothing left to load a model for
+    monkeypatch.setattr("fpo_train.evaluate.answers.load_causal_lm", None)  # nothing left to load a model for
     assert main(command) == 0
     assert main(words(out, left=runs / "none", right=runs / "relaxed", limit=2)) == 0
     assert path.read_bytes() == whole
@@ -349,7 +349,7 @@ def test_wrong_usage(tmp_path, capfd, more, text):
 
 
 def test_a_judge_s_url_is_checked_before_a_model_is_loaded(runs, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("fpo_train.answers.load_causal_lm", None)
+    monkeypatch.setattr("fpo_train.evaluate.answers.load_causal_lm", None)
     more = ["--judge.url", "http://me:secret@localhost/v1", "--judge.model", "m"]
     assert main(words(tmp_path / "eval", *more, right=runs / "none")) == 1
     message = capfd.readouterr().err

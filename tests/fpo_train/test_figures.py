@@ -2,7 +2,7 @@
 
 import pytest
 
-from fpo_train import figures
+from fpo_train.report import figures
 
 
 @pytest.mark.parametrize("columns", [1, 5, 9])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from fpo_train.answers import Answerer, Speaker
-from fpo_train.generation import end_tokens, ended
+from fpo_train.evaluate.answers import Answerer, Speaker
+from fpo_train.policy.generation import end_tokens, ended
 
 from .variants import PROMPTS, TOKENS, by_hand, loaded, replies, says_what_it_thinks, variant
 

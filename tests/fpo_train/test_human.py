@@ -6,9 +6,9 @@ import pytest
 
 from fpo_train.cli import main
 from fpo_train.config import DataConfig, OracleConfig, RunConfig
-from fpo_train.data import render
+from fpo_train.data.prompts import render
 from fpo_train.errors import RunError
-from fpo_train.human import human_pairs
+from fpo_train.oracle.human import human_pairs
 from fpo_train.oracle.preferences import FIELDS
 
 from .runs import arguments

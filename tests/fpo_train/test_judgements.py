@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 
 from fpo_train.cli import main
-from fpo_train.judgements import NORMAL, Judgement, sign_test, summarize, wilson
+from fpo_train.evaluate.judgements import NORMAL, Judgement, sign_test, summarize, wilson
 
 FIELDS = {"wins_left", "wins_right", "ties", "win_rate_right", "interval", "p_value"}
 

@@ -9,14 +9,14 @@ from transformers import AutoTokenizer
 
 from fpo_train.cli import main
 from fpo_train.config import OracleConfig, RewardModelConfig, RunConfig
-from fpo_train.engine import Engine
+from fpo_train.data.limits import check_tokens, context_of, pad_id
+from fpo_train.data.sources import load_causal_lm
 from fpo_train.errors import RunError
-from fpo_train.limits import check_tokens, context_of, pad_id
 from fpo_train.oracle import load_gold
+from fpo_train.processes import Processes
 from fpo_train.reward_model import load_reward_model
 from fpo_train.reward_model.inputs import TextInputs
 from fpo_train.rollout import Readings, Rollout
-from fpo_train.sources import load_causal_lm
 
 from .runs import arguments
 
@@ -71,7 +71,7 @@ def classifier(tiny, folder, kind, config=None, template=True, special=None, **s
 def scores(policy, folder, texts, **settings):
     """Of the reward model: all texts in a batch, and each alone."""
     settings = {"kind": "classifier", "model": str(folder), "input": "reply", **settings}
-    model = load_reward_model(RunConfig(reward_model=RewardModelConfig(**settings)), policy, Engine(), policy.device)
+    model = load_reward_model(RunConfig(reward_model=RewardModelConfig(**settings)), policy, Processes(), policy.device)
     model.check([("q", texts[0])])
     whole = model._read([("q", text) for text in texts], 0)
     alone = [model._read([("q", text)], 0) for text in texts]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fpo_train.logits import kl_to, token_log_probs
-from fpo_train.optimizers import make_optimizer, make_schedule
+from fpo_train.policy.logits import kl_to, token_log_probs
+from fpo_train.policy.optimizers import make_optimizer, make_schedule
 
 V, H = 101, 7
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fpo_train.config import PenaltyConfig, PolicyConfig, RewardModelConfig, RolloutConfig, RunConfig, UpdateConfig
-from fpo_train.data import read_prompts
+from fpo_train.data.prompts import read_prompts
 from fpo_train.loop import iterate, retrain
-from fpo_train.replay import Pair
+from fpo_train.reward_model.replay import Pair
 from fpo_train.rollout import Readings, Rollout
-from fpo_train.run import FIT_PLACE, Workshop
+from fpo_train.running.run import FIT_PLACE, Workshop
 
 N = 4
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fpo_train.errors import RunError
-from fpo_train.memory import FIRST_TRY, Guard, _Process
-from fpo_train.plan import Phase, Plan
+from fpo_train.memory.guard import FIRST_TRY, Guard, _Process
+from fpo_train.memory.plan import Phase, Plan
 
 CPU = torch.device("cpu")
 CPU_FAILURE = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"

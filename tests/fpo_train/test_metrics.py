@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpo_train import metrics
-from fpo_train.engine import Engine
-from fpo_train.metrics import Clock, measure, repetition, samples_of
+from fpo_train.processes import Processes
+from fpo_train.report import records
+from fpo_train.report.metrics import Clock, measure, repetition, samples_of
 
 NAN, INF = float("nan"), float("inf")
 N = 4
@@ -123,8 +123,8 @@ def by_hand(made):
 
 
 @pytest.fixture(scope="module")
-def engine():
-    return Engine()
+def processes():
+    return Processes()
 
 
 @settings(max_examples=40, deadline=None)
@@ -132,9 +132,9 @@ def engine():
     seed=st.integers(0, 10**6), prompts=st.integers(1, 6), has=st.booleans(), product=st.booleans(),
     failed=st.sampled_from([0.0, 0.3, 1.0]), left_out=st.sampled_from([0.0, 0.4]),
 )  # fmt: skip
-def test_the_row_is_what_a_loop_gives(engine, seed, prompts, has, product, failed, left_out):
+def test_the_row_is_what_a_loop_gives(processes, seed, prompts, has, product, failed, left_out):
     made = iteration_of(seed, prompts, has, product, left_out, failed)
-    row = measure(7, *made, engine)
+    row = measure(7, *made, processes)
     for key, value in by_hand(made).items():
         assert row[key] == (value if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)), key
     assert row["oracle_scale"] == ("utility" if has else "preference")
@@ -165,7 +165,7 @@ class Threads:
 
 
 @pytest.mark.parametrize("has_utilities", [True, False])
-def test_several_ranks_give_the_row_of_one(engine, has_utilities):
+def test_several_ranks_give_the_row_of_one(processes, has_utilities):
     made = iteration_of(3, 6, has_utilities)
     world = Threads(3)
     found = [None] * 3
@@ -186,21 +186,21 @@ def test_several_ranks_give_the_row_of_one(engine, has_utilities):
     assert found[0] == found[1] == found[2]
     row, samples = found[0]
     judged, _, best, rollout = made
-    alone = measure(1, *made, engine) | {"oracle_calls": 3 * made[1].calls, "seconds": {"score": 2.0}}
+    alone = measure(1, *made, processes) | {"oracle_calls": 3 * made[1].calls, "seconds": {"score": 2.0}}
     alone |= {"peak_memory_bytes": 200, "memory_measured": {"score": 52}}
     assert row == {key: pytest.approx(v) if isinstance(v, float) else v for key, v in alone.items()}
-    assert samples == samples_of(rollout, judged, best, 1, engine)
+    assert samples == samples_of(rollout, judged, best, 1, processes)
 
 
-def test_what_other_parts_report_is_in_the_row_and_nothing_unknown_is_invented(engine):
+def test_what_other_parts_report_is_in_the_row_and_nothing_unknown_is_invented(processes):
     made = iteration_of(1, 3)
-    bare = measure(1, *made, engine)
+    bare = measure(1, *made, processes)
     unknown = ("kl", "policy_loss", "grad_norm", "learning_rate", "reward_model_loss", "reward_model_drift")
     assert all(bare[key] is None for key in unknown)
     assert "memory_planned" not in bare
     assert bare["penalty_to_reward_std"] == 2.5
     told = measure(
-        1, *made, engine, learnt=SimpleNamespace(loss=2.0, kl=NAN), grad_norm=INF, learning_rate=1e-4,
+        1, *made, processes, learnt=SimpleNamespace(loss=2.0, kl=NAN), grad_norm=INF, learning_rate=1e-4,
         reward_model_loss=0.7, reward_model_drift=0.01, seconds={"score": 1.5}, peak=7,
         memory_planned={"score": 5}, memory_measured={"score": 9, "update": 4},
     )  # fmt: skip
@@ -210,13 +210,13 @@ def test_what_other_parts_report_is_in_the_row_and_nothing_unknown_is_invented(e
     assert told["peak_memory_bytes"] == 9
 
 
-def test_samples(engine):
+def test_samples(processes):
     judged, _, best, rollout = iteration_of(5, 5)
     judged.reward[2, :] = torch.tensor([0.0, 3.0, 1.0, NAN])
     rollout.usable[2] = torch.tensor([True, False, True, True])
     judged.effective[2] = torch.tensor([5.0, -INF, 4.0, -INF])
     best[2] = 0
-    found = {sample["id"]: sample for sample in samples_of(rollout, judged, best, 3, engine)}
+    found = {sample["id"]: sample for sample in samples_of(rollout, judged, best, 3, processes)}
     assert "p0" not in found  # none of its candidates could be judged
     row = 2 * (N + 1)
     assert found["p2"] == {
@@ -225,7 +225,7 @@ def test_samples(engine):
         "reward": 0.0, "penalty": pytest.approx(float(judged.penalty[2, 0])), "effective_reward": 5.0,
     }  # fmt: skip
     rollout.texts[row + 2] = rollout.texts[row]
-    again = {sample["id"]: sample for sample in samples_of(rollout, judged, best, 3, engine)}
+    again = {sample["id"]: sample for sample in samples_of(rollout, judged, best, 3, processes)}
     assert again["p2"]["unpenalised_reply"] is None
 
 
@@ -242,16 +242,16 @@ def test_files_hold_no_nan_and_are_cut_and_read_whole(tmp_path):
     rows = [
         {"iteration": i, "x": x, "deep": {"y": [x, 1]}, "text": "a\u2028b"} for i, x in enumerate([1.5, NAN, -INF], 1)
     ]
-    metrics.append(path, rows)
-    found = metrics.read(path)
+    records.append(path, rows)
+    found = records.read(path)
     assert [row["x"] for row in found] == [1.5, None, None]
     assert found[1]["deep"] == {"y": [None, 1]}
     with path.open("a") as file:
         file.write('{"iteration": 4, "x"')
-    assert metrics.read(path) == found
-    metrics.cut(path, 2)
-    assert metrics.read(path) == found[:2]
-    assert metrics.read(tmp_path / "none.jsonl") == []
+    assert records.read(path) == found
+    records.cut(path, 2)
+    assert records.read(path) == found[:2]
+    assert records.read(tmp_path / "none.jsonl") == []
 
 
 def test_the_clock_waits_for_a_gpu_once_a_phase(monkeypatch):

@@ -10,18 +10,18 @@ from safetensors.torch import load_file, save_file
 
 from fpo_train.cli import main
 from fpo_train.config import PenaltyConfig, RewardModelConfig, RolloutConfig, RunConfig, UpdateConfig
-from fpo_train.engine import Engine
 from fpo_train.errors import NotFinite, RunError
-from fpo_train.gradients import HeadGradients
-from fpo_train.optimizers import largest, move
 from fpo_train.oracle import Labels
 from fpo_train.oracle.base import UtilityOracle
-from fpo_train.penalty import Penalty
+from fpo_train.penalty.base import Penalty
+from fpo_train.penalty.gradients import HeadGradients
 from fpo_train.policy import NO_STATES
-from fpo_train.replay import Pair, Replay
+from fpo_train.policy.optimizers import largest, move
+from fpo_train.processes import Processes
 from fpo_train.reward_model import load_reward_model
+from fpo_train.reward_model.replay import Pair, Replay
 from fpo_train.rollout import Readings, sampler
-from fpo_train.sampling import RowSampler, uniforms
+from fpo_train.rollout.sampling import RowSampler, uniforms
 from fpo_train.update import load_update
 
 from .runs import arguments
@@ -35,7 +35,7 @@ def rollout(policy, prompts):
 
 
 def reward_model(policy, **settings):
-    model = load_reward_model(RunConfig(reward_model=RewardModelConfig(**settings)), policy, Engine(), policy.device)
+    model = load_reward_model(RunConfig(reward_model=RewardModelConfig(**settings)), policy, Processes(), policy.device)
     torch.manual_seed(0)
     with torch.no_grad():
         model.head.weight.normal_()
@@ -75,7 +75,7 @@ def test_a_run_that_diverges_says_when_and_keeps_what_was_whole(tiny, tmp_path, 
 
 
 def test_a_step_that_leaves_no_numbers_is_said_at_once(policy, rollout):
-    update = load_update(policy, RunConfig(update=UpdateConfig(learning_rate=1e39, weight_decay=0.0)), Engine())
+    update = load_update(policy, RunConfig(update=UpdateConfig(learning_rate=1e39, weight_decay=0.0)), Processes())
     effective = SimpleNamespace(effective=torch.rand(2, 3))
     update.gradient(rollout, Readings(policy, rollout), effective)
     with pytest.raises(NotFinite, match=r"update: the step has left weights .*update.learning_rate"):
@@ -149,7 +149,7 @@ def test_utilities(policy, rollout):
     labels = Labels(Numbers(torch.full((8,), -INF)), rollout, Readings(policy, rollout))
     labels.preferences(torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(RunError, match="oracle: not one of the iteration's 6 labels could be had"):
-        labels.check(Engine())
+        labels.check(Processes())
 
 
 @pytest.mark.parametrize(("kind", "choice"), [("practical", "fail"), ("relaxed", "fail"), ("relaxed", "drop")])
@@ -169,7 +169,7 @@ def test_penalties(policy, rollout, monkeypatch, kind, choice):
 
     def judged():
         labels = Labels(Numbers(values), rollout, readings)
-        penalty = Penalty(PenaltyConfig(kind=kind), Engine(), 0)
+        penalty = Penalty(PenaltyConfig(kind=kind), Processes(), 0)
         return penalty(model, model.read(rollout, readings), labels, Replay(4), rollout)
 
     if choice == "fail":

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fpo_train.config import OracleConfig, PolicyConfig, RunConfig, UpdateConfig
-from fpo_train.engine import Engine
 from fpo_train.errors import RunError
 from fpo_train.oracle import BaseOracle, Labels, Oracle
 from fpo_train.policy import load_policy
+from fpo_train.processes import Processes
 from fpo_train.rollout import Readings, Rollout
 
 LENGTHS = ((3, 7, 1, 5), (6, 2, 4, 4))  # tokens of the replies to each prompt, the reference last
@@ -220,7 +220,7 @@ def test_labels_with_utilities_read_each_row_once(tiny, policy, rollout, base64)
 
 
 def test_labels_all_missing_stop_the_run_unless_another_process_has_some(rollout):
-    class Two(Engine):
+    class Two(Processes):
         def __init__(self, other):
             self.other, self.world = torch.tensor(other), 1
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from fpo_train.config import OracleConfig
-from fpo_train.engine import Engine
 from fpo_train.errors import RunError
 from fpo_train.oracle import JudgeOracle, Labels
 from fpo_train.oracle.endpoint import Bucket, Time
+from fpo_train.processes import Processes
 
 from .stub_judge import StubJudge
 
@@ -144,7 +144,7 @@ def test_a_failure_is_counted_and_the_question_put_again(tmp_path, fault):
     assert p == [1.0]
     assert oracle.counts == {"pairs": 1, "requests": 4, "retried": 2, CAUSES[fault]: 2}
     assert labels.failures == 0
-    labels.check(Engine())
+    labels.check(Processes())
 
 
 @pytest.mark.parametrize("fault", CAUSES)
@@ -161,7 +161,7 @@ def test_a_failure_for_good_is_no_label(tmp_path, fault):
     assert oracle.counts == {"pairs": 1, "failed": 1, "requests": 4, "retried": 2, CAUSES[fault]: 4}
     assert not (tmp_path / "judge.jsonl").exists()
     with pytest.raises(RunError, match=rf"not one of the iteration's 1 labels could be had.*{CAUSES[fault]} 4"):
-        labels.check(Engine())
+        labels.check(Processes())
 
 
 def test_one_failed_order_fails_the_pair_and_no_other(tmp_path):
@@ -177,7 +177,7 @@ def test_one_failed_order_fails_the_pair_and_no_other(tmp_path):
     assert (labels.calls, labels.failures) == (3, 1)
     assert oracle.counts["failed"] == 1
     assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == 5  # good answers alone
-    labels.check(Engine())  # two of three labels are there
+    labels.check(Processes())  # two of three labels are there
 
 
 def test_what_no_repetition_mends_is_not_repeated(tmp_path):
@@ -223,7 +223,7 @@ def test_nobody_there(tmp_path):
     assert p[0] != p[0]
     assert oracle.counts == {"pairs": 1, "failed": 1, "requests": 4, "retried": 2, "connect": 4}
     with pytest.raises(RunError, match="connect 4"):
-        labels.check(Engine())
+        labels.check(Processes())
     with pytest.raises(RunError, match=r"oracle.url: wanted an address"):
         judge("localhost:8000/v1", tmp_path)
     for url in ("http://me:secret@localhost/v1", "https://localhost/v1?key=secret"):
@@ -376,12 +376,12 @@ def test_counts_survive_a_checkpoint_and_go_on(tmp_path):
         ask(again, ["two"])
     assert again.counts == {"pairs": 2, "requests": 8, "retried": 4, "http_500": 4}
     assert again.report() == "http_500 4, pairs 2, requests 8, retried 4"
-    again.gather(Engine())
+    again.gather(Processes())
     assert again.state_dict()["counts"] == again.counts
 
 
 def test_a_checkpoint_holds_the_counts_of_all_processes(tmp_path):
-    class Two(Engine):
+    class Two(Processes):
         def __init__(self):
             pass
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from fpo_train.config import OracleConfig
-from fpo_train.engine import Engine
 from fpo_train.errors import RunError
 from fpo_train.oracle import FileOracle, FunctionOracle, Labels, load_oracle
+from fpo_train.processes import Processes
 
 from .test_oracle import ROWS, config, every, rollout  # noqa: F401 (rollout is a fixture)
 
@@ -141,7 +141,7 @@ def test_nobody_having_labelled_yet_is_no_failure_of_the_run(rollout, tmp_path):
     labels = Labels(FileOracle(path, tmp_path / "unlabelled.jsonl"), rollout, None)
     labels.preferences(every(rollout))
     assert labels.failures == labels.calls == 6
-    labels.check(Engine())
+    labels.check(Processes())
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_each_kind_is_loaded(tiny, policy, module, tmp_path):
         ({"kind": "judge", "model": "m", "url": "http://localhost/v1"}, "JudgeOracle", False),
         ({"kind": "file", "file": str(people)}, "FileOracle", False),
     ):
-        oracle = load_oracle(config(tiny, **settings), policy, Engine())
+        oracle = load_oracle(config(tiny, **settings), policy, Processes())
         assert type(oracle).__name__ == name
         assert oracle.has_utilities is utilities
         oracle.counts["scored"] += 3

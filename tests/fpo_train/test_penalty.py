@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from fpo_train.config import PenaltyConfig
-from fpo_train.engine import Engine
 from fpo_train.errors import RunError
-from fpo_train.gradients import mean_of
-from fpo_train.penalty import Penalty, within
-from fpo_train.replay import Replay
-from fpo_train.residual import expected_overconfidence
+from fpo_train.penalty.base import Penalty, within
+from fpo_train.penalty.gradients import mean_of
+from fpo_train.penalty.residual import expected_overconfidence
+from fpo_train.processes import Processes
 from fpo_train.reward_model import Reading, State
+from fpo_train.reward_model.replay import Replay
 
 N = 4
 
@@ -45,7 +45,7 @@ class Table:
         self.weight = now
 
 
-class Half(Engine):
+class Half(Processes):
     """One of two processes; totals are told by the other's numbers, which it is given beforehand."""
 
     def __init__(self, others):
@@ -81,8 +81,8 @@ def ask(penalty, prompts=3, seed=0, usable=None, preference=None, features=None,
     return penalty(model, model.reading, labels, Replay(4), rollout(prompts, usable)), model
 
 
-def make(kind, engine=None, dropout=False, **settings):
-    return Penalty(PenaltyConfig(kind=kind, **settings), engine or Engine(), 0, dropout)
+def make(kind, processes=None, dropout=False, **settings):
+    return Penalty(PenaltyConfig(kind=kind, **settings), processes or Processes(), 0, dropout)
 
 
 @pytest.mark.parametrize("kind", ["none", "practical", "relaxed", "tracin", "exact", "residual"])
@@ -163,7 +163,7 @@ def test_statistics_are_over_all_processes():
         model = Table(features[first * 5 : (first + 2) * 5], weight)
         labels = SimpleNamespace(preferences=lambda wanted: preference[first : first + 2])
         penalty = make("tracin", Half(others))
-        return penalty(model, model.reading, labels, Replay(4), rollout(2)), penalty._engine
+        return penalty(model, model.reading, labels, Replay(4), rollout(2)), penalty._processes
 
     _, probe = part(2, [])
     sums = probe.asked[:2]  # of the gradients and of their number
@@ -174,7 +174,7 @@ def test_statistics_are_over_all_processes():
 
 
 def test_means_over_nothing():
-    assert torch.equal(mean_of(torch.zeros(0, 3), Engine()), torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(mean_of(torch.zeros(0, 3), Processes()), torch.zeros(3, dtype=torch.float64))
 
 
 def test_earlier_states_weigh_their_learning_rates():
@@ -197,7 +197,7 @@ def test_unknown_weights(policy):
     from fpo_train.config import RunConfig
     from fpo_train.reward_model import load_reward_model
 
-    model = load_reward_model(RunConfig(), policy, Engine(), policy.device)
+    model = load_reward_model(RunConfig(), policy, Processes(), policy.device)
     for parameters, message in (("lora", "has no lora weights"), ("head,nothing.*", "'head' names no weight")):
         with pytest.raises(RunError, match=message):
             model.names(parameters)

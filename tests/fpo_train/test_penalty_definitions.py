@@ -10,13 +10,13 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fpo_train.config import PenaltyConfig, PolicyConfig, RewardModelConfig, RunConfig
-from fpo_train.engine import Engine
 from fpo_train.errors import RunError
-from fpo_train.gradients import EngineGradients, HeadGradients, gradients
-from fpo_train.penalty import Penalty
+from fpo_train.penalty.base import Penalty
+from fpo_train.penalty.gradients import EngineGradients, HeadGradients, gradients
 from fpo_train.policy import load_policy
-from fpo_train.replay import Pair, Replay
+from fpo_train.processes import Processes
 from fpo_train.reward_model import State, load_reward_model
+from fpo_train.reward_model.replay import Pair, Replay
 from fpo_train.rollout import Readings, Rollout
 
 B, N = 2, 3
@@ -66,8 +66,8 @@ def setting(tiny, tiny_bert, of_model, dtype, **penalty):
     for parameter in policy.trainable.values():
         parameter.data.normal_(std=0.1)
     policy.model.to(dtype)
-    engine = Engine()
-    model = load_reward_model(config, policy, engine, policy.device)
+    processes = Processes()
+    model = load_reward_model(config, policy, processes, policy.device)
     model.module.to(dtype)
     states = []
     for rate in (0.5, 0.25, 2.0):
@@ -142,9 +142,9 @@ def defined(s, kind, parameters):
     if set(names) <= set(s.model.names("head")) and s.reading.features is not None:
         own, other, known = g[rows], g[references], pair_g
     else:  # sketches, whose inner products another test holds to those of the gradients
-        of = gradients(s.model, s.reading, s.config.penalty, s.engine, 5)
+        of = gradients(s.model, s.reading, s.config.penalty, s.processes, 5)
         own, other = of.features(rows), of.features(references)
-        known = gradients(s.model, pairs, s.config.penalty, s.engine, 5).features(torch.arange(2 * len(s.pairs)))
+        known = gradients(s.model, pairs, s.config.penalty, s.processes, 5).features(torch.arange(2 * len(s.pairs)))
     new, x = (own - other).double(), (known[::2] - known[1::2]).double()
     if kind == "exact":
         weight = sigmoid(pair_margin) * sigmoid(-pair_margin)
@@ -174,7 +174,7 @@ def gaussian_process(new, x, e, config):
 
 
 def asked(s, rows_at_once=0, **changes):
-    penalty = Penalty(s.config.penalty, s.engine, 5)
+    penalty = Penalty(s.config.penalty, s.processes, 5)
     return penalty(s.model, s.reading, s.labels, s.replay, s.rollout, rows_at_once)
 
 
@@ -221,7 +221,7 @@ def test_in_float32_whatever_is_on_a_tape(tiny, tiny_bert, kind_of_model, scope)
 @pytest.mark.parametrize(("kind_of_model", "scope"), [("head", "all"), ("lora", "lora"), ("classifier", "lora")])
 def test_sketches_keep_the_gradients_inner_products(tiny, tiny_bert, kind_of_model, scope):
     s = setting(tiny, tiny_bert, kind_of_model, torch.float64, kind="exact", parameters=scope, sketch_dim=4096)
-    of = gradients(s.model, s.reading, s.config.penalty, s.engine, 5)
+    of = gradients(s.model, s.reading, s.config.penalty, s.processes, 5)
     assert isinstance(of, EngineGradients)
     _, g = formed(s.model, s.reading.batch, s.model.names(scope))
     sketch = of.features(torch.arange(B * (N + 1)))
@@ -231,10 +231,10 @@ def test_sketches_keep_the_gradients_inner_products(tiny, tiny_bert, kind_of_mod
 
 def test_closed_forms_are_taken_where_the_body_is_frozen(tiny, tiny_bert):
     s = setting(tiny, tiny_bert, "head", torch.float64, kind="tracin", parameters="head")
-    of = gradients(s.model, s.reading, s.config.penalty, s.engine, 5)
+    of = gradients(s.model, s.reading, s.config.penalty, s.processes, 5)
     assert isinstance(of, HeadGradients)
     rows, references = s.rollout.pairs()
-    other = EngineGradients(s.model, s.reading, s.model.names("head"), s.engine, 64, 5)
+    other = EngineGradients(s.model, s.reading, s.model.names("head"), s.processes, 64, 5)
     for a, b in zip(of.steering(rows, references), other.steering(rows, references), strict=True):
         close(a, b, 1e-10)
     close(of.mean_products(rows, references, rows[:4]), other.mean_products(rows, references, rows[:4]), 1e-10)
@@ -251,7 +251,7 @@ def test_pairs_that_say_nothing(tiny, tiny_bert, kind_of_model, scope):
     assert not judged.penalty.any()
     assert torch.equal(judged.effective, judged.reward)
     s.replay = usual
-    penalty = Penalty(PenaltyConfig(kind="exact", parameters=scope, damping=0.0, sketch_dim=64), s.engine, 5)
+    penalty = Penalty(PenaltyConfig(kind="exact", parameters=scope, damping=0.0, sketch_dim=64), s.processes, 5)
     with pytest.raises(RunError, match=r"penalty\.damping: "):
         penalty(s.model, s.reading, s.labels, s.replay, s.rollout)
 
@@ -260,14 +260,14 @@ def test_the_mean_gradient_is_over_all_processes(tiny, tiny_bert):
     """Two processes with their own candidates; and none to be judged on either gives zeros."""
     s = setting(tiny, tiny_bert, "lora", torch.float64, kind="tracin", parameters="lora")
     names, (rows, references) = s.model.names("lora"), s.rollout.pairs()
-    alone = EngineGradients(s.model, s.reading, names, s.engine, 64, 5)
+    alone = EngineGradients(s.model, s.reading, names, s.processes, 64, 5)
     sums = []
     for over in (rows[:2], rows[2:]):
-        engine = SimpleNamespace(total=lambda tensor: sums.append(tensor.clone()) or tensor)
-        EngineGradients(s.model, s.reading, names, engine, 64, 5)._mean_gradient(over)
+        processes = SimpleNamespace(total=lambda tensor: sums.append(tensor.clone()) or tensor)
+        EngineGradients(s.model, s.reading, names, processes, 64, 5)._mean_gradient(over)
     half = len(sums) // 2
     totals = iter([a + b for a, b in zip(sums[:half], sums[half:], strict=True)])
-    engine = SimpleNamespace(total=lambda tensor: next(totals))
-    found = EngineGradients(s.model, s.reading, names, engine, 64, 5).mean_products(rows, references, rows[:2])
+    processes = SimpleNamespace(total=lambda tensor: next(totals))
+    found = EngineGradients(s.model, s.reading, names, processes, 64, 5).mean_products(rows, references, rows[:2])
     close(found, alone.mean_products(rows, references, rows), 1e-10)
     assert not alone.mean_products(rows, references, rows[:0]).any()

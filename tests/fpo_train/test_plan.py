@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fpo_train.architecture import Architecture, architecture, from_config
 from fpo_train.cli import build
 from fpo_train.config import (
     PENALTY_KINDS,
@@ -23,8 +22,9 @@ from fpo_train.config import (
     UpdateConfig,
 )
 from fpo_train.errors import RunError
-from fpo_train.footprint import Tape, layer_bytes, weight_bytes
-from fpo_train.plan import MARGIN, format_table, make_plan, plan_command, plan_for
+from fpo_train.memory.architecture import Architecture, architecture, from_config
+from fpo_train.memory.footprint import Tape, layer_bytes, weight_bytes
+from fpo_train.memory.plan import MARGIN, format_table, make_plan, plan_command, plan_for
 
 CPU = torch.device("cpu")
 EIGHT = "meta-llama/Llama-3.1-8B-Instruct"

@@ -16,7 +16,6 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from fpo_train.architecture import from_config
 from fpo_train.config import (
     MemoryConfig,
     OracleConfig,
@@ -27,8 +26,9 @@ from fpo_train.config import (
     RunConfig,
     UpdateConfig,
 )
-from fpo_train.peaks import PHASES
-from fpo_train.plan import make_plan
+from fpo_train.memory.architecture import from_config
+from fpo_train.memory.peaks import PHASES
+from fpo_train.memory.plan import make_plan
 from tests.fpo_train.meter import Meter
 from tests.fpo_train.phases import Bench
 
@@ -160,7 +160,7 @@ def test_small_classifier(made, dtype, rows, tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from fpo_train.sources import load_causal_lm
+    from fpo_train.data.sources import load_causal_lm
 
     return load_causal_lm("smollm2", torch.float32)[0]
 

@@ -6,11 +6,10 @@ import dataclasses
 import pytest
 import torch
 
-from fpo_train import prefix
-from fpo_train.adapters import POLICY, only_in
 from fpo_train.config import PolicyConfig, RolloutConfig
 from fpo_train.errors import RunError
-from fpo_train.policy import load_policy
+from fpo_train.policy import load_policy, prefix
+from fpo_train.policy.adapters import POLICY, only_in
 from fpo_train.rollout import Readings, Rollout, TransformersSampler, sampler
 
 SETTINGS = RolloutConfig(prompts=3, candidates=4, max_new_tokens=8, min_new_tokens=2, temperature=1.0)
@@ -102,7 +101,7 @@ def test_a_prompt_is_read_once_for_all_its_candidates(policy, prompts, monkeypat
 
 
 def test_models_that_cannot_share_a_prompt_read_it_again(policy, prompts, rollout, monkeypatch):
-    from fpo_train import prefix
+    from fpo_train.policy import prefix
 
     expected = Readings(policy, rollout).of()
     monkeypatch.setattr(prefix, "_layers", lambda cache, width: None)
@@ -234,7 +233,7 @@ def test_layers_that_do_not_exist(tiny):
 
 
 def test_models_that_bend_their_logits_are_refused(tiny, monkeypatch):
-    from fpo_train import policy as module
+    from fpo_train.policy import base as module
 
     def bent(name, dtype, quantization):
         model, tokenizer = load(name, dtype, quantization)

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fpo_train.cli import main
-from fpo_train.profiles import PROFILES
+from fpo_train.config.profiles import PROFILES
 
 
 def printed(capsys, *words):

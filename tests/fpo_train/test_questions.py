@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from fpo_train.cli import main
-from fpo_train.data import read_prompts
-from fpo_train.questions import read_questions
+from fpo_train.data.prompts import read_prompts
+from fpo_train.evaluate.questions import read_questions
 
 
 def command(out, questions, tiny):

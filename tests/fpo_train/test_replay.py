@@ -5,8 +5,8 @@ import io
 import pytest
 import torch
 
-from fpo_train.data import Prompt
-from fpo_train.replay import Pair, Replay
+from fpo_train.data.prompts import Prompt
+from fpo_train.reward_model.replay import Pair, Replay
 
 
 def pair(n, preference=0.5, features=True):

@@ -7,10 +7,10 @@ import re
 import pytest
 import yaml
 
-from fpo_train import metrics
-from fpo_train.panels import CAPTIONS
-from fpo_train.progress import Progress
-from fpo_train.report import SHOWN, write_report
+from fpo_train.report import records
+from fpo_train.report.page import SHOWN, write_report
+from fpo_train.report.panels import CAPTIONS
+from fpo_train.report.progress import Progress
 
 NASTY = "<script>alert('x')</script> & \"this\""
 PHASES = ("generate", "score", "update", "retrain")
@@ -39,8 +39,8 @@ def write(out, rows, samples, kinds=(), **config):
     (out / "environment.json").write_text(json.dumps({"device": NASTY}))
     for kind in kinds or [""]:
         (out / kind).mkdir(exist_ok=True)
-        metrics.append(out / kind / "metrics.jsonl", rows)
-        metrics.append(out / kind / "samples.jsonl", samples)
+        records.append(out / kind / "metrics.jsonl", rows)
+        records.append(out / kind / "samples.jsonl", samples)
     return write_report(out).read_text(encoding="utf-8")
 
 
@@ -120,8 +120,8 @@ def test_a_large_run_s_page_stays_small(tmp_path):
 def test_penalties_are_matched_by_prompt_not_by_place(tmp_path):
     out = tmp_path / "run"
     write(out, [row_of(1)], [sample_of(1, "a"), sample_of(1, "b")], ("none", "practical"))
-    metrics.cut(out / "practical" / "samples.jsonl", 0)
-    metrics.append(out / "practical" / "samples.jsonl", [sample_of(1, "b", reply="other"), sample_of(1, "c")])
+    records.cut(out / "practical" / "samples.jsonl", 0)
+    records.append(out / "practical" / "samples.jsonl", [sample_of(1, "b", reply="other"), sample_of(1, "c")])
     page = write_report(out).read_text(encoding="utf-8")
     table = page[page.index("<h4>prompt b") : page.index("<h4>prompt c")]
     assert re.findall(r"<td>([^<]*)</td>", table) == [

@@ -13,13 +13,13 @@ from transformers import LlamaForSequenceClassification as LlamaScores
 
 from fpo_train.cli import _config, build, main
 from fpo_train.config import DataConfig, RunConfig
-from fpo_train.data import read_prompts, render
+from fpo_train.data.prompts import read_prompts, render
+from fpo_train.data.templates import known, now, pin
 from fpo_train.errors import RunError
-from fpo_train.report import _controlled as controlled
-from fpo_train.run import run
-from fpo_train.study import _dated as dated_study
-from fpo_train.study import read_table
-from fpo_train.templates import known, now, pin
+from fpo_train.report.page import _controlled as controlled
+from fpo_train.running.run import run
+from fpo_train.study.study import _dated as dated_study
+from fpo_train.study.study import read_table
 from tests.fpo_train.conftest import TEMPLATE
 from tests.fpo_train.runs import arguments, contents, rows
 
@@ -46,7 +46,7 @@ def at(moment, patch):
 def _no_reports():
     """Drawing the figures would take longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fpo_train.run.write_report", lambda out: out / "report.html")
+        patch.setattr("fpo_train.running.run.write_report", lambda out: out / "report.html")
         yield
 
 
@@ -228,7 +228,7 @@ def test_the_runs_of_a_comparison_begin_on_one_model(tiny, tmp_path, capfd):
 
 
 def test_files_of_a_run_that_are_cut_short(begun, models, tmp_path, monkeypatch):
-    monkeypatch.setattr("fpo_train.run.Workshop", None)  # all of this is found before a model is loaded
+    monkeypatch.setattr("fpo_train.running.run.Workshop", None)  # all of this is found before a model is loaded
     out = shutil.copytree(begun / "begun", tmp_path / "run")
     config = _config(RunConfig, build().parse_args(words(models, out, "--resume", "true"))["run"])
 

@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from fpo_train.config import PenaltyConfig, RewardModelConfig, RolloutConfig, RunConfig
-from fpo_train.engine import Engine
 from fpo_train.errors import RunError
-from fpo_train.replay import Pair
+from fpo_train.processes import Processes
 from fpo_train.reward_model import load_reward_model
 from fpo_train.reward_model.base import fit_logistic
 from fpo_train.reward_model.inputs import TextInputs
+from fpo_train.reward_model.replay import Pair
 from fpo_train.rollout import Readings, sampler
 
 KINDS = [
@@ -60,13 +60,13 @@ def rollout(policy, prompts):
     return sampler(policy, RolloutConfig(prompts=2, candidates=3, max_new_tokens=6), 5)(prompts.batch(1, 2), 1, 0)
 
 
-def load(policy, models, engine=None, penalty=None, **settings):
+def load(policy, models, processes=None, penalty=None, **settings):
     settings = {"learning_rate": 0.05, **settings}
     if settings.get("model") in models:
         settings["model"] = str(models[settings["model"]])
     penalty = PenaltyConfig(checkpoints=3) if penalty is None else penalty
     config = RunConfig(reward_model=RewardModelConfig(**settings), penalty=penalty)
-    model = load_reward_model(config, policy, engine or Engine(), policy.device)
+    model = load_reward_model(config, policy, processes or Processes(), policy.device)
     torch.manual_seed(7)
     for parameter in model.trainable.values():
         parameter.data.normal_(std=0.3)
@@ -182,8 +182,8 @@ def test_two_processes_learn_what_one_learns(policy, models, rollout):
     loss = whole.gradient(pairs)
     parts = []
     for rank in range(2):
-        engine = SimpleNamespace(rank=rank, world=2, sum_gradients=list, total=lambda tensor: tensor)
-        model = load(policy, models, engine, kind="head")
+        processes = SimpleNamespace(rank=rank, world=2, sum_gradients=list, total=lambda tensor: tensor)
+        model = load(policy, models, processes, kind="head")
         part = model.gradient(pairs)
         parts.append((part, model.head.weight.grad))
     assert torch.allclose(parts[0][0] + parts[1][0], loss)
@@ -293,10 +293,10 @@ def test_one_copy_of_the_base_and_a_fresh_adapter_for_each_start(policy, models)
     assert first.module.body is policy.lm.base_model
     assert not any(".default." in name for name in first.trainable)
     again = load_reward_model(
-        RunConfig(reward_model=RewardModelConfig(kind="lora", lora_rank=3)), policy, Engine(), policy.device
+        RunConfig(reward_model=RewardModelConfig(kind="lora", lora_rank=3)), policy, Processes(), policy.device
     )
     same = load_reward_model(
-        RunConfig(reward_model=RewardModelConfig(kind="lora", lora_rank=3)), policy, Engine(), policy.device
+        RunConfig(reward_model=RewardModelConfig(kind="lora", lora_rank=3)), policy, Processes(), policy.device
     )
     assert all(torch.equal(w, same.weights()[n]) for n, w in again.weights().items())
     assert all(not w.any() for n, w in same.weights().items() if "lora_B" in n)
@@ -358,7 +358,7 @@ def test_of_what_is_too_long_the_prompt_is_cut_and_not_the_reply(policy):
 
 def test_the_schedule_falls_over_all_trainings(policy):
     settings = RewardModelConfig(schedule="linear", learning_rate=1.0, steps=3, every=2)
-    model = load_reward_model(RunConfig(reward_model=settings, iterations=5), policy, Engine(), policy.device)
+    model = load_reward_model(RunConfig(reward_model=settings, iterations=5), policy, Processes(), policy.device)
     for _ in range(6):
         model.step()
     assert model.scheduler.get_last_lr() == [0.0]

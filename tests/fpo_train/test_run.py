@@ -321,7 +321,7 @@ def test_a_rehearsal_where_the_learning_rates_fall(tiny, tmp_path, capfd):
 
 def test_what_a_rehearsal_has_at_hand(tmp_path, monkeypatch):
     from fpo_train.config import OracleConfig, PolicyConfig, RunConfig
-    from fpo_train.rehearsal import stand_ins
+    from fpo_train.running.rehearsal import stand_ins
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     config = RunConfig(policy=PolicyConfig(model="some/llm"), oracle=OracleConfig(kind="gold", model="some/gold"))
@@ -341,7 +341,7 @@ def test_a_rehearsal_that_is_broken_off_is_nothing_to_go_on_with(tmp_path, monke
     def broken(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fpo_train.rehearsal.rehearse", broken)
+    monkeypatch.setattr("fpo_train.running.rehearsal.rehearse", broken)
     (tmp_path / "config.yaml").touch()  # of a run that has nothing to do with it
     assert main(["run", "--dry_run", "true", "--out", str(tmp_path)]) == 1
     assert "go on with" not in capfd.readouterr().err
@@ -352,7 +352,7 @@ def test_what_a_run_keeps_of_its_configuration_is_the_configuration(name, tmp_pa
     """A shipped file, and the config.yaml of its run, are read as the same settings."""
     from fpo_train.cli import _config, _profile, build
     from fpo_train.config import RunConfig
-    from fpo_train.folder import describe
+    from fpo_train.running.folder import describe
 
     def read(path):
         words = ["run", "--config", str(path)]

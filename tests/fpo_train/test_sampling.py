@@ -5,7 +5,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fpo_train.config import RolloutConfig
-from fpo_train.sampling import RowSampler, kept, uniforms
+from fpo_train.rollout.sampling import RowSampler, kept, uniforms
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fpo_train import figures
+from fpo_train.report import figures
 from fpo_train.simulate import linear
 from fpo_train.simulate.results import format_table
 

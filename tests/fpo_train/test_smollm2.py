@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fpo_train.config import PenaltyConfig, PolicyConfig, RunConfig
-from fpo_train.data import Prompt, render
-from fpo_train.engine import Engine
-from fpo_train.penalty import Penalty
+from fpo_train.data.prompts import Prompt, render
+from fpo_train.penalty.base import Penalty
 from fpo_train.policy import load_policy
-from fpo_train.replay import Replay
+from fpo_train.processes import Processes
 from fpo_train.reward_model import load_reward_model
+from fpo_train.reward_model.replay import Replay
 from fpo_train.rollout import Readings, Rollout
 
 pytestmark = pytest.mark.slow
@@ -55,9 +55,9 @@ def test_the_demo_s_penalty_equals_autograd_over_the_head(smollm2):
     prompt = Prompt(name="q", text=question, ids=tuple(render(smollm2.tokenizer, question)))
     replies = [smollm2.tokenizer(text)["input_ids"] for text in texts]
     rollout = Rollout.of(smollm2, [prompt], replies, candidates=3)
-    readings, engine = Readings(smollm2, rollout), Engine()
-    model = load_reward_model(RunConfig(), smollm2, engine, smollm2.device)
-    penalty = Penalty(PenaltyConfig(kind="practical", gamma_units="raw"), engine, 0)
+    readings, processes = Readings(smollm2, rollout), Processes()
+    model = load_reward_model(RunConfig(), smollm2, processes, smollm2.device)
+    penalty = Penalty(PenaltyConfig(kind="practical", gamma_units="raw"), processes, 0)
     judged = penalty(model, model.read(rollout, readings), None, Replay(1), rollout)
     weight = torch.randn(model.head.in_features, dtype=torch.float64, requires_grad=True)
     sequences = rollout.sequences

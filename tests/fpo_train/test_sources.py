@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from fpo_train import sources
+from fpo_train.data import sources
 from fpo_train.errors import RunError
 
 

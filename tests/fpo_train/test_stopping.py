@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from fpo_train.stopping import listening
+from fpo_train.running.stopping import listening
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

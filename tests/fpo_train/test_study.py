@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from fpo_train.cli import main
-from fpo_train.study import _page, nearer, paired, student, student_quantile, summarise, write_study
+from fpo_train.study.study import _page, nearer, paired, student, student_quantile, summarise, write_study
 from tests.fpo_train.runs import arguments
 
 

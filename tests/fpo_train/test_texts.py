@@ -7,10 +7,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fpo_train.cli import main
 from fpo_train.config import DataConfig
-from fpo_train.data import check_template, read_prompts, render_prompts
+from fpo_train.data.prompts import check_template, read_prompts, render_prompts
 from fpo_train.errors import RunError
+from fpo_train.evaluate.questions import read_questions
 from fpo_train.oracle.preferences import FileOracle, read_preferences
-from fpo_train.questions import read_questions
 
 from .conftest import TEMPLATE
 from .runs import arguments

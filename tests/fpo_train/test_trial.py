@@ -7,12 +7,11 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from fpo_train import policy as policy_module
-from fpo_train import trial
-from fpo_train.answers import Answerer, Speaker
 from fpo_train.config import PolicyConfig
 from fpo_train.errors import RunError
-from fpo_train.policy import load_policy
+from fpo_train.evaluate.answers import Answerer, Speaker
+from fpo_train.policy import base as policy_module
+from fpo_train.policy import load_policy, trial
 from fpo_train.rollout import Readings
 
 from .variants import PROMPTS, TOKENS, by_hand, loaded, says_what_it_thinks, variant
@@ -126,7 +125,7 @@ def test_a_cache_that_goes_wrong_is_not_used(tiny, monkeypatch, capsys, fault):
         return model, tokenizer
 
     monkeypatch.setattr(policy_module, "load_causal_lm", broken)
-    monkeypatch.setattr("fpo_train.answers.load_causal_lm", broken)
+    monkeypatch.setattr("fpo_train.evaluate.answers.load_causal_lm", broken)
     policy = loaded(tiny)
     said = capsys.readouterr().err
     assert said.count("with a cache its logits are not those of a plain forward") == 1

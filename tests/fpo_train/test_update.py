@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fpo_train.config import PolicyConfig, RolloutConfig, RunConfig, UpdateConfig
-from fpo_train.engine import Engine
 from fpo_train.errors import RunError
 from fpo_train.policy import load_policy
+from fpo_train.processes import Processes
 from fpo_train.rollout import Readings, Rollout, sampler
 from fpo_train.update import leave_one_out, load_update
 
@@ -75,7 +75,7 @@ def test_best_of_n(policy, rollout, rows_at_once, loss_on, mean, kl_weight):
     else:
         loss = torch.stack([nll.mean() for nll, _ in terms]).mean()
     frozen = {n: p.clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
-    update = load_update(policy, config(loss_on=loss_on, mean=mean, kl_weight=kl_weight), Engine())
+    update = load_update(policy, config(loss_on=loss_on, mean=mean, kl_weight=kl_weight), Processes())
     learnt = compare(policy, update, rollout, EFFECTIVE, loss + kl_weight * kl, rows_at_once)
     assert learnt.loss == pytest.approx(float(loss.detach()), rel=1e-4)
     assert learnt.kl == pytest.approx(float(kl.detach()), rel=1e-3)
@@ -93,7 +93,7 @@ def test_padding_in_the_loss_as_published(policy, rollout, masked, rows_at_once)
     logits = policy.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     settings = config(loss_on="padded", rollout=RolloutConfig(candidates=N, attention_mask=masked))
-    learnt = compare(policy, load_update(policy, settings, Engine()), rollout, EFFECTIVE, nll, rows_at_once)
+    learnt = compare(policy, load_update(policy, settings, Processes()), rollout, EFFECTIVE, nll, rows_at_once)
     assert learnt.loss == pytest.approx(float(nll.detach()), rel=1e-4)
     assert not sequences.mask.all()
 
@@ -119,7 +119,7 @@ def test_rloo(policy, rollout, rows_at_once, kl_weight):
             others = [r for other, r in enumerate(reward) if other != place]
             loss = loss - (reward[place] - sum(others) / len(others)) * p
             count += 1
-    update = load_update(policy, config("rloo", kl_weight=kl_weight), Engine())
+    update = load_update(policy, config("rloo", kl_weight=kl_weight), Processes())
     learnt = compare(policy, update, rollout, SimpleNamespace(effective=effective), loss / count, rows_at_once, 1e-3)
     assert count == 7
     assert learnt.loss == pytest.approx(float(loss.detach()) / count, rel=1e-3, abs=1e-4)
@@ -127,7 +127,7 @@ def test_rloo(policy, rollout, rows_at_once, kl_weight):
 
 
 def test_rloo_makes_better_replies_likelier(policy, rollout):
-    update = load_update(policy, config("rloo", learning_rate=1e-2), Engine())
+    update = load_update(policy, config("rloo", learning_rate=1e-2), Processes())
     before = [token_terms(policy, rollout, n)[0].sum().item() for n in range(4)]
     effective = judged([[0.0, 0.0, 3.0, 0.0], [NONE] * 4, [NONE] * 4])
     for _ in range(4):
@@ -146,7 +146,7 @@ def test_baselines_leave_the_reply_itself_out():
 
 @pytest.mark.parametrize("kind", ["best_of_n", "rloo"])
 def test_nothing_to_learn_moves_nothing(policy, rollout, kind):
-    update = load_update(policy, config(kind, learning_rate=1.0), Engine())
+    update = load_update(policy, config(kind, learning_rate=1.0), Processes())
     before = [p.clone() for p in policy.trainable.values()]
     nothing = judged([[NONE] * 4] * 3)
     assert update.gradient(rollout, Readings(policy, rollout), nothing) == (0.0, 0.0)
@@ -157,7 +157,7 @@ def test_nothing_to_learn_moves_nothing(policy, rollout, kind):
 def test_the_gradient_is_clipped_and_its_norm_told(policy, rollout):
     norms = {}
     for most in (0.0, 1e-3):
-        update = load_update(policy, config(max_grad_norm=most), Engine())
+        update = load_update(policy, config(max_grad_norm=most), Processes())
         update.gradient(rollout, Readings(policy, rollout), EFFECTIVE)
         whole = torch.stack([p.grad.norm() for p in policy.trainable.values()]).norm()
 
@@ -171,7 +171,7 @@ def test_the_gradient_is_clipped_and_its_norm_told(policy, rollout):
 
 
 def test_learning_again_after_out_of_memory_gives_the_same_gradient(policy, rollout):
-    update, readings = load_update(policy, config(), Engine()), Readings(policy, rollout)
+    update, readings = load_update(policy, config(), Processes()), Readings(policy, rollout)
     update.gradient(rollout, readings, EFFECTIVE)
     once = [p.grad.clone() for p in policy.trainable.values()]
     update.gradient(rollout, readings, EFFECTIVE)
@@ -180,7 +180,7 @@ def test_learning_again_after_out_of_memory_gives_the_same_gradient(policy, roll
 
 def test_state_goes_on(policy, rollout):
     settings = config(learning_rate=1e-2, schedule="cosine")
-    update, readings = load_update(policy, settings, Engine()), Readings(policy, rollout)
+    update, readings = load_update(policy, settings, Processes()), Readings(policy, rollout)
 
     def learn(update):
         update.gradient(rollout, readings, EFFECTIVE)
@@ -192,7 +192,7 @@ def test_state_goes_on(policy, rollout):
     first = learn(update)
     for parameter, weight in zip(policy.trainable.values(), weights, strict=True):
         parameter.data.copy_(weight)
-    again = load_update(policy, settings, Engine())
+    again = load_update(policy, settings, Processes())
     again.load_state_dict(kept)
     assert all(torch.equal(a, b) for a, b in zip(first, learn(again), strict=True))
 
@@ -202,22 +202,22 @@ def test_dropout_is_on_while_the_policy_learns(tiny, prompts):
     for parameter in policy.trainable.values():
         parameter.data.normal_(std=0.1)
     rollout = sampler(policy, RolloutConfig(candidates=N, max_new_tokens=6), 5)(prompts.batch(1, 3), 1, 0)
-    update, readings = load_update(policy, config(), Engine()), Readings(policy, rollout)
+    update, readings = load_update(policy, config(), Processes()), Readings(policy, rollout)
     losses = {update.gradient(rollout, readings, EFFECTIVE).loss for _ in range(3)}
     assert len(losses) == 3
 
 
 def test_settings_that_do_not_go_together(policy):
     with pytest.raises(RunError, match="rloo learns reply tokens"):
-        load_update(policy, config("rloo", loss_on="padded"), Engine())
+        load_update(policy, config("rloo", loss_on="padded"), Processes())
     with pytest.raises(RunError, match="2 candidates or more"):
-        load_update(policy, config("rloo", rollout=RolloutConfig(candidates=1)), Engine())
+        load_update(policy, config("rloo", rollout=RolloutConfig(candidates=1)), Processes())
 
 
 def test_an_adapter_on_the_output_embedding_does_not_speak_for_the_base(tiny, prompts):
     policy = load_policy(PolicyConfig(model=str(tiny), lora_targets=("lm_head",)), 0, torch.device("cpu"))
     rollout = sampler(policy, RolloutConfig(candidates=N, max_new_tokens=6), 5)(prompts.batch(1, 3), 1, 0)
-    update = load_update(policy, dataclasses.replace(config()), Engine())
+    update = load_update(policy, dataclasses.replace(config()), Processes())
     assert update.gradient(rollout, Readings(policy, rollout), EFFECTIVE).kl == pytest.approx(0, abs=1e-6)
     for parameter in policy.trainable.values():
         parameter.data.normal_()
@@ -236,14 +236,14 @@ def test_gradient_checkpointing_changes_nothing(tiny, prompts, kind):
         for parameter in policy.trainable.values():
             parameter.data.normal_(std=0.1)
         rollout = sampler(policy, RolloutConfig(candidates=N, max_new_tokens=6), 5)(prompts.batch(1, 3), 1, 0)
-        update = load_update(policy, config(kind, kl_weight=0.3), Engine())
+        update = load_update(policy, config(kind, kl_weight=0.3), Processes())
         learnt = update.gradient(rollout, Readings(policy, rollout), EFFECTIVE)
         found.append((*learnt, float(torch.stack([p.grad.norm() for p in policy.trainable.values()]).norm())))
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing(policy, rollout):
-    update = load_update(policy, config("rloo", learning_rate=1.0), Engine())
+    update = load_update(policy, config("rloo", learning_rate=1.0), Processes())
     before = [p.detach().clone() for p in policy.trainable.values()]
     update.gradient(rollout, Readings(policy, rollout), EFFECTIVE)
     next(iter(policy.trainable.values())).grad[0, 0] = torch.nan
@@ -273,12 +273,12 @@ def test_two_processes_learn_what_one_learns(policy, rollout, kind, settings):
             widths.append(tensor)
             return torch.cat(widths)
 
-        engine = SimpleNamespace(total=total, gather=gather, sum_gradients=list)
+        processes = SimpleNamespace(total=total, gather=gather, sum_gradients=list)
         effective = SimpleNamespace(effective=EFFECTIVE.effective[first:last])
-        learnt = load_update(policy, settings, engine).gradient(own, Readings(policy, own), effective)
+        learnt = load_update(policy, settings, processes).gradient(own, Readings(policy, own), effective)
         return asked[0], learnt, [p.grad.clone() for p in policy.trainable.values()]
 
-    whole = load_update(policy, settings, Engine())
+    whole = load_update(policy, settings, Processes())
     learnt = whole.gradient(rollout, Readings(policy, rollout), EFFECTIVE)
     truth = [p.grad.clone() for p in policy.trainable.values()]
     widths = []
@@ -297,7 +297,7 @@ def test_the_divergence_in_the_reward_is_without_dropout(tiny, prompts):
     for parameter in policy.trainable.values():
         parameter.data.normal_(std=0.1)
     rollout = sampler(policy, RolloutConfig(candidates=N, max_new_tokens=6), 5)(prompts.batch(1, 3), 1, 0)
-    update, base = load_update(policy, config("rloo"), Engine()), Readings(policy, rollout).of()
+    update, base = load_update(policy, config("rloo"), Processes()), Readings(policy, rollout).of()
     policy.model.train()
     found = [update._divergence(rollout.sequences, base, 0) for _ in range(2)]
     assert torch.equal(*found)

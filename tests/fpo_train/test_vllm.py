@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from fpo_train.config import RolloutConfig
 from fpo_train.errors import RunError
 from fpo_train.rollout import sampler
-from fpo_train.sampling import row_seed
+from fpo_train.rollout.sampling import row_seed
 
 SETTINGS = RolloutConfig(engine="vllm", prompts=3, candidates=2, max_new_tokens=6, temperature=0.7, top_p=0.8, top_k=9)
 

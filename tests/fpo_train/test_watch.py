@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpo_train import metrics
-from fpo_train.watch import ORACLE, PROXY, collapse, slope
+from fpo_train.report import records
+from fpo_train.report.watch import ORACLE, PROXY, collapse, slope
 
 
 def run_of(proxy, oracle):
@@ -72,11 +72,11 @@ def test_a_resumed_run_is_warned_alike(stop, tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = [dict(row) for row in rows[:stop]]
     warned(first)
-    metrics.append(path, first)
+    records.append(path, first)
     for row in rows[stop:]:
-        row["warning"] = collapse([*metrics.read(path), row], 10)
-        metrics.append(path, [row])
-    assert metrics.read(path) == json.loads(json.dumps(whole))
+        row["warning"] = collapse([*records.read(path), row], 10)
+        records.append(path, [row])
+    assert records.read(path) == json.loads(json.dumps(whole))
 
 
 def rate(runs, drift, seed):

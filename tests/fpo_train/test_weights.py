@@ -16,10 +16,10 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from fpo_train.answers import Answerer, Speaker
 from fpo_train.cli import main
+from fpo_train.data.sources import load_causal_lm, load_sequence_classifier, resolve
 from fpo_train.errors import RunError
-from fpo_train.sources import load_causal_lm, load_sequence_classifier, resolve
+from fpo_train.evaluate.answers import Answerer, Speaker
 from tests.fpo_train.runs import arguments
 
 FILE = "model.safetensors"

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from fpo_train.config import PolicyConfig, RolloutConfig
-from fpo_train.data import Prompt
+from fpo_train.data.prompts import Prompt
 from fpo_train.policy import load_policy
 from fpo_train.rollout import sampler
 

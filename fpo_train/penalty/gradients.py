@@ -1,0 +1,178 @@
+"""What the penalties ask of the reward model's per-example gradients g = ∇r, which are never formed.
+
+Two ways: over a linear score head on features that are known, g = h (a bias adds 1 to every g and cancels in
+u = g_z − g_ref, so it changes none of what is asked here); over any other weights, through `fpo_kernels.Influence`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+import fpo_kernels as fk
+from fpo_train.config import PenaltyConfig
+from fpo_train.config.seeds import mix
+from fpo_train.errors import RunError
+from fpo_train.processes import Processes
+from fpo_train.reward_model import Reading, RewardModel
+
+
+class Gradients(Protocol):
+    """Gradients of the rows of one reading, at the reward model's weights as they are while these are asked."""
+
+    def steering(self, rows: Tensor, references: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """⟨g_z, g_z − g_ref⟩, r(z) and r(ref) of the rows z and their references, (n,) each."""
+
+    def mean_products(self, rows: Tensor, references: Tensor, over: Tensor) -> Tensor:
+        """⟨ḡ, g_z − g_ref⟩, (n,); ḡ the mean of g over the rows `over` of all processes."""
+
+    def features(self, rows: Tensor) -> Tensor:
+        """Vectors whose inner products are (head) or estimate (sketches) those of the gradients, (n, k)."""
+
+
+class HeadGradients:
+    """Closed forms for a head on features (R, H); sums are in float64, norms being large and differences small."""
+
+    free = True
+    """Whether `mean_products` costs nothing worth mentioning."""
+
+    def __init__(self, reward_model: RewardModel, reading: Reading, processes: Processes) -> None:
+        if reading.features is None:
+            raise ValueError("wanted a reading with features")
+        self._reward_model, self._reading, self._processes = reward_model, reading, processes
+        self._features = reading.features
+
+    def steering(self, rows: Tensor, references: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Gradients`."""
+        reward = self._reward_model.score(self._reading)
+        z, u = self._features[rows].double(), self._difference(rows, references)
+        return (z * u).sum(1).to(reward.dtype), reward[rows], reward[references]
+
+    def mean_products(self, rows: Tensor, references: Tensor, over: Tensor) -> Tensor:
+        """See `Gradients`."""
+        mean = mean_of(self._features[over], self._processes)
+        return (self._difference(rows, references) @ mean).to(self._features.dtype)
+
+    def features(self, rows: Tensor) -> Tensor:
+        """See `Gradients`: h itself."""
+        return self._features[rows]
+
+    def _difference(self, rows: Tensor, references: Tensor) -> Tensor:
+        return self._features[rows].double() - self._features[references].double()
+
+
+class EngineGradients:
+    """Any weights, by one backward a batch; see `fpo_kernels.Influence` for what can be told apart by example."""
+
+    free = False
+
+    def __init__(
+        self,
+        reward_model: RewardModel,
+        reading: Reading,
+        names: list[str],
+        processes: Processes,
+        dim: int,
+        seed: int,
+        rows_at_once: int = 0,
+    ) -> None:
+        if reading.batch is None:
+            raise ValueError("wanted a reading with a batch")
+        self._module, self._reading, self._names, self._processes = reward_model.module, reading, names, processes
+        self._dim, self._seed, self._rows_at_once = dim, seed, rows_at_once
+        with refusals():
+            self._influence = fk.Influence(reward_model.module, parameters=names, micro_batch=rows_at_once or None)
+
+    def steering(self, rows: Tensor, references: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Gradients`: one pass, in which a reference is read once for all its candidates."""
+        needed, place = references.unique(return_inverse=True)
+        with refusals():
+            found = self._influence.steering(self._batch(rows), self._batch(needed), reference_of=place)
+        return found.product, found.reward, found.reference_reward
+
+    def mean_products(self, rows: Tensor, references: Tensor, over: Tensor) -> Tensor:
+        """See `Gradients`: ḡ is formed, by one ordinary backward; it takes the memory of one gradient."""
+        mean = self._mean_gradient(over)
+        needed, place = torch.cat([rows, references]).unique(return_inverse=True)
+        with refusals():
+            along = self._influence.direction(self._batch(needed), mean)[place]
+        return along[: len(rows)] - along[len(rows) :]
+
+    def features(self, rows: Tensor) -> Tensor:
+        """See `Gradients`: sketches."""
+        if not len(rows):
+            return torch.zeros(0, self._dim, device=rows.device)
+        with refusals():
+            return self._influence.sketch(self._batch(rows), dim=self._dim, seed=self._seed)
+
+    def _batch(self, rows: Tensor) -> dict[str, Tensor]:
+        return self._reading.rows(rows).batch or {}
+
+    def _mean_gradient(self, over: Tensor) -> dict[str, Tensor]:
+        named = dict(self._module.named_parameters())
+        chosen = [named[name] for name in self._names]
+        wide = [
+            torch.zeros(p.shape, device=p.device, dtype=torch.promote_types(p.dtype, torch.float32)) for p in chosen
+        ]
+        count = self._processes.total(torch.tensor([len(over)], device=over.device)).clamp_min(1)
+        with torch.enable_grad(), asking(chosen):
+            for rows in over.split(self._rows_at_once or max(1, len(over))):
+                if len(rows):
+                    reward = self._module(**self._batch(rows)).logits[:, 0].sum()
+                    parts = torch.autograd.grad(reward, chosen, allow_unused=True)
+                    for whole, part in zip(wide, parts, strict=True):
+                        if part is not None:
+                            whole += part
+        return {name: self._processes.total(whole) / count for name, whole in zip(self._names, wide, strict=True)}
+
+
+@contextmanager
+def asking(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Gradients of these can be asked for; what required none does not afterwards."""
+    flags = [p.requires_grad for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def refusals(setting: str = "penalty.parameters") -> Iterator[None]:
+    """What the kernels refuse, said as the setting that asks for it."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{setting}: {error}") from error
+
+
+def mean_of(rows: Tensor, processes: Processes) -> Tensor:
+    """Mean over the rows (n, k) of all processes, (k,) float64; zeros where there are none."""
+    total = processes.total(rows.double().sum(0))
+    return total / processes.total(torch.tensor([len(rows)], device=rows.device)).clamp_min(1)
+
+
+def gradients(
+    reward_model: RewardModel,
+    reading: Reading,
+    config: PenaltyConfig,
+    processes: Processes,
+    seed: int,
+    rows_at_once: int = 0,
+) -> HeadGradients | EngineGradients:
+    """Gradients over `penalty.parameters`; in closed form where that is the score head, on features that are known.
+
+    Raises:
+        RunError: weights that the reward model does not have, or whose gradients cannot be told apart by example.
+    """
+    names = reward_model.names(config.parameters)
+    if reading.features is not None and set(names) <= set(reward_model.names("head")):
+        return HeadGradients(reward_model, reading, processes)
+    dim, seed = config.sketch_dim, mix("sketch", seed)
+    return EngineGradients(reward_model, reading, names, processes, dim, seed, rows_at_once)

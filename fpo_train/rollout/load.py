@@ -1,0 +1,22 @@
+"""Which sampler a run asks for."""
+
+from __future__ import annotations
+
+from fpo_train.config import RolloutConfig
+from fpo_train.policy import Policy
+
+from .base import Sampler
+from .local import TransformersSampler
+
+
+def sampler(policy: Policy, config: RolloutConfig, seed: int) -> Sampler:
+    """The sampler that `rollout.engine` names.
+
+    Raises:
+        RunError: it is not installed.
+    """
+    if config.engine == "vllm":
+        from .vllm import VllmSampler
+
+        return VllmSampler(policy, config, seed)
+    return TransformersSampler(policy, config, seed)

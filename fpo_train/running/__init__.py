@@ -1,0 +1,4 @@
+"""A run around the loop: its folder, checkpoints, the signals that stop it, and its rehearsal.
+
+`run` is `fpo-train run`; `folder` says when a folder may be gone on with, `checkpoint` what is kept of an iteration.
+"""

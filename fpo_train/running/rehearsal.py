@@ -1,0 +1,97 @@
+"""`--dry_run true`: the whole way of a run, short and in a temporary folder, with stand-ins for what is not at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+
+from fpo_train.config import RunConfig
+from fpo_train.data.sources import KNOWN
+from fpo_train.report.records import CHECKPOINTS, METRICS, read
+
+from .folder import plain
+from .run import run
+
+WEIGHTS = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+ITERATIONS = 3  # the last of them twice, since its checkpoint is taken away before the resume
+
+
+def rehearse(config: RunConfig) -> None:
+    """Print the resolved configuration, run three iterations, a checkpoint each, lose the last, and resume.
+
+    Both runs are of one length, which the schedules of the learning rates fall over. Every iteration is one optimizer
+    step of the policy and, where `reward_model.every` is 1, one of the reward model.
+
+    Raises: as `run`.
+    """
+    print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    small, changes = stand_ins(config)
+    for change in changes:
+        print(f"stands in: {change}")
+    with tempfile.TemporaryDirectory(prefix="fpo-rehearsal-") as temporary:
+        logging = dataclasses.replace(
+            small.logging, checkpoint_every=1, checkpoint_keep=2, tracker="none", controlled=False
+        )
+        small = dataclasses.replace(
+            small, out=str(Path(temporary) / "run"), dry_run=False, iterations=ITERATIONS, logging=logging
+        )
+        run(small)
+        folders = [Path(small.out) / kind for kind in small.compared] or [Path(small.out)]
+        for folder in folders:
+            shutil.rmtree(folder / CHECKPOINTS / str(ITERATIONS))
+        run(dataclasses.replace(small, resume=True))
+        for folder in folders:
+            rows = read(folder / METRICS)
+            steps = sum(row["grad_norm"] > 0 for row in rows)
+            trained = sum(row["reward_model_loss"] is not None for row in rows)
+            print(f"rehearsed: {len(rows)} iterations, {steps} policy steps, {trained} reward model steps, one resume")
+    print("nothing was written to", config.out)
+
+
+def stand_ins(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration with what is at hand in place of models, data and packages that are not; and each change."""
+    changes: list[str] = []
+
+    def replace(section: str, **values: object) -> None:
+        nonlocal config
+        old = getattr(config, section)
+        for name, value in values.items():
+            if getattr(old, name) != value:
+                changes.append(f"{section}.{name} {value!r} for {getattr(old, name)!r}")
+        config = dataclasses.replace(config, **{section: dataclasses.replace(old, **values)})
+
+    if not _at_hand(config.policy.model):
+        replace("policy", model="smollm2")
+    if config.reward_model.kind == "classifier" and not _at_hand(config.reward_model.model):
+        replace("reward_model", model="minilm")
+    if config.oracle.kind == "gold" and not _at_hand(config.oracle.model):
+        replace("oracle", model="minilm")
+    if config.data.prompts.count("/") == 1 and not Path(config.data.prompts).exists():
+        replace("data", prompts="questions", limit=0)
+    if not (importlib.util.find_spec("bitsandbytes") and torch.cuda.is_available()):
+        replace("policy", quantization="none", dtype="float32")
+        replace("oracle", quantization="none")
+        replace("update", optimizer="adamw")
+        replace("reward_model", optimizer="adamw", dtype="float32")
+    if not importlib.util.find_spec("vllm"):
+        replace("rollout", engine="transformers")
+    if config.memory.budget and not torch.cuda.is_available():
+        replace("memory", budget="")
+    return config, changes
+
+
+def _at_hand(model: str) -> bool:
+    """Whether a model is here or is fetched by a known name; one of the hub is here where its weights are cached."""
+    if model in KNOWN or Path(model).expanduser().exists():
+        return True
+    if model.count("/") != 1:
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(model, name), str) for name in WEIGHTS)

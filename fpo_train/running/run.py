@@ -1,0 +1,238 @@
+"""A run from its configuration to its folder: alone, or several penalties side by side from one start."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fpo_train.config import PenaltyKind, RunConfig
+from fpo_train.data import identity, templates
+from fpo_train.data.limits import rows_of
+from fpo_train.data.prompts import read_prompts, render_prompts
+from fpo_train.errors import NotFinite, RunError
+from fpo_train.loop import Parts, iterate, label_pairs
+from fpo_train.memory.guard import Guard
+from fpo_train.memory.plan import plan_for
+from fpo_train.oracle import load_oracle
+from fpo_train.oracle.human import HumanPairs, human_pairs
+from fpo_train.penalty.base import Penalty
+from fpo_train.policy import load_policy
+from fpo_train.policy.trial import beyond_windows
+from fpo_train.processes import Processes
+from fpo_train.report import records
+from fpo_train.report.page import write_report
+from fpo_train.report.progress import Progress
+from fpo_train.report.records import CHECKPOINTS
+from fpo_train.report.watch import collapse
+from fpo_train.reward_model import load_reward_model
+from fpo_train.reward_model.replay import FIT_PLACE, Pair, Replay
+from fpo_train.rollout import Readings, Rollout, sampler
+from fpo_train.update import load_update
+
+from . import checkpoint, folder
+from .stopping import Request, Stopped, listening
+
+ANY_REPLY = "Yes."  # stands for the replies to a prompt where what reads both is tried
+
+
+def run(config: RunConfig) -> Path:
+    """Run to the end and return the report's path.
+
+    Raises:
+        RunError: a folder that holds something else, prompts or models that cannot be used, a resumed run
+            whose configuration, prompts or models have changed. Nothing has been written or removed then.
+        Stopped: an end was asked for by a signal; the run is saved behind the iteration that it was in.
+    """
+    config = folder.dated(dataclasses.replace(config, out=str(Path(config.out).expanduser())))
+    out = Path(config.out)
+    configs = [_part(config, kind) for kind in config.compared] or [config]
+    texts = read_prompts(
+        config.data.prompts, config.data.split, config.data.limit
+    )  # a wrong file or folder should not cost the loading of a model
+    folder.check(config, texts)
+    for one in configs:
+        if one is not config and Path(one.out).is_dir():
+            folder.check(one, texts)
+    with listening() as request:
+        workshop = Workshop(config, texts)
+        processes = workshop.processes
+        try:
+            for one in configs:
+                _run_one(one, workshop, request)
+            if processes.main and config.logging.controlled:
+                _controlled(out)
+            report = write_report(out) if processes.main else out / "report.html"
+            processes.barrier()  # no process leaves while another still talks to it
+            return report
+        finally:
+            processes.finish()
+
+
+def _part(config: RunConfig, kind: PenaltyKind) -> RunConfig:
+    penalty = dataclasses.replace(config.penalty, kind=kind)
+    return dataclasses.replace(config, compare="", out=str(Path(config.out) / kind), penalty=penalty)
+
+
+class Workshop:
+    """What runs from one start share: the base weights, the prompts, the first adapter and the first reward model."""
+
+    def __init__(self, config: RunConfig, texts: list[tuple[str, str]]) -> None:
+        self.config, self.texts = folder.dated(config), texts
+        self.processes = Processes()
+        self._date = self.processes.gather_objects([self.config.data.date])[0]  # one moment for all processes
+        self.policy = load_policy(config.policy, config.seed, self.processes.device)
+        templates.pin(self.policy.tokenizer, self._date)
+        room = self.policy.context - config.rollout.max_new_tokens - 1  # and the closing token
+        rows = rows_of(self.policy.lm)
+        self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data, rows)
+        beyond_windows(self.policy, self.prompts.longest + config.rollout.max_new_tokens)
+        self._human = human_pairs(config, self.policy) if config.oracle.kind == "file" else HumanPairs()
+        if self.processes.main and (told := self._human.told()):
+            print(told, file=sys.stderr)
+        self._base = identity.of_model(self.policy.lm, self.policy.tokenizer)
+        self._adapter = {name: p.detach().clone() for name, p in self.policy.trainable.items()}
+        self._fitted: dict[str, Any] | None = None
+
+    def parts(
+        self, config: RunConfig, resumed: bool = False, ready: Callable[[Parts], None] = lambda parts: None
+    ) -> Parts:
+        """A fresh start: first adapter, fitted reward model (a resumed run has its own), new optimizers.
+
+        `ready` is called when all that can be refused has been read, before anybody is asked for labels.
+        """
+        for name, parameter in self.policy.trainable.items():
+            parameter.data.copy_(self._adapter[name])
+        policy, processes = self.policy, self.processes
+        parts = Parts(
+            config=config,
+            processes=processes,
+            memory=Guard(plan_for(config, policy, self.prompts.longest, processes.world), policy.device),
+            prompts=self.prompts,
+            policy=policy,
+            sampler=sampler(policy, config.rollout, config.seed),
+            reward_model=load_reward_model(config, policy, processes, policy.device),
+            replay=Replay(config.reward_model.buffer),
+            oracle=load_oracle(config, policy, processes),
+            penalty=Penalty(config.penalty, processes, config.seed, config.reward_model.dropout_when_scoring),
+            update=load_update(policy, config, processes),
+        )
+        for loaded in filter(None, (parts.reward_model.loaded, parts.oracle.loaded)):
+            templates.pin(loaded[1], self._date)  # before the checks: what they tokenise is remembered
+        prompts = [text for _, text in self.texts]
+        parts.oracle.check(prompts)
+        parts.reward_model.check([(text, ANY_REPLY) for text in prompts] + self._human.texts)
+        ready(parts)
+        if not resumed:
+            parts.replay.add(self._human.pairs)
+            self._fit(parts)
+        return parts
+
+    def facts(self, parts: Parts) -> folder.Facts:
+        """What the run's folder says that it began on; of models that are loaded and have not learnt."""
+        own = {"reward_model.model": parts.reward_model.loaded, "oracle.model": parts.oracle.loaded}
+        known = {setting: identity.of_model(*loaded) for setting, loaded in own.items() if loaded}
+        facts = {
+            "rendered_sha256": identity.of_prompts(self.prompts),
+            "models": {"policy.model": self._base, **known},
+        }
+        return facts | ({"human_pairs": self._human.counts} if self._human.counts else {})
+
+    def _fit(self, parts: Parts) -> None:
+        """Fit the score head once; what else starts from here takes the same."""
+        if self._fitted is None:
+            pairs = parts.replay.newest(parts.config.reward_model.fit_pairs) or first_pairs(parts)
+            if pairs:
+                parts.memory("score", lambda rows: parts.reward_model.fit(pairs, rows))
+            self._fitted = parts.reward_model.state_dict()
+        else:
+            parts.reward_model.load_state_dict(self._fitted)
+
+
+def first_pairs(parts: Parts) -> list[Pair]:
+    """Pairs of base-model replies with the oracle's labels, for the first fit of the score head; all ranks' alike."""
+    processes, config = parts.processes, parts.config
+    count, at_once = config.reward_model.fit_pairs, max(1, config.rollout.prompts // processes.world)
+    mine = range(count)[processes.rank * count // processes.world : (processes.rank + 1) * count // processes.world]
+    prompts = parts.prompts.batch(0, count, stream=1) if count else []
+    pairs: list[Pair] = []
+    for start in mine[::at_once]:  # as many prompts as an iteration's: what the plan supposes
+
+        def work(rows: int, start: int = start) -> list[Pair]:
+            some = prompts[start : min(start + at_once, mine.stop)]
+            replies = parts.sampler.base_replies(some, 2, FIT_PLACE, start, rows)
+            rollout = Rollout.of(parts.policy, some, replies, candidates=1)
+            readings = Readings(parts.policy, rollout, rows)
+            reading = parts.reward_model.read(rollout, readings, rows)
+            chosen, references = rollout.pairs()
+            preferences = parts.oracle.preference(rollout, readings, chosen, references)[:, None]
+            return label_pairs(rollout, reading, preferences.isfinite(), preferences, FIT_PLACE)
+
+        pairs += parts.memory("score", work)
+    return processes.gather_objects(pairs)
+
+
+def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
+    out, main = Path(config.out), workshop.processes.main
+    done = records.latest(out / CHECKPOINTS)
+
+    def begin(parts: Parts) -> None:
+        """What is written comes after all that can be refused."""
+        parts.reward_model.names(config.penalty.parameters)
+        facts = workshop.facts(parts)
+        asked = {one.out: one for one in (workshop.config, config)}.values()  # a comparison's folder, and this run's
+        for one in asked:
+            folder.check_identity(one, facts)
+        if done:
+            checkpoint.load(out / CHECKPOINTS, done, parts)
+        for one in asked if main else ():
+            folder.describe(one, workshop.texts, facts)
+
+    parts = workshop.parts(config, done > 0, begin)
+    if main:
+        for name in (records.METRICS, records.SAMPLES, records.MEMORY):
+            records.cut(out / name, done)
+    processes = parts.processes
+    processes.barrier()
+    processes.start_tracking(config, done)
+    rows = records.read(out / records.METRICS)
+    with Progress(f"{config.penalty.kind:>9}", config.iterations, done, main) as progress, request.finishing():
+        for iteration in range(done + 1, config.iterations + 1):
+            try:
+                row, samples = iterate(parts, iteration)
+            except NotFinite as error:
+                raise RunError(f"iteration {iteration}: {error}") from error
+            row, memory = records.split_memory(row)
+            row["warning"] = collapse([*rows, row], config.logging.window)
+            rows.append(row)
+            stop = processes.broadcast_flag(request.made)
+            if main:
+                records.append(out / records.SAMPLES, samples)
+                records.append(out / records.MEMORY, [memory])
+                records.append(out / records.METRICS, [row])
+                if stop or iteration % config.logging.checkpoint_every == 0 or iteration == config.iterations:
+                    checkpoint.save(out / CHECKPOINTS, iteration, parts, config.logging.checkpoint_keep)
+            processes.track(row, iteration)
+            progress(row)
+            if stop and iteration < config.iterations:
+                raise Stopped(iteration)
+    processes.stop_tracking()
+    if main:
+        parts.policy.model.save_pretrained(out / "policy", selected_adapters=["default"], save_embedding_layers=False)
+        if config.logging.save == "all":
+            parts.reward_model.save(out / "reward_model")
+        write_report(out)
+
+
+def _controlled(out: Path) -> None:
+    """The paper's linear environment beside the run, redone if an earlier attempt was cut off."""
+    from fpo_train.simulate import linear
+
+    done, half = out / "simulate", out / "simulate.tmp"
+    if not done.is_dir():
+        shutil.rmtree(half, ignore_errors=True)
+        linear.run(("none", "relaxed", "practical"), (0,), half)
+        half.rename(done)
