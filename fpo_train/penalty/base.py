@@ -27,7 +27,7 @@ from fpo_train.reward_model import Reading, RewardModel
 from fpo_train.reward_model.replay import Replay
 from fpo_train.rollout import Rollout
 
-from .gradients import EngineGradients, HeadGradients, gradients, mean_of, refusals
+from .gradients import EngineGradients, HeadGradients, Kept, gradients, mean_of, refusals
 from .residual import expected_overconfidence
 
 LABELLED = ("relaxed", "tracin", "exact")  # kinds whose penalty of a candidate takes the candidate's own label
@@ -86,6 +86,7 @@ class Penalty:
         self._seed = seed
         self._dropout = dropout
         self._reward_variance = self._penalty_variance = 0.0
+        self._kept = Kept()  # through iterations, states and readings
 
     def __call__(
         self,
@@ -176,7 +177,7 @@ class Question:
         rows_at_once: int,
     ) -> None:
         self._config, self._processes, self._seed = penalty.config, penalty._processes, penalty._seed
-        self._dropout = penalty._dropout
+        self._dropout, self._kept = penalty._dropout, penalty._kept
         self._reward_model, self._reading, self._labels = reward_model, reading, labels
         self._usable, self._rows_at_once = rollout.usable, rows_at_once
         self._rows, self._references = rollout.pairs()
@@ -219,7 +220,8 @@ class Question:
         return Term(reward, reference_reward, penalty, product, mean_product)
 
     def _gradients(self, reading: Reading) -> HeadGradients | EngineGradients:
-        return gradients(self._reward_model, reading, self._config, self._processes, self._seed, self._rows_at_once)
+        config, rows = self._config, self._rows_at_once
+        return gradients(self._reward_model, reading, config, self._processes, self._seed, rows, self._kept)
 
     def _features(self, of: HeadGradients | EngineGradients) -> tuple[Tensor, Tensor]:
         """Gradient features of the candidates and of their references, (B·N, k) each; a reference's made once."""

@@ -65,6 +65,30 @@ class HeadGradients:
         return self._features[rows].double() - self._features[references].double()
 
 
+class Kept:
+    """The engine over a reward model's weights, made when it is first asked for and kept from then on.
+
+    An engine's first call looks the model over; weights that change in place, as those of training and of earlier
+    states do, are read anew in each.
+    """
+
+    def __init__(self) -> None:
+        self._engine: fk.Influence | None = None
+        self._names: list[str] = []
+
+    def over(self, module: torch.nn.Module, names: list[str], rows_at_once: int) -> fk.Influence:
+        """The engine over those parameters, with at most `rows_at_once` sequences on a tape (0: all).
+
+        Raises:
+            RunError: weights whose gradients cannot be told apart by example.
+        """
+        if self._engine is None or self._engine.model is not module or self._names != names:
+            with refusals():
+                self._engine, self._names = fk.Influence(module, parameters=names), list(names)
+        self._engine.micro_batch = rows_at_once or None
+        return self._engine
+
+
 class EngineGradients:
     """Any weights, by one backward a batch; see `fpo_kernels.Influence` for what can be told apart by example."""
 
@@ -79,13 +103,13 @@ class EngineGradients:
         dim: int,
         seed: int,
         rows_at_once: int = 0,
+        kept: Kept | None = None,
     ) -> None:
         if reading.batch is None:
             raise ValueError("wanted a reading with a batch")
         self._module, self._reading, self._names, self._processes = reward_model.module, reading, names, processes
         self._dim, self._seed, self._rows_at_once = dim, seed, rows_at_once
-        with refusals():
-            self._influence = fk.Influence(reward_model.module, parameters=names, micro_batch=rows_at_once or None)
+        self._influence = (kept or Kept()).over(reward_model.module, names, rows_at_once)
 
     def steering(self, rows: Tensor, references: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Gradients`: one pass, in which a reference is read once for all its candidates."""
@@ -165,8 +189,11 @@ def gradients(
     processes: Processes,
     seed: int,
     rows_at_once: int = 0,
+    kept: Kept | None = None,
 ) -> HeadGradients | EngineGradients:
     """Gradients over `penalty.parameters`; in closed form where that is the score head, on features that are known.
+
+    Elsewhere by the engine that is `kept`, or by one of their own.
 
     Raises:
         RunError: weights that the reward model does not have, or whose gradients cannot be told apart by example.
@@ -175,4 +202,4 @@ def gradients(
     if reading.features is not None and set(names) <= set(reward_model.names("head")):
         return HeadGradients(reward_model, reading, processes)
     dim, seed = config.sketch_dim, mix("sketch", seed)
-    return EngineGradients(reward_model, reading, names, processes, dim, seed, rows_at_once)
+    return EngineGradients(reward_model, reading, names, processes, dim, seed, rows_at_once, kept)

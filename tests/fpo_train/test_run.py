@@ -12,6 +12,7 @@ import time
 import pytest
 import yaml
 
+import fpo_kernels as fk
 from fpo_train.cli import CONFIGS, main
 from tests.fpo_train.runs import arguments, contents, rows
 
@@ -370,3 +371,20 @@ def test_help_documents_every_setting(capsys):
     assert "Seed of everything random." in text
     assert main(["--help"]) == 0
     assert "Run a controlled environment" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("kind", ["practical", "exact"])
+def test_one_engine_serves_a_run(tiny, tmp_path, monkeypatch, kind):
+    """Through iterations, earlier states of the reward model, and readings of labelled pairs."""
+    made = []
+
+    class Counted(fk.Influence):
+        def __init__(self, *args, **options):
+            made.append(args)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(fk, "Influence", Counted)
+    more = ["--reward_model.kind", "lora", "--reward_model.lora_rank", "3", "--penalty.parameters", "lora"]
+    more += ["--penalty.kind", kind, "--penalty.checkpoints", "2", "--penalty.sketch_dim", "64"]
+    assert main(arguments(tiny, tmp_path / "a", *more)) == 0
+    assert len(made) == 1
