@@ -37,16 +37,26 @@ def active(model: Any, name: str | None) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, names
 
 
+class Speaking:
+    """The rows of a batch in which an adapter speaks, (R,) bool."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def kept(self, rows: Tensor) -> None:
+        """Only these rows, (r,) int64, are gone on with."""
+        self.rows = self.rows[rows]
+
+
 @contextmanager
-def only_in(model: Any, name: str, rows: Tensor) -> Iterator[None]:
-    """The adapter `name` speaks in the rows (R,) bool alone; the others of a batch are the base's, to the bit.
+def only_in(model: Any, name: str, speaking: Speaking) -> Iterator[None]:
+    """The adapter `name` speaks in those rows alone; the others of a batch are the base's, to the bit.
 
     What the adapter adds is multiplied by 0 there, so both kinds of rows share each pass over the base's weights.
     """
-    said = rows[:, None, None]
 
     def silence(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output * said.to(output.dtype)
+        return output * speaking.rows[:, None, None].to(output.dtype)
 
     ends = [module for path, module in model.named_modules() if path.endswith(f".lora_B.{name}")]
     hooks = [module.register_forward_hook(silence) for module in ends]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,12 +44,45 @@ def positions(body: Any, mask: Tensor) -> dict[str, Tensor]:
     return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
 
 
+class Chooser(ABC):
+    """Which token each row says next, from its logits.
+
+    Args:
+        said: the complaint where there are no numbers to choose from.
+    """
+
+    def __init__(self, said: str) -> None:
+        self._said = said
+        self._sound: Tensor | None = None
+
+    @abstractmethod
+    def __call__(self, step: int, rows: Tensor, logits: Tensor) -> Tensor:
+        """Tokens (r,) int64 of the rows that still speak, (r,) indices, from logits (r, V).
+
+        `step` counts the tokens said so far. A logit of −∞ is never chosen.
+        """
+
+    def note(self, numbers: Tensor) -> None:
+        """Remember whether they are numbers, of any shape; the device is not waited for."""
+        sound = numbers.isfinite().all()
+        self._sound = sound if self._sound is None else self._sound & sound
+
+    def check(self) -> None:
+        """See that all that was noted were numbers.
+
+        Raises:
+            NotFinite: one was NaN or infinite.
+        """
+        if self._sound is not None and not bool(self._sound):
+            raise NotFinite(self._said)
+
+
 @torch.no_grad()
 def generate(
     lm: Any,
     ids: Tensor,
     mask: Tensor,
-    processor: Any,
+    choose: Chooser,
     *,
     ends: tuple[int, ...],
     pad: int,
@@ -55,16 +90,33 @@ def generate(
     least: int = 0,
     cached: bool = True,
     known: Any = None,
+    kept: Callable[[Tensor], None] = lambda rows: None,
 ) -> Tensor:
-    """The likeliest token after `processor` has had its say, again and again: tokens (R, W + t), t ≤ most.
+    """Token after token: (R, W + t), t ≤ most; in place where a cache with room is known, else by transformers.
 
     Args:
         ids, mask: (R, W) int64, padded on the left.
-        processor: of transformers' kind, (R, T) ids and (R, V) logits → (R, V).
         ends: end a row, but none of them among its first `least` tokens. pad: what follows an end.
-        cached: let the model keep what it has read. known: a cache of all but the last tokens of `ids`.
+        cached: let the model keep what it has read. known: a cache of all but the last tokens of `ids`, of
+            `decoding.Roomy` layers; it is written on.
+        kept: told which of the rows that still speak are gone on with where others have ended, (r,) indices.
+
+    Raises:
+        NotFinite: see `Chooser`.
     """
+    if known is not None:
+        from .decoding import write
+
+        takes = bool(positions(lm, mask))
+        return write(lm, ids, mask, choose, known, ends, pad, most, least, takes, kept)
     from transformers import GenerationConfig
+
+    every, width = torch.arange(len(ids), device=ids.device), ids.shape[1]
+
+    def process(so_far: Tensor, logits: Tensor) -> Tensor:
+        tokens = choose(so_far.shape[1] - width, every, logits)
+        choose.check()
+        return torch.full_like(logits, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
     asked = GenerationConfig(
         do_sample=False,
@@ -74,13 +126,10 @@ def generate(
         pad_token_id=pad,
         use_cache=cached,
     )
-    more = {} if known is None else {"past_key_values": known}
     # transformers fills what `asked` leaves open from the model's own generation_config
     own, lm.generation_config = lm.generation_config, GenerationConfig()
     try:
-        return lm.generate(
-            input_ids=ids, attention_mask=mask, generation_config=asked, logits_processor=[processor], **more
-        )
+        return lm.generate(input_ids=ids, attention_mask=mask, generation_config=asked, logits_processor=[process])
     finally:
         lm.generation_config = own
 
@@ -95,28 +144,25 @@ def check_finite(numbers: Tensor, said: str) -> None:
         raise NotFinite(said)
 
 
-class Greedy:
-    """A processor that changes nothing, and sees that there are numbers to choose from."""
+class Greedy(Chooser):
+    """The likeliest. Some logits may be −∞: such tokens are never said."""
 
-    def __init__(self, said: str) -> None:
-        self._said = said  # where there are none
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(R, V) logits as they are; see `check_finite`. Some may be −∞: such tokens are never said."""
-        check_finite(scores.amax(-1), self._said)
-        return scores
+    def __call__(self, step: int, rows: Tensor, logits: Tensor) -> Tensor:
+        """See `Chooser`."""
+        most, tokens = logits.max(-1)
+        self.note(most)
+        return tokens
 
 
-class Listener:
-    """A processor that keeps each step's logits and lets given tokens be said, whatever they are."""
+class Listener(Chooser):
+    """Keeps each step's logits and lets given tokens (R, t) be said, whatever they are."""
 
-    def __init__(self, tokens: Tensor, width: int) -> None:
-        self._tokens = tokens  # (R, t)
-        self._width = width
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__("")
+        self._tokens = tokens
         self.logits: list[Tensor] = []  # (R, V) each
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(R, T) tokens so far and (R, V) logits → (R, V), 0 at the given token and −∞ elsewhere."""
-        self.logits.append(scores.clone())
-        said = self._tokens[:, input_ids.shape[1] - self._width, None]
-        return torch.full_like(scores, -torch.inf).scatter_(1, said, 0.0)
+    def __call__(self, step: int, rows: Tensor, logits: Tensor) -> Tensor:
+        """See `Chooser`."""
+        self.logits.append(logits.clone())
+        return self._tokens[rows, step]

@@ -136,7 +136,7 @@ def _continued(
         told = prefix.read(policy, [Prompt(name="", text="", ids=tuple(row[own].tolist())) for row, own in rows])
         if told.layers is not None:
             known = prefix.cache([(told, torch.arange(len(ids), device=ids.device))], width - 1, STEPS)
-    heard = Listener(said, width)
+    heard = Listener(said)
     generate(lm, ids[:, :width], mask[:, :width], heard, ends=(), pad=0, most=STEPS, known=known)
     yield from zip(torch.stack(heard.logits, 1), plain[:, :STEPS], strict=True)
     if policy is not None and told is not None and told.layers is not None:

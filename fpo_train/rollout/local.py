@@ -10,7 +10,7 @@ import torch
 from fpo_train.config import RolloutConfig
 from fpo_train.data.prompts import Prompt
 from fpo_train.policy import Policy, prefix
-from fpo_train.policy.adapters import POLICY, only_in
+from fpo_train.policy.adapters import POLICY, Speaking, only_in
 from fpo_train.policy.generation import generate
 from fpo_train.policy.prefix import Prefix
 
@@ -70,15 +70,15 @@ class TransformersSampler:
             some = rows[start : start + rows_at_once] if rows_at_once else rows
             theirs = [row for row in some if base is not None and row[1] == self._settings.candidates]
             own = [row for row in some if row not in theirs]
-            speaking = torch.tensor([True] * len(own) + [False] * len(theirs), device=self._policy.device)
+            speaking = Speaking(torch.tensor([True] * len(own) + [False] * len(theirs), device=self._policy.device))
             parts = [(told, own), *([(base, theirs)] if base is not None else [])]
             with only_in(self._policy.model, POLICY, speaking) if theirs else nullcontext():
-                said = self._generate_rows([part for part in parts if part[1]], place, first)
+                said = self._generate_rows([part for part in parts if part[1]], place, first, speaking)
             found |= zip(own + theirs, said, strict=True)
         return [found[row] for row in rows]
 
     def _generate_rows(
-        self, parts: list[tuple[Prefix, list[tuple[int, int]]]], place: int, first: int
+        self, parts: list[tuple[Prefix, list[tuple[int, int]]]], place: int, first: int, speaking: Speaking
     ) -> list[list[int]]:
         """Replies to the rows (prompt, number) of each prefix, part after part."""
         policy, settings = self._policy, self._settings
@@ -96,12 +96,13 @@ class TransformersSampler:
             policy.lm,
             told.ids[owners],
             told.mask[owners],
-            RowSampler(settings, draws.to(policy.device), width),
+            RowSampler(settings, draws.to(policy.device)),
             ends=policy.ends,
             pad=policy.eos,
             most=settings.max_new_tokens,
             least=settings.min_new_tokens,
             cached=policy.caches,
             known=known,
+            kept=speaking.kept,
         )
         return [policy.cut(row) for row in out[:, width:].tolist()]

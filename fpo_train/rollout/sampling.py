@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from fpo_train.config import RolloutConfig
 from fpo_train.config.seeds import mix
-from fpo_train.policy.generation import check_finite
+from fpo_train.policy.generation import Chooser
 
 NO_LOGITS = (
     "rollout: the policy's logits are not finite numbers; try a smaller update.learning_rate or another policy.dtype"
@@ -29,37 +28,33 @@ def uniforms(seed: int, place: int, rows: list[tuple[int, int]], count: int) -> 
     return torch.stack([torch.rand(count, generator=stream, dtype=torch.float64) for stream in streams])
 
 
-class RowSampler(LogitsProcessor):
-    """Leaves each row the one token that its own uniform picks, so that greedy decoding takes it.
+class RowSampler(Chooser):
+    """The token that each row's own uniform picks.
 
     The distribution is that of transformers' sampling: softmax(logits / temperature), of the `top_k` likeliest, of
     these the smallest set that holds `top_p`. The token is the inverse of its cumulative distribution, likeliest
     first, at the uniform; sums are in float64.
     """
 
-    def __init__(self, settings: RolloutConfig, uniforms: Tensor, prompt_width: int) -> None:
+    def __init__(self, settings: RolloutConfig, uniforms: Tensor) -> None:
+        super().__init__(NO_LOGITS)
         self._settings = settings
         self._uniforms = uniforms  # (R, max_new_tokens), on the logits' device
-        self._width = prompt_width
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(R, T) tokens so far and (R, V) logits → (R, V), 0 at the token drawn and −∞ elsewhere.
-
-        Raises:
-            NotFinite: logits that are no distribution.
-        """
-        probability, tokens = kept(scores, self._settings)
-        check_finite(probability[:, 0], NO_LOGITS)  # the likeliest: NaN where a logit is NaN or +∞, or all are −∞
+    def __call__(self, step: int, rows: Tensor, logits: Tensor) -> Tensor:
+        """See `Chooser`; logits that are no distribution are noted."""
+        probability, tokens = kept(logits, self._settings)
+        self.note(probability[:, 0])  # the likeliest: NaN where a logit is NaN or +∞, or all are −∞
         running = probability.cumsum(-1)
-        u = self._uniforms[:, input_ids.shape[1] - self._width, None] * running[:, -1:]
-        last = (probability > 0).sum(-1, keepdim=True) - 1
+        u = self._uniforms[rows, step, None] * running[:, -1:]
+        last = ((probability > 0).sum(-1, keepdim=True) - 1).clamp_min(0)
         place = torch.minimum((running <= u).sum(-1, keepdim=True), last)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, place), 0.0)
+        return tokens.gather(1, place)[:, 0]
 
 
 def kept(scores: Tensor, settings: RolloutConfig) -> tuple[Tensor, Tensor]:
     """Probabilities, float64, 0 outside the kept set, and tokens, both (R, min(top_k, V)), the likeliest first."""
-    top, tokens = (scores.float() / settings.temperature).topk(min(settings.top_k, scores.shape[-1]), dim=-1)
-    probability = top.double().softmax(-1)
+    top, tokens = scores.float().topk(min(settings.top_k, scores.shape[-1]), dim=-1)
+    probability = (top / settings.temperature).double().softmax(-1)
     before = probability.cumsum(-1) - probability
     return probability.masked_fill(before >= settings.top_p, 0.0), tokens

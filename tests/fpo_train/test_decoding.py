@@ -7,7 +7,9 @@ import torch
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from fpo_train.policy import decoding, prefix
 from fpo_train.policy.decoding import GROUPED, Roomy, attend, group_heads
+from fpo_train.policy.generation import Greedy, generate
 
 
 class Module(torch.nn.Module):
@@ -75,3 +77,29 @@ def test_a_model_of_grouped_heads_says_the_same(policy):
     torch.testing.assert_close(torch.cat(said, 1)[seen], truth[seen], rtol=1e-4, atol=1e-4)
     group_heads(other)
     assert other.config._attn_implementation == "eager"  # what was chosen stays
+
+
+@pytest.mark.parametrize("fewer", [1, 8, 10**9])
+@pytest.mark.parametrize("least", [0, 3])
+def test_rows_that_end_are_dropped_and_the_others_say_the_same(policy, prompts, monkeypatch, fewer, least):
+    """Against transformers' own loop, which keeps every row to the end."""
+    monkeypatch.setattr(decoding, "FEWER", fewer)
+    told = prefix.read(policy, prompts.batch(0, 4))
+    rows = torch.tensor([0, 0, 1, 2, 2, 3])
+    ids, mask, width = told.ids[rows], told.mask[rows], told.ids.shape[1]
+
+    class Drawn(Greedy):  # another token in every row
+        def __call__(self, step, rows, logits):
+            return super().__call__(step, rows, logits + 3 * noise[rows, step])
+
+    noise = torch.randn(6, 24, policy.lm.vocab_size, generator=torch.Generator().manual_seed(3))
+    asked = {"pad": policy.eos, "most": 24, "least": least}
+    plain = generate(policy.lm, ids, mask, Drawn(""), ends=(), **asked)[:, width:]
+    ends = tuple({int(plain[0, 4]), int(plain[2, 7]), int(plain[3, 9])})
+    kept = []
+    known = prefix.cache([(told, rows)], width - 1, 24)
+    got = generate(policy.lm, ids, mask, Drawn(""), ends=ends, known=known, kept=kept.append, **asked)[:, width:]
+    truth = generate(policy.lm, ids, mask, Drawn(""), ends=ends, **asked)[:, width:]
+    assert torch.equal(got, truth)
+    assert bool(kept) == (fewer > 1)
+    assert not torch.isin(got[:, :least], torch.tensor(ends)).any()

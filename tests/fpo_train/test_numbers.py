@@ -55,12 +55,14 @@ def reward_model(policy, **settings):
 )
 def test_what_tokens_are_drawn_from(row, drawn):
     scores = torch.tensor([[1.0, 2.0, 3.0], row])
-    draw = RowSampler(RolloutConfig(temperature=1.0), uniforms(0, 0, [(0, 0), (0, 1)], 1), 1)
+    draw = RowSampler(RolloutConfig(temperature=1.0), uniforms(0, 0, [(0, 0), (0, 1)], 1))
     if drawn:
-        assert draw(torch.zeros(2, 1), scores).isfinite().sum() == 2
+        assert scores.gather(1, draw(0, torch.arange(2), scores)[:, None]).isfinite().all()
+        draw.check()
         return
+    draw(0, torch.arange(2), scores)
     with pytest.raises(NotFinite, match=r"rollout: .*logits are not finite numbers.*update.learning_rate"):
-        draw(torch.zeros(2, 1), scores)
+        draw.check()
 
 
 def test_a_run_that_diverges_says_when_and_keeps_what_was_whole(tiny, tmp_path, capsys):

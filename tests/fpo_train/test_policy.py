@@ -9,7 +9,7 @@ import torch
 from fpo_train.config import PolicyConfig, RolloutConfig
 from fpo_train.errors import RunError
 from fpo_train.policy import load_policy, prefix
-from fpo_train.policy.adapters import POLICY, only_in
+from fpo_train.policy.adapters import POLICY, Speaking, only_in
 from fpo_train.rollout import Readings, Rollout, TransformersSampler, sampler
 
 SETTINGS = RolloutConfig(prompts=3, candidates=4, max_new_tokens=8, min_new_tokens=2, temperature=1.0)
@@ -308,7 +308,7 @@ def test_rows_without_the_adapter_are_the_base_to_the_bit(policy, prompts):
         own = policy.model(input_ids=ids).logits
         with policy.base():
             base = policy.model(input_ids=ids).logits
-        with only_in(policy.model, POLICY, torch.tensor([True, False, True, False])):
+        with only_in(policy.model, POLICY, Speaking(torch.tensor([True, False, True, False]))):
             mixed = policy.model(input_ids=ids).logits
         after = policy.model(input_ids=ids).logits
     assert torch.equal(mixed[1::2], base[1::2])
