@@ -128,6 +128,8 @@ class Peaks:
         """Weights, adapters and optimizer states."""
         config = self.config
         weights = weight_bytes(self.policy, self.itemsize, config.policy.quantization) + self._others
+        if config.policy.input_embedding == "host" and self.cuda:
+            weights -= self.policy.embedding * self.itemsize
         inside = self.reward is not None and config.reward_model.train == "all"
         if self.reward:
             weights += weight_bytes(self.reward, self.reward_itemsize, "none")
@@ -319,7 +321,9 @@ class Peaks:
         kept = tape_bytes(model, tape, tokens, self.width)
         learnt = rows * config.rollout.max_new_tokens
         logits = min(config.update.logits_at_once, learnt) * model.vocabulary
-        said = (2 * learnt + tokens) * model.hidden * e  # the states that predict the replies, twice, and all states
+        said = (
+            (3 * learnt + tokens) * model.hidden * e
+        )  # the states that predict the replies, their gradients, all states
         forward = kept - (layer_bytes(model, tape, tokens, self.width) if tape.checkpointing else 0)
         log_probs = max(LOSS * FP32 + e * (e < FP32), KL * FP32)
         return [

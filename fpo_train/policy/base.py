@@ -150,6 +150,11 @@ class Policy:
         """Logits (…, V) fp32 of states (…, H); an adapter on the output embedding has its say if it is active."""
         return wide(self.lm.get_output_embeddings()(states))
 
+    @property
+    def projects_frozen(self) -> bool:
+        """Whether nothing in `project` learns."""
+        return not any(p.requires_grad for p in self.lm.get_output_embeddings().parameters())
+
     def base_project(self, states: Tensor) -> Tensor:
         """`project` by the frozen base: an adapter on the output embedding must not speak for it."""
         if not hasattr(self.lm.get_output_embeddings(), "active_adapters"):

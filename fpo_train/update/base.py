@@ -106,12 +106,14 @@ class Update(ABC):
     def _log_probs(self, hidden: Tensor, sequences: Sequences, at: Tensor) -> Tensor:
         """log p of the tokens at the positions `at` (R, T) bool, packed row after row."""
         states, tokens = hidden[:, :-1][at[:, 1:]], sequences.ids[:, 1:][at[:, 1:]]
-        return token_log_probs(states, tokens, self._policy.project, self.config.logits_at_once)
+        policy, at_once = self._policy, self.config.logits_at_once
+        return token_log_probs(states, tokens, policy.project, at_once, frozen=policy.projects_frozen)
 
     def _kl(self, hidden: Tensor, sequences: Sequences, base: Encoded) -> Tensor:
         """Σ KL(policy ‖ base) over the reply tokens, in nats."""
         states, policy = hidden[:, :-1][sequences.reply[:, 1:]], self._policy
-        return kl_to(states, base.predicting, policy.project, policy.base_project, self.config.logits_at_once).sum()
+        sides, at_once = (policy.project, policy.base_project), self.config.logits_at_once
+        return kl_to(states, base.predicting, *sides, at_once, frozen=policy.projects_frozen).sum()
 
     def _count(self, *numbers: int) -> list[float]:
         """Sums over ranks."""

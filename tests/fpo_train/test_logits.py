@@ -36,6 +36,31 @@ def test_values_and_gradients(inputs, at_once):
             assert (a - b).norm() <= 1e-12 * b.norm()
 
 
+@pytest.mark.parametrize("at_once", [1, 4, 13, 100])
+def test_under_a_frozen_projection_gradients_are_known_at_once(inputs, at_once):
+    states, base, weight, base_weight, tokens = inputs
+    upstream, weight, made = torch.randn(13, dtype=torch.float64), weight.detach(), []
+
+    def project(h):
+        made.append(len(h))
+        return h @ weight.T
+
+    own, other = (states @ weight.T).log_softmax(1), (base @ base_weight.T).log_softmax(1)
+    plain = own.gather(1, tokens[:, None])[:, 0], (own.exp() * (own - other)).sum(1)
+    ours = (
+        token_log_probs(states, tokens, project, at_once, frozen=True),
+        kl_to(states, base, project, lambda h: h @ base_weight.T, at_once, frozen=True),
+    )
+    for mine, truth in zip(ours, plain, strict=True):
+        assert torch.allclose(mine, truth, rtol=1e-12)
+        (got,) = torch.autograd.grad((mine * upstream).sum(), states)
+        (expected,) = torch.autograd.grad((truth * upstream).sum(), states, retain_graph=True)
+        assert (got - expected).norm() <= 1e-12 * expected.norm()
+    assert sum(made) == 2 * len(states)  # no logits were made twice
+    nothing = token_log_probs(states[:0], tokens[:0], project, at_once, frozen=True)
+    assert nothing.shape == (0,)
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor made."""
 
@@ -49,12 +74,14 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_logits_of_all_tokens_never_exist():
+@pytest.mark.parametrize("frozen", [True, False])
+def test_logits_of_all_tokens_never_exist(frozen):
     torch.manual_seed(1)
     states, tokens, weight = torch.randn(64, H, requires_grad=True), torch.randint(5000, (64,)), torch.randn(5000, H)
     with Largest() as largest:
-        token_log_probs(states, tokens, lambda h: h @ weight.T, 8).sum().backward()
-        kl_to(states, states.detach(), lambda h: h @ weight.T, lambda h: h @ weight.T, 8).sum().backward()
+        token_log_probs(states, tokens, lambda h: h @ weight.T, 8, frozen=frozen).sum().backward()
+        sides = (lambda h: h @ weight.T, lambda h: h @ weight.T)
+        kl_to(states, states.detach(), *sides, 8, frozen=frozen).sum().backward()
     assert 8 * 5000 <= largest.seen <= max(8 * 5000, weight.numel())
 
 
