@@ -119,7 +119,7 @@ def test_sketches_stores_and_checkpoints():
 
 def test_what_a_llama_holds(capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for config in ("llama3_8b_24gb.yaml", "llama3_8b_16gb.yaml"):
+    for config in ("llama3_8b_24gb.yaml", "llama3_8b_16gb.yaml", "llama3_8b_8gb.yaml"):
         assert main(["plan", "--config", config]) == 0
         _, table = capsys.readouterr().out.strip().split("\n", 1)
         assert table in readme

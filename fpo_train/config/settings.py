@@ -24,6 +24,9 @@ class PolicyConfig:
     """Number format of the frozen base weights (of the computation, where they are quantised)."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Frozen base weights in 4 bits (NF4, double quantisation) or 8, by bitsandbytes."""
+    input_embedding: Literal["device", "host"] = "device"
+    """Where the table of input embeddings lies; `host` saves its bytes on a GPU and takes a copy of a few rows a step.
+    Not for models whose output projection is the same table."""
     gradient_checkpointing: bool = False
     """Compute a layer's activations again in the backward pass in place of keeping them."""
     lora_rank: int = 16

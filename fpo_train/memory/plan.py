@@ -104,6 +104,8 @@ def make_plan(
     """
     if not policy.decoder:
         raise RunError(f"policy.model {policy.name}: wanted a causal language model, got an encoder")
+    if policy.tied and config.policy.input_embedding == "host":
+        raise RunError(f"policy.input_embedding host: of {policy.name} the output projection is the same table")
     if prompt_tokens < 1:
         raise ValueError(f"prompt_tokens: wanted a number above 0, got {prompt_tokens}")
     classifier = config.reward_model.kind == "classifier"

@@ -13,6 +13,7 @@ from fpo_train.errors import RunError, about
 from .adapters import POLICY, complaint, refuse_unmatched
 from .base import Policy, wide
 from .decoding import group_heads
+from .embedding import keep_in_host
 from .trial import cache_serves, examine
 
 
@@ -28,6 +29,8 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy
     if config.quantization == "none":  # quantised weights are put where they belong while they are loaded
         lm.to(device)
     lm.eval().requires_grad_(False)
+    if config.input_embedding == "host":
+        keep_in_host(lm, config.model)
     if config.gradient_checkpointing:  # transformers checkpoints in train mode alone: while the policy learns
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     group_heads(lm)

@@ -116,18 +116,37 @@ def shipped(name):
     return _config(RunConfig, options["run"])
 
 
-@pytest.mark.parametrize(("name", "size"), [("llama3_8b_24gb.yaml", 24e9), ("llama3_8b_16gb.yaml", 16e9)])
-def test_llama_8b_fits_the_shipped_budgets(name, size, capsys):
+@pytest.mark.parametrize(
+    ("name", "size", "weights"),
+    [("llama3_8b_24gb.yaml", 24e9, 5.31), ("llama3_8b_16gb.yaml", 16e9, 5.31), ("llama3_8b_8gb.yaml", 8e9, 4.33)],
+)
+def test_llama_8b_fits_the_shipped_budgets(name, size, weights, capsys):
     config = shipped(name)
     plan = make_plan(config, architecture(EIGHT), config.data.max_tokens, "cuda")
     assert plan.fits
     assert plan.budget == size
     for phase in plan.phases.values():
-        assert 5.3 * 2**30 < phase.parts["weights"] < 5.4 * 2**30
+        assert round(phase.parts["weights"] / 2**30, 2) == weights
         assert sum(phase.parts.values()) == phase.total <= size * (1 - MARGIN)
     assert plan_command(config) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("8.03 billion", "weights", "KV cache", "activations", "logits", "retrain"))
+
+
+def test_an_embedding_on_the_host_is_not_on_the_device(capsys):
+    config = shipped("llama3_8b_8gb.yaml")
+    assert (config.data.max_tokens, config.rollout.max_new_tokens) == (256, 256)
+    whole = dataclasses.replace(config, policy=dataclasses.replace(config.policy, input_embedding="device"))
+    model = architecture(EIGHT)
+    apart, together = (make_plan(one, model, 256, "cuda").phases["update"].parts for one in (config, whole))
+    assert together["weights"] - apart["weights"] == 2 * model.vocabulary * model.hidden
+    on_cpu = [make_plan(one, model, 256, "cpu").phases["update"].parts["weights"] for one in (config, whole)]
+    assert on_cpu[0] == on_cpu[1]
+    small = dataclasses.replace(config, memory=dataclasses.replace(config.memory, budget="5GiB"))
+    assert plan_command(small) == 1
+    assert "the smallest budget that works is" in capsys.readouterr().out
+    with pytest.raises(RunError, match="same table"):
+        make_plan(config, architecture("smollm2"), 256, "cuda")
 
 
 def small_plan(budget="", rows=0, **sections):
