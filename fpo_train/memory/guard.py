@@ -38,6 +38,7 @@ class Guard:
         measured: bytes of each phase's peak so far: on CUDA of live tensors, on a CPU of the process's resident set,
             Python and the libraries included.
         rows: at once, by phase, as they are by now.
+        told: called with the name of each phase as it begins.
 
     Raises:
         RunError: the budget cannot hold the plan.
@@ -51,6 +52,7 @@ class Guard:
         self._begun = dict(self.rows)
         self.planned = {name: phase.total for name, phase in plan.phases.items()} if plan is not None else {}
         self.measured: dict[str, int] = {}
+        self.told: Callable[[str], None] = lambda phase: None
         self._meter = _Cuda(device) if device.type == "cuda" else _Process()
         if device.type == "cuda" and plan is not None and plan.budget is not None:
             whole = torch.cuda.get_device_properties(device).total_memory
@@ -62,6 +64,7 @@ class Guard:
         Raises:
             RunError: memory runs out with one row.
         """
+        self.told(phase)
         self._meter.reset()
         try:
             while True:

@@ -25,7 +25,7 @@ from fpo_train.policy.trial import beyond_windows
 from fpo_train.processes import Processes
 from fpo_train.report import records
 from fpo_train.report.page import write_report
-from fpo_train.report.progress import Progress
+from fpo_train.report.progress import Progress, stage
 from fpo_train.report.records import CHECKPOINTS
 from fpo_train.report.watch import collapse
 from fpo_train.reward_model import load_reward_model
@@ -84,7 +84,8 @@ class Workshop:
         self.config, self.texts = folder.dated(config), texts
         self.processes = Processes()
         self._date = self.processes.gather_objects([self.config.data.date])[0]  # one moment for all processes
-        self.policy = load_policy(config.policy, config.seed, self.processes.device)
+        with stage(f"loading and trying policy.model {config.policy.model}", self.processes.main):
+            self.policy = load_policy(config.policy, config.seed, self.processes.device)
         templates.pin(self.policy.tokenizer, self._date)
         room = self.policy.context - config.rollout.max_new_tokens - 1  # and the closing token
         rows = rows_of(self.policy.lm)
@@ -144,9 +145,11 @@ class Workshop:
     def _fit(self, parts: Parts) -> None:
         """Fit the score head once; what else starts from here takes the same."""
         if self._fitted is None:
-            pairs = parts.replay.newest(parts.config.reward_model.fit_pairs) or first_pairs(parts)
-            if pairs:
-                parts.memory("score", lambda rows: parts.reward_model.fit(pairs, rows))
+            wanted, main = parts.config.reward_model.fit_pairs, parts.processes.main
+            with stage(f"first fit of the reward model, on {wanted} pairs", main and wanted > 0):
+                pairs = parts.replay.newest(wanted) or first_pairs(parts)
+                if pairs:
+                    parts.memory("score", lambda rows: parts.reward_model.fit(pairs, rows))
             self._fitted = parts.reward_model.state_dict()
         else:
             parts.reward_model.load_state_dict(self._fitted)
@@ -200,6 +203,7 @@ def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
     processes.start_tracking(config, done)
     rows = records.read(out / records.METRICS)
     with Progress(f"{config.penalty.kind:>9}", config.iterations, done, main) as progress, request.finishing():
+        parts.memory.told = progress.phase
         for iteration in range(done + 1, config.iterations + 1):
             try:
                 row, samples = iterate(parts, iteration)

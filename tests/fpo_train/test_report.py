@@ -10,7 +10,7 @@ import yaml
 from fpo_train.report import records
 from fpo_train.report.page import SHOWN, write_report
 from fpo_train.report.panels import CAPTIONS
-from fpo_train.report.progress import Progress
+from fpo_train.report.progress import Progress, stage
 
 NASTY = "<script>alert('x')</script> & \"this\""
 PHASES = ("generate", "score", "update", "retrain")
@@ -139,7 +139,18 @@ def test_progress_shows_rows_and_warnings(capsys, shown):
         assert lines == []
         return
     assert lines == [
-        "relaxed    4/20  reward +0.400, oracle –, gap +0.300, kl 0.0100, 2.0 s",
-        "relaxed    5/20  reward +0.500, oracle -3.000, gap +0.300, kl 0.0100, 2.0 s",
+        "relaxed    4/20  reward +0.400, oracle –, gap +0.300, kl 0.0100, 2.0 s, 0:00:32 left",
+        "relaxed    5/20  reward +0.500, oracle -3.000, gap +0.300, kl 0.0100, 2.0 s, 0:00:30 left",
         "relaxed    5/20  warning: possible collapse",
     ]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_what_takes_long_before_the_first_iteration_is_named(capsys, monkeypatch, live):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: live)
+    with stage("loading"):
+        assert capsys.readouterr().err == ("loading …" if live else "loading …\n")
+    assert capsys.readouterr().err == ("\r\x1b[K" if live else "")
+    with stage("loading", shown=False):
+        pass
+    assert capsys.readouterr().err == ""
