@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases, results
-from benchmarks.runner import Options, run_case
+from benchmarks.runner import Options, chosen, run_case
 
 BUSY = 0.05  # of all cores' time; with 50%, two-thread matrix products were seen to take 10 times as long
 
@@ -35,10 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         case = known[name]
         repeats = arguments.repeats or case.rounds
         options = Options(
-            device=torch.device(arguments.device), quick=arguments.quick, repeats=repeats, clock=case.clock
+            device=torch.device(arguments.device),
+            quick=arguments.quick,
+            repeats=repeats,
+            clock=case.clock,
+            only=arguments.setting,
         )
+        if not chosen(case, options):
+            parser.error(f"--setting {arguments.setting!r}: {name} has no setting of that name")
         print(f"{case.name}: {case.description}", flush=True)
-        rows = run_case(case, options)
+        commit, _ = results.revision()
+        rows = [{**row, "commit": commit} for row in run_case(case, options)]
+        rows = results.beside(case, options, rows, arguments.out)
         result = results.describe(case, options, rows)
         path = results.write(case, options, result, arguments.out)
         print(f"{results.table(rows)}\nratio: to {case.baseline}, round by round; written to {path}\n", flush=True)
@@ -64,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--out", type=Path, default=results.FOLDER, help="folder of results; <device>/<case>.json below")
     run.add_argument("--repeats", type=_positive, help="timed rounds a setting, in place of the case's own")
+    run.add_argument("--setting", default="", help="only settings whose name has this in it; the file keeps the others")
     run.add_argument("--quick", action="store_true", help="small settings, written to <case>-quick.json")
     return parser
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpo_train.data.prompts import Prompt
 
@@ -82,6 +82,34 @@ def exact(fixed: Fixed, lm: Any, classifier: Any, classifier_tokenizer: Any, hea
         "reward_loss": torch.nn.functional.binary_cross_entropy_with_logits(d, p)[None],
         "head_reward": last[:, :-1] @ head.double(),
         "product": _products(last),
+    }
+
+
+def exact_over(module: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str], candidates: int) -> Answers:
+    """reward and product ⟨∇r(z), u(z)⟩ (B, N) of a reward model, ∇ over the named weights, formed a row at a time.
+
+    Args:
+        batch: B·(N + 1) rows padded on the right, N `candidates` of a prompt and its reference behind them.
+    """
+    module = copy.deepcopy(module).double().eval().requires_grad_(False)
+    named = dict(module.named_parameters())
+    chosen = [named[name].requires_grad_(True) for name in names]
+
+    def formed(row: int) -> tuple[Tensor, list[Tensor]]:
+        length = int(batch["attention_mask"][row].sum())
+        reward = module(**{key: value[row : row + 1, :length] for key, value in batch.items()}).logits[0, 0]
+        parts = torch.autograd.grad(reward, chosen, allow_unused=True)
+        return reward.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, parts, strict=True)]
+
+    rewards, products = [], []
+    for first in range(0, len(batch["input_ids"]), candidates + 1):
+        _, other = formed(first + candidates)
+        for row in range(first, first + candidates):
+            reward, own = formed(row)
+            rewards.append(reward)
+            products.append(sum(((g * (g - r)).sum() for g, r in zip(own, other, strict=True)), reward.new_zeros(())))
+    return {
+        name: torch.stack(found).view(-1, candidates) for name, found in (("reward", rewards), ("product", products))
     }
 
 

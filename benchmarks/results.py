@@ -80,6 +80,25 @@ def lines(found: list[dict[str, Any]]) -> str:
     return "\n".join(printed)
 
 
+def beside(case: Case, options: Options, rows: list[Row], folder: Path) -> list[Row]:
+    """These rows, and those of the settings that were not asked for as the file has them, in the case's order.
+
+    Raises:
+        ValueError: they are of another machine or other versions, and cannot stand side by side.
+    """
+    path, here = _path(case, options, folder), environment(options.device)
+    if not options.only or not path.is_file():
+        return rows
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("cpu", "threads", "versions"):
+        if kept[key] != here[key]:
+            raise ValueError(f"{path}: its {key} is {kept[key]}, here it is {here[key]}; run all settings")
+    order = [one.name for one in case.settings(options.quick, options.device)]
+    others = set(order) - {row["setting"]["name"] for row in rows}
+    old = [{"commit": kept["commit"], **row} for row in kept["rows"] if row["setting"]["name"] in others]
+    return sorted([*rows, *old], key=lambda row: order.index(row["setting"]["name"]))
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """The machine, the versions and the commit."""
     commit, dirty = revision()
@@ -125,12 +144,16 @@ def revision() -> tuple[str | None, bool | None]:
 
 def write(case: Case, options: Options, result: dict[str, Any], folder: Path) -> Path:
     """Put the result at folder/<device>/<case>.json, whole or not at all; quick ones never replace full ones."""
-    path = folder / result["device"] / f"{case.name}{'-quick' if options.quick else ''}.json"
+    path = _path(case, options, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".tmp")
     half.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     half.replace(path)
     return path
+
+
+def _path(case: Case, options: Options, folder: Path) -> Path:
+    return folder / slug(options.device) / f"{case.name}{'-quick' if options.quick else ''}.json"
 
 
 def table(rows: list[Row]) -> str:

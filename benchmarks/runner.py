@@ -33,13 +33,19 @@ class Options:
 
     Attributes:
         device: where competitors run. quick: the small settings. repeats: timed rounds a contest.
-        clock: as a case has it.
+        clock: as a case has it. only: settings whose name has that in it.
     """
 
     device: torch.device
     quick: bool = False
     repeats: int = 10
     clock: Callable[[], float] = time.perf_counter
+    only: str = ""
+
+
+def chosen(case: Case, options: Options) -> list[Any]:
+    """The case's settings that are asked for."""
+    return [one for one in case.settings(options.quick, options.device) if options.only in one.name]
 
 
 def run_case(case: Case, options: Options) -> list[Row]:
@@ -53,7 +59,7 @@ def run_case(case: Case, options: Options) -> list[Row]:
     have rss_bytes and its kin (`isolated`) and rss_ratio to the baseline's.
     """
     rows: list[Row] = []
-    for setting in case.settings(options.quick, options.device):
+    for setting in chosen(case, options):
         print(f"{setting.name} …", file=sys.stderr, flush=True)  # minutes may pass before the table
         contest = case.build(setting, options.device)
         named = {*contest.competitors, *contest.cannot}

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import procedure
-from benchmarks.fixed import Answers, Fixed, exact, fixed_replies, joined
+from benchmarks.fixed import Answers, exact, fixed_replies, joined
+from benchmarks.iterations import Ours, Published
 from benchmarks.registry import Case, Competitor, Contest, Headline
 from fpo_train.config import (
     DataConfig,
@@ -39,9 +40,7 @@ from fpo_train.config import (
 from fpo_train.data.prompts import read_prompts
 from fpo_train.data.sources import load_sequence_classifier
 from fpo_train.errors import RunError
-from fpo_train.loop import iterate, judge, label_pairs
-from fpo_train.rollout import Rollout
-from fpo_train.running.run import Workshop, first_pairs
+from fpo_train.running.run import Workshop
 
 PUBLISHED, SAME = "the paper's procedure", "fpo-train, the same models"
 HEADS: dict[str, PenaltyKind] = {
@@ -50,6 +49,11 @@ HEADS: dict[str, PenaltyKind] = {
     "fpo-train, own base, residual": "residual",
 }
 PLAIN, FORESIGHT, RESIDUAL = HEADS
+EVERYTHING: dict[str, dict[str, PenaltyKind]] = {
+    "whole": {"fpo-train, MiniLM whole, none": "none", "fpo-train, MiniLM whole, practical": "practical"},
+    "lora": {"fpo-train, LoRA on the base, none": "none", "fpo-train, LoRA on the base, practical": "practical"},
+}
+(PLAIN_WHOLE, FORESIGHT_WHOLE), (PLAIN_LORA, FORESIGHT_LORA) = EVERYTHING.values()
 CLOSE = 1e-4  # relative, to float64: fp32 through 30 layers, and the differences that penalties are made of
 SEED = 0
 FIT_PAIRS = 32  # that the head is fitted on, and that `residual` foretells from
@@ -71,6 +75,8 @@ class Setting:
         questions: of the shipped ones, joined to one prompt: eight come close to the 128 tokens of the paper's bound.
         reply_tokens: of every reply. rounds: the most that the procedure and ours with its models are timed in.
         head_rounds: the most that ours on the policy's own base are; None for all, since their ratio is close to 1.
+        everything: the penalty is over all weights of a reward model that is trained whole, and over an adapter's on
+            the policy's base, each beside plain RLHF with the same reward model; nothing else is run.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Setting:
     reply_tokens: int
     rounds: int | None
     head_rounds: int | None = None
+    everything: bool = False
 
 
 def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
@@ -89,127 +96,22 @@ def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
     both, would hide it.
     """
     if quick:
-        return [Setting(name="2 prompts, 2+1 of 4", prompts=2, candidates=2, questions=1, reply_tokens=4, rounds=None)]
+        sizes: dict[str, Any] = {"prompts": 2, "candidates": 2, "reply_tokens": 4, "questions": 1, "rounds": None}
+        every = Setting(name="2 prompts, 2+1 of 4, over everything", everything=True, **sizes)
+        return [Setting(name="2 prompts, 2+1 of 4", **sizes), every]
     sizes = {"prompts": 4, "candidates": KNOWN.candidates, "reply_tokens": KNOWN.tokens}
     return [
         Setting(name="4 questions, 8+1 of 32", questions=1, rounds=4, head_rounds=4, **sizes),
         Setting(name="4 long prompts, 8+1 of 32", questions=8, rounds=3, head_rounds=3, **sizes),
         Setting(name="4 questions, 8+1 of 8", questions=1, rounds=1, **{**sizes, "reply_tokens": 8}),
+        Setting(name="4 questions, 8+1 of 32, over everything", questions=1, rounds=10, everything=True, **sizes),
     ]
-
-
-class Ours:
-    """fpo_train's iteration of one configuration; a call puts everything back to the start and runs number 1."""
-
-    def __init__(self, config: RunConfig, workshop: Workshop, answer: Callable[[Ours], Tensor]) -> None:
-        self.parts = workshop.parts(config)
-        if config.penalty.kind == "residual":  # before the first iteration it would have nothing to foretell from
-            self.parts.replay.add(first_pairs(self.parts))
-        self._answer: Callable[[], Tensor] = functools.cache(lambda: answer(self))
-        self._adapter = {name: p.detach().clone() for name, p in self.parts.policy.trainable.items()}
-        parts = self.parts
-        self._start = copy.deepcopy([parts.reward_model.state_dict(), parts.update.state_dict(), parts.penalty.state()])
-        self._replay = parts.replay.state_dict()
-        self.seconds: list[Mapping[str, float]] = []
-
-    def __call__(self) -> Tensor:
-        answer = self._answer()
-        self.restart()
-        row, _ = iterate(self.parts, 1)
-        self.seconds.append(row["seconds"])
-        return answer
-
-    def restart(self) -> None:
-        """As a run begins."""
-        parts = self.parts
-        put(parts.policy.trainable, self._adapter)
-        reward_model, update, penalty = copy.deepcopy(self._start)
-        parts.reward_model.load_state_dict(reward_model)
-        parts.update.load_state_dict(update)
-        parts.penalty.restore(penalty)
-        parts.replay.load_state_dict(self._replay)
-
-    def judged(self, fixed: Fixed) -> Answers:
-        """What it makes of fixed replies; see `fixed.exact`."""
-        parts, count = self.parts, len(fixed.texts[0]) - 1
-        self.restart()
-        replies = [reply for some in fixed.replies for reply in some]
-        rollout = Rollout.of(parts.policy, fixed.prompts, replies, candidates=count)
-        readings, labels, reading, judged = judge(parts, rollout, 0)
-        found = {"reward": judged.reward, "penalty": judged.penalty}
-        if judged.product is not None:
-            found["product"] = judged.product
-        pairs = label_pairs(rollout, reading, judged.is_best, labels.preferences(judged.is_best), 1)
-        policy_loss = parts.update.gradient(rollout, readings, judged).loss
-        found["policy_loss"] = torch.tensor([policy_loss])
-        found["reward_loss"] = parts.reward_model.gradient(pairs)[None]
-        utilities = labels.utilities(torch.ones_like(judged.is_best))
-        if utilities is not None:
-            found["utility"] = torch.cat(utilities, 1) - parts.config.oracle.offset
-        return found
-
-
-class Published:
-    """The procedure's iteration; a call puts everything back to the start and runs number 1."""
-
-    def __init__(
-        self, peer: procedure.Procedure, prompts: Sequence[str], answer: Callable[[Published], Tensor]
-    ) -> None:
-        self.peer, self.prompts = peer, prompts
-        self._answer: Callable[[], Tensor] = functools.cache(lambda: answer(self))
-        models = peer.models
-        self._trained = {
-            f"{number}.{name}": p
-            for number, model in enumerate((models.policy, models.reward_model))
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        }
-        self._start = {name: p.detach().clone() for name, p in self._trained.items()}
-        self.seconds: list[Mapping[str, float]] = []
-
-    def __call__(self) -> Tensor:
-        answer = self._answer()
-        self.restart()
-        self.seconds.append(self.peer.iterate(self.prompts, SEED))
-        return answer
-
-    def restart(self) -> None:
-        """As a run begins."""
-        put(self._trained, self._start)
-        self.peer.forget()
-        self.peer.begin()
-
-    def judged(self, fixed: Fixed) -> Answers:
-        """What it makes of fixed replies; see `fixed.exact`."""
-        peer, share = self.peer, 1 / len(fixed.prompts)
-        self.restart()
-        found, policy_loss, reward_loss = [], torch.zeros(1), torch.zeros(1)
-        for prompt, (*candidates, reference) in zip(fixed.prompts, fixed.texts, strict=True):
-            judged = peer.judge(prompt.text, candidates, reference)
-            best = int((judged.reward - peer.settings.gamma * judged.penalty).argmax())
-            policy_loss += share * peer.learn(prompt.text, candidates[best], share).cpu()
-            reward_loss += share * peer.retrain(candidates[best], reference, judged.preference[best], share).cpu()
-            found.append(judged)
-        return {
-            "reward": torch.stack([one.reward for one in found]),
-            "penalty": torch.stack([one.penalty for one in found]),
-            "utility": torch.stack([one.utility for one in found]) - peer.settings.offset,
-            "policy_loss": policy_loss,
-            "reward_loss": reward_loss,
-        }
-
-
-@torch.no_grad()
-def put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values into parameters of the same names."""
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
 
 
 def build(setting: Setting, device: torch.device) -> Contest:
     """SmolLM2 and MiniLM, the policy shared by all; the procedure has an oracle and a reward model of its own."""
     try:
-        return _build(setting, device)
+        return _everything(setting, device) if setting.everything else _build(setting, device)
     except RunError as problem:  # a model that cannot be fetched
         return Contest(competitors={}, expected=dict, cannot=dict.fromkeys(CASE.competitors, str(problem)))
 
@@ -258,6 +160,45 @@ def _build(setting: Setting, device: torch.device) -> Contest:
             for name, turn in turns.items()
         },
         expected=lambda: {kind: joined(truth(), truth(), names) for kind, names in ANSWERS.items()},
+        cannot=dict.fromkeys((*EVERYTHING["whole"], *EVERYTHING["lora"]), "measured in the setting over everything"),
+    )
+
+
+def _everything(setting: Setting, device: torch.device) -> Contest:
+    """FPO over all weights of a classifier, and over an adapter's on the policy's base, each beside plain RLHF."""
+    workshop = Workshop(over_everything(setting, "whole", "none"), prompts_of(setting))
+    if workshop.processes.device.type != device.type:
+        raise RunError(f"fpo_train runs on {workshop.processes.device.type} here, not on {device.type}")
+    fixed = fixed_replies(workshop.prompts.batch(0, setting.prompts)[:2], workshop.policy.tokenizer)
+    plain: dict[str, Ours] = {}
+
+    @functools.cache
+    def truth(scope: str) -> Answers:
+        return plain[scope].exact(fixed, "all" if scope == "whole" else "lora")
+
+    def answer(scope: str, one: Ours) -> Tensor:
+        judged = {name: value for name, value in one.judged(fixed).items() if name in truth(scope)}
+        return joined(judged, truth(scope), list(judged))
+
+    turns: dict[str, Ours] = {}
+    expected: dict[str, Callable[[], Tensor]] = {}
+    for scope, names in EVERYTHING.items():
+        for name, kind in names.items():
+            config, beside = over_everything(setting, scope, kind), plain.get(scope)
+            own = copy.copy(workshop)  # each reward model's head is fitted to what that model reads
+            turns[name] = Ours(config, own, functools.partial(answer, scope), beside)
+            plain.setdefault(scope, turns[name])
+            wanted = ["reward"] if kind == "none" else ["reward", "product"]
+            expected[name] = functools.partial(lambda of, these: joined(truth(of), truth(of), these), scope, wanted)
+    return Contest(
+        competitors={
+            name: Competitor(
+                run=turn, budget=CLOSE, answers=name, rounds=setting.rounds, figures=functools.partial(phases, turn)
+            )
+            for name, turn in turns.items()
+        },
+        expected=lambda: {name: wanted() for name, wanted in expected.items()},
+        cannot=dict.fromkeys((PUBLISHED, SAME, *HEADS), "measured in the other settings"),
     )
 
 
@@ -298,6 +239,17 @@ def own_base(setting: Setting, kind: PenaltyKind) -> RunConfig:
         rollout=rollout(setting),
         penalty=PenaltyConfig(kind=kind),
     )
+
+
+def over_everything(setting: Setting, scope: str, kind: PenaltyKind) -> RunConfig:
+    """A classifier that is trained whole, or an adapter on the policy's own base, and the penalty over all of that."""
+    model = RewardModelConfig(kind="lora", fit_pairs=FIT_PAIRS)
+    if scope == "whole":
+        reads: dict[str, Any] = {"model": "minilm", "input": "reply", "max_tokens": KNOWN.longest}
+        model = RewardModelConfig(kind="classifier", train="all", fit_pairs=FIT_PAIRS, **reads)
+    parameters = "all" if scope == "whole" else "lora"
+    penalty = PenaltyConfig(kind=kind, parameters=parameters)
+    return RunConfig(seed=SEED, reward_model=model, rollout=rollout(setting), penalty=penalty)
 
 
 def rollout(setting: Setting) -> RolloutConfig:
@@ -349,7 +301,7 @@ def chart(rows: list[dict[str, Any]]) -> list[str]:
 CASE = Case(
     name="train_step",
     description="one iteration of training: the published procedure against ours, plain RLHF against FPO, in seconds",
-    competitors=(PUBLISHED, SAME, *HEADS),
+    competitors=(PUBLISHED, SAME, *HEADS, *EVERYTHING["whole"], *EVERYTHING["lora"]),
     baseline=SAME,
     settings=settings,
     build=build,
@@ -357,6 +309,8 @@ CASE = Case(
         Headline(text="the paper's procedure / ours, the same models", over=PUBLISHED, under=SAME),
         Headline(text="FPO head-only (practical) / plain RLHF", over=FORESIGHT, under=PLAIN),
         Headline(text="FPO head-only (residual) / plain RLHF", over=RESIDUAL, under=PLAIN),
+        Headline(text="FPO over all weights of MiniLM / plain RLHF", over=FORESIGHT_WHOLE, under=PLAIN_WHOLE),
+        Headline(text="FPO over a LoRA reward model / plain RLHF", over=FORESIGHT_LORA, under=PLAIN_LORA),
     ),
     summary=lambda rows: "\n".join(chart(rows)),
 )

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from benchmarks import procedure
+from benchmarks import iterations, procedure
 from benchmarks.cases import cases, train_step
 from benchmarks.fixed import exact, fixed_replies, joined
 from fpo_train.config import PolicyConfig
@@ -55,13 +55,13 @@ def test_penalties_and_losses_are_the_definition_s(peer, fixed):
     models = peer.models
     # Without an adapter of its own to tell apart, the policy is its base, as when a run begins.
     truth = exact(fixed, models.oracle, models.reward_model, models.reward_tokenizer, torch.ones(32), SETTINGS.gamma)
-    answer = train_step.Published(peer, [], lambda one: joined(one.judged(fixed), truth, train_step.ANSWERS["relaxed"]))
+    answer = iterations.Published(peer, [], lambda one: joined(one.judged(fixed), truth, train_step.ANSWERS["relaxed"]))
     wanted = joined(truth, truth, train_step.ANSWERS["relaxed"])
     got = joined(answer.judged(fixed), truth, train_step.ANSWERS["relaxed"])
     assert (got - wanted).norm() <= train_step.CLOSE * wanted.norm()
     with torch.no_grad():
         models.reward_model.classifier.weight *= 1.01
-    moved = train_step.Published(peer, [], lambda one: wanted)
+    moved = iterations.Published(peer, [], lambda one: wanted)
     other = joined(moved.judged(fixed), truth, train_step.ANSWERS["relaxed"])
     assert (other - wanted).norm() > train_step.CLOSE * wanted.norm(), "the gate sees nothing"
 
@@ -69,7 +69,7 @@ def test_penalties_and_losses_are_the_definition_s(peer, fixed):
 def test_an_iteration_trains_both_and_tells_its_phases(peer, fixed):
     models = peer.models
     before = copy.deepcopy([dict(models.policy.named_parameters()), dict(models.reward_model.named_parameters())])
-    turn = train_step.Published(peer, [prompt.text for prompt in fixed.prompts], lambda one: torch.ones(1))
+    turn = iterations.Published(peer, [prompt.text for prompt in fixed.prompts], lambda one: torch.ones(1))
     turn()
     assert set(turn.seconds[0]) == set(procedure.PHASES)
     assert all(seconds > 0 for seconds in turn.seconds[0].values())

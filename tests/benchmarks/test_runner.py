@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -301,3 +301,27 @@ def test_regret_is_the_chosen_way_s_time_over_the_best_one_s():
     assert ways.regrets(rows) == {"x": 1.5, "y": 1.0}
     assert ways.summary(rows).startswith("regret of auto: median 1.25, worst 1.50 (x)\n")
     assert ways.chart(rows[:3]) == ["| tokens an example | 16 |", "|---|---|", "| gram, 5 to 6 | 0.67 |"]
+
+
+def test_some_settings_are_run_again_and_the_file_keeps_the_others(run, capsys):
+    case = replace(
+        case_of({"right": Counted(EXACT), "other": Counted(EXACT)}),
+        settings=lambda quick, device: [Setting(), Setting(name="large", size=9)],
+    )
+    code, whole, path = run(case)
+    assert code == 0
+    older = {**whole, "commit": "older", "rows": [{**row, "commit": "older", "error": 9.0} for row in whole["rows"]]}
+    path.write_text(json.dumps(older))
+    code, again, _ = run(case, "--setting", "larg")
+    assert code == 0
+    assert [(row["setting"]["name"], row["competitor"]) for row in again["rows"]] == [
+        (setting, name) for setting in ("small", "large") for name in ("right", "other")
+    ]
+    assert [row["commit"] for row in again["rows"]] == ["older", "older", again["commit"], again["commit"]]
+    assert [row["error"] == 9.0 for row in again["rows"]] == [True, True, False, False]
+    with pytest.raises(SystemExit):
+        run(case, "--setting", "none such")
+    assert "no setting of that name" in capsys.readouterr().err
+    path.write_text(json.dumps({**older, "cpu": "another"}))
+    with pytest.raises(ValueError, match="its cpu is another"):
+        run(case, "--setting", "large")
