@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not chosen(case, options):
             parser.error(f"--setting {arguments.setting!r}: {name} has no setting of that name")
         print(f"{case.name}: {case.description}", flush=True)
+        older = results.known(case, options, arguments.out)
         commit, _ = results.revision()
         rows = [{**row, "commit": commit} for row in run_case(case, options)]
-        rows = results.beside(case, options, rows, arguments.out)
+        rows = results.beside(case, options, rows, older)
         result = results.describe(case, options, rows)
         path = results.write(case, options, result, arguments.out)
         print(f"{results.table(rows)}\nratio: to {case.baseline}, round by round; written to {path}\n", flush=True)

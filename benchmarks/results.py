@@ -80,22 +80,27 @@ def lines(found: list[dict[str, Any]]) -> str:
     return "\n".join(printed)
 
 
-def beside(case: Case, options: Options, rows: list[Row], folder: Path) -> list[Row]:
-    """These rows, and those of the settings that were not asked for as the file has them, in the case's order.
+def known(case: Case, options: Options, folder: Path) -> list[Row]:
+    """The rows that the file has, each with its commit; none where all settings are asked for.
 
     Raises:
-        ValueError: they are of another machine or other versions, and cannot stand side by side.
+        ValueError: they are of another machine or other versions, and cannot stand beside new ones.
     """
     path, here = _path(case, options, folder), environment(options.device)
     if not options.only or not path.is_file():
-        return rows
+        return []
     kept = json.loads(path.read_text(encoding="utf-8"))
     for key in ("cpu", "threads", "versions"):
         if kept[key] != here[key]:
             raise ValueError(f"{path}: its {key} is {kept[key]}, here it is {here[key]}; run all settings")
+    return [{"commit": kept["commit"], **row} for row in kept["rows"]]
+
+
+def beside(case: Case, options: Options, rows: list[Row], older: list[Row]) -> list[Row]:
+    """These rows, and the older ones of the settings that were not asked for, in the case's order."""
     order = [one.name for one in case.settings(options.quick, options.device)]
     others = set(order) - {row["setting"]["name"] for row in rows}
-    old = [{"commit": kept["commit"], **row} for row in kept["rows"] if row["setting"]["name"] in others]
+    old = [row for row in older if row["setting"]["name"] in others]
     return sorted([*rows, *old], key=lambda row: order.index(row["setting"]["name"]))
 
 

@@ -5,7 +5,9 @@ What runs before the first iteration, and each phase of one, is named while it r
 
 from __future__ import annotations
 
+import functools
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,16 +17,24 @@ from tqdm import tqdm
 
 from .records import Row
 
+PATIENCE = 5.0  # seconds after which a log says what it is that lasts
+
 
 @contextmanager
 def stage(what: str, shown: bool = True) -> Iterator[None]:
-    """Say what is going on: in a log by a line, on a terminal for as long as it lasts."""
+    """Say what is going on: on a terminal for as long as it lasts, in a log by a line once it lasts long."""
     live = shown and sys.stderr.isatty()
-    if shown:
-        print(f"{what} …", end="" if live else "\n", file=sys.stderr, flush=True)
+    words = functools.partial(print, f"{what} …", end="" if live else "\n", file=sys.stderr, flush=True)
+    later = threading.Timer(PATIENCE, words)
+    if live:
+        words()
+    elif shown:
+        later.daemon = True
+        later.start()
     try:
         yield
     finally:
+        later.cancel()
         if live:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 

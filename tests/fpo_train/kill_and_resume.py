@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-import fpo_train.run  # noqa: F401 - imported before the forks
+import fpo_train.running.run  # noqa: F401 - imported before the forks
 from fpo_train.cli import main
 
 torch.set_num_threads(1)  # a fork does not inherit a pool of threads

@@ -361,7 +361,7 @@ def test_stopping(tmp_path, monkeypatch, capfd):
     def broken(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fpo_train.evaluate.evaluate", broken)
+    monkeypatch.setattr("fpo_train.evaluate.evaluation.evaluate", broken)
     assert main(["eval", "--out", str(tmp_path / "eval")]) == 3
     assert capfd.readouterr().err.strip() == "fpo-train eval: stopped; the same command goes on"
 

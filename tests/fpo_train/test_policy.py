@@ -233,7 +233,7 @@ def test_layers_that_do_not_exist(tiny):
 
 
 def test_models_that_bend_their_logits_are_refused(tiny, monkeypatch):
-    from fpo_train.policy import base as module
+    from fpo_train.policy import load as module
 
     def bent(name, dtype, quantization):
         model, tokenizer = load(name, dtype, quantization)

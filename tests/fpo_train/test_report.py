@@ -3,11 +3,12 @@
 import base64
 import json
 import re
+import time
 
 import pytest
 import yaml
 
-from fpo_train.report import records
+from fpo_train.report import progress, records
 from fpo_train.report.page import SHOWN, write_report
 from fpo_train.report.panels import CAPTIONS
 from fpo_train.report.progress import Progress, stage
@@ -131,9 +132,9 @@ def test_penalties_are_matched_by_prompt_not_by_place(tmp_path):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_shows_rows_and_warnings(capsys, shown):
-    with Progress("relaxed", 20, 0, shown) as progress:
-        progress(row_of(4, oracle_utility=None))
-        progress(row_of(5, warning="possible collapse"))
+    with Progress("relaxed", 20, 0, shown) as shows:
+        shows(row_of(4, oracle_utility=None))
+        shows(row_of(5, warning="possible collapse"))
     lines = capsys.readouterr().err.splitlines()
     if not shown:
         assert lines == []
@@ -148,9 +149,16 @@ def test_progress_shows_rows_and_warnings(capsys, shown):
 @pytest.mark.parametrize("live", [True, False])
 def test_what_takes_long_before_the_first_iteration_is_named(capsys, monkeypatch, live):
     monkeypatch.setattr("sys.stderr.isatty", lambda: live)
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
     with stage("loading"):
-        assert capsys.readouterr().err == ("loading …" if live else "loading …\n")
+        assert capsys.readouterr().err == ("loading …" if live else "")
+        time.sleep(0.5)
+        assert capsys.readouterr().err == ("" if live else "loading …\n")
     assert capsys.readouterr().err == ("\r\x1b[K" if live else "")
     with stage("loading", shown=False):
-        pass
+        time.sleep(0.2)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    with stage("loading"):
+        pass  # what is soon done is not worth a line
+    time.sleep(0.2)
     assert capsys.readouterr().err == ""

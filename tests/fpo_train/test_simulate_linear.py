@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fpo_train.report import figures
+from fpo_train.report.tables import format_table
 from fpo_train.simulate import linear
-from fpo_train.simulate.results import format_table
 
 # linear environment, seed 0: signal, noise, final U, best U
 REFERENCE = {

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from fpo_train.config import PolicyConfig
 from fpo_train.errors import RunError
 from fpo_train.evaluate.answers import Answerer, Speaker
-from fpo_train.policy import base as policy_module
+from fpo_train.policy import load as policy_module
 from fpo_train.policy import load_policy, trial
 from fpo_train.rollout import Readings
 
