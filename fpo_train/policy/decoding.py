@@ -127,7 +127,8 @@ def write(
         said[rows, step] = token
         done |= torch.isin(token, ending)
         last = token[:, None]
-        if (step + 1) % look == 0 and ends:
+        if (step + 1) % look == 0:
+            choose.check()
             ended = int(done.sum())
             if ended == len(done):
                 break
