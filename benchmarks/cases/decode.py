@@ -116,6 +116,7 @@ def by_transformers(
             do_sample=not greedy,
             max_new_tokens=config.max_new_tokens,
             min_new_tokens=config.min_new_tokens,
+            eos_token_id=list(policy.ends),
             pad_token_id=policy.eos,
             repetition_penalty=1.0,
             **more,
