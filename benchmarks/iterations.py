@@ -59,10 +59,7 @@ class Ours:
 
     def judged(self, fixed: Fixed) -> Answers:
         """What it makes of fixed replies; see `fixed.exact`."""
-        parts, count = self.parts, len(fixed.texts[0]) - 1
-        self.restart()
-        replies = [reply for some in fixed.replies for reply in some]
-        rollout = Rollout.of(parts.policy, fixed.prompts, replies, candidates=count)
+        parts, rollout = self.parts, self._begun_with(fixed)
         readings, labels, reading, judged = judge(parts, rollout, 0)
         found = {"reward": judged.reward, "penalty": judged.penalty}
         if judged.product is not None:
@@ -78,22 +75,25 @@ class Ours:
 
     def exact(self, fixed: Fixed, parameters: str) -> Answers:
         """What it should make of fixed replies with ∇ over those weights of its reward model; see `exact_over`."""
-        parts, count = self.parts, len(fixed.texts[0]) - 1
-        self.restart()
-        replies = [reply for some in fixed.replies for reply in some]
-        rollout = Rollout.of(parts.policy, fixed.prompts, replies, candidates=count)
+        parts, rollout = self.parts, self._begun_with(fixed)
         reading = parts.reward_model.read(rollout, Readings(parts.policy, rollout))
         model = parts.reward_model
-        return exact_over(model.module, reading.batch or {}, model.names(parameters), count)
+        return exact_over(model.module, reading.batch or {}, model.names(parameters), rollout.candidates)
+
+    def _begun_with(self, fixed: Fixed) -> Rollout:
+        """The fixed replies as a rollout, everything at its start."""
+        self.restart()
+        replies = [reply for some in fixed.replies for reply in some]
+        return Rollout.of(self.parts.policy, fixed.prompts, replies, candidates=len(fixed.texts[0]) - 1)
 
 
 class Published:
     """The procedure's iteration; a call puts everything back to the start and runs number 1."""
 
     def __init__(
-        self, peer: procedure.Procedure, prompts: Sequence[str], answer: Callable[[Published], Tensor], seed: int = 0
+        self, peer: procedure.Procedure, prompts: Sequence[str], answer: Callable[[Published], Tensor]
     ) -> None:
-        self.peer, self.prompts, self._seed = peer, prompts, seed
+        self.peer, self.prompts = peer, prompts
         self._answer: Callable[[], Tensor] = functools.cache(lambda: answer(self))
         models = peer.models
         self._trained = {
@@ -108,7 +108,7 @@ class Published:
     def __call__(self) -> Tensor:
         answer = self._answer()
         self.restart()
-        self.seconds.append(self.peer.iterate(self.prompts, self._seed))
+        self.seconds.append(self.peer.iterate(self.prompts, seed=0))
         return answer
 
     def restart(self) -> None:

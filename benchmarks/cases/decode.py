@@ -20,6 +20,7 @@ from fpo_train.config import DataConfig, PolicyConfig, RolloutConfig
 from fpo_train.data.prompts import Prompt, read_prompts, render_prompts
 from fpo_train.errors import RunError
 from fpo_train.policy import Policy, load_policy, prefix
+from fpo_train.policy.decoding import GROUPED
 from fpo_train.rollout import sampler
 
 OURS, THEIRS = "fpo-train", "transformers, the cache that grows"
@@ -122,7 +123,7 @@ def by_transformers(
             **more,
         )
     finally:
-        policy.lm.set_attn_implementation("sdpa_grouped")
+        policy.lm.set_attn_implementation(GROUPED)
     return out[:, told.ids.shape[1] :]
 
 
