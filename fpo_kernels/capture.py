@@ -101,6 +101,7 @@ class Taps:
         self._shape = shape
         self._anchor = torch.zeros((), device=plan.device, requires_grad=True)
         self._inputs = Inputs()
+        self._same = -1  # the group whose input was seen to come out the same when it is made again
         self._arrivals = Arrivals(self._size, self._inputs, self.calls, most)
         self._backward = False
         self._noted: list[tuple[int, nn.Module, int, Tensor | None, Tensor, int]] = []
@@ -132,7 +133,7 @@ class Taps:
         turn = len(self.calls)
         group, given = self._inputs.group(a, a._version, turn), a
         a, output = self._by_example(module, a.detach(), output)
-        node = self._maker(module, given) if module in self._reads and a.shape == given.shape else None
+        node = self._maker(module, given, group) if module in self._reads and a.shape == given.shape else None
         if not self._backward:  # under checkpointing the forward runs again during backward
             self.calls.append((module, group))
             self._arrivals.bytes += output.nbytes
@@ -191,13 +192,14 @@ class Taps:
                 except (TypeError, KeyError, AttributeError, IndexError, ValueError) as problem:
                     self._unreadable(module, "its input and the gradient of its output", problem)
 
-    def _maker(self, module: nn.Module, a: Tensor) -> Node | None:
-        """What makes the input again, where it was seen to come out the same."""
+    def _maker(self, module: nn.Module, a: Tensor, group: int) -> Node | None:
+        """What makes the group's input again, where it was seen to come out the same."""
         with self.uses.paused(module):
             node = maker_of(a)
             if node is not None and module not in self._known.remade:
-                if not torch.equal(remade(node, some_rows), some_rows(a)):
+                if group != self._same and not torch.equal(remade(node, some_rows), some_rows(a)):
                     return None
+                self._same = group
                 self._known.remade.add(module)
         return node
 

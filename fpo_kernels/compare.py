@@ -61,7 +61,7 @@ class Comparison:
         self.fine, self.coarse = fine, False
         self.manners: set[Manner] = set()
         self._made: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
-        self._picks: dict[int, tuple[Packing, Tensor, Tensor]] = {}
+        self._picks: dict[int, tuple[Packing, Tensor | slice, Tensor]] = {}
         self._ruled: dict[str, Tensor] = {}
         self._mass: dict[str, Tensor] = {}
         self._eps = 0.0  # of the coarsest gradient: its rounding goes on into all below
@@ -87,13 +87,13 @@ class Comparison:
             rows, weights = self.rows.to(stream.v.device), self.weights.to(stream.v.device)
             return weights @ (stream.v[rows] @ self._left(stream.v, stream.v.shape[1])).double(), None
         index, weights = self._pick(stream.packing, stream.d.device)
-        d = _wide(stream.d.index_select(0, index))
+        d = _wide(stream.d[index])
         if isinstance(stream, Rows):
-            left = self._left(d, stream.table)[stream.ids.index_select(0, index).long()]
+            left = self._left(d, stream.table)[stream.ids[index].long()]
             return (weights * (d @ self._right(d, d.shape[1])).double()) @ left.double(), _squares(d).sum()
         key = id(stream.a), stream.transposed
         if key not in read:
-            a = _wide(stream.a.index_select(0, index))
+            a = _wide(stream.a[index])
             side = self._left if stream.transposed else self._right
             read[key] = (a @ side(a, a.shape[1])).double(), _squares(a)
         along, squares = read[key]
@@ -116,14 +116,20 @@ class Comparison:
             self._made[key] = _signs(length, count, seed=8 * length + count).to(like.device, like.dtype)
         return self._made[key]
 
-    def _pick(self, packing: Packing, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _pick(self, packing: Packing, device: torch.device) -> tuple[Tensor | slice, Tensor]:
         """Which rows of a stream are of the examples, and each one's c; kept beside the packing whose name it has."""
         if id(packing) not in self._picks:
             lengths, chosen = packing.lengths, self.rows.numpy()
             starts = lengths.cumsum() - lengths
-            index = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in chosen])
+            first, last = int(chosen[0]), int(chosen[-1])
+            index: Tensor | slice
+            if last - first == len(chosen) - 1:  # without a copy
+                index = slice(int(starts[first]), int(starts[last] + lengths[last]))
+            else:
+                rows = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in chosen])
+                index = torch.from_numpy(rows).to(device)
             weights = np.repeat(self.weights.numpy(), lengths[chosen])
-            self._picks[id(packing)] = packing, torch.from_numpy(index).to(device), torch.from_numpy(weights).to(device)
+            self._picks[id(packing)] = packing, index, torch.from_numpy(weights).to(device)
         return self._picks[id(packing)][1:]
 
     def weighing(self, taps: Taps, deliver: Deliver) -> Deliver:

@@ -354,7 +354,9 @@ def _by_globs(model: nn.Module, everything: dict[str, nn.Parameter], globs: Sequ
     aliases = dict(model.named_parameters(remove_duplicate=False))
     wanted: set[int] = set()
     for glob in globs:
-        hits = {id(p) for name, p in aliases.items() if fnmatchcase(name, glob)}
+        # a list of names is long, and would be quadratic
+        named = [aliases[glob]] if glob in aliases else [p for name, p in aliases.items() if fnmatchcase(name, glob)]
+        hits = {id(parameter) for parameter in named}
         if not hits:
             raise ValueError(f"parameters: {glob!r} matches no parameter of {type(model).__name__}")
         wanted |= hits
