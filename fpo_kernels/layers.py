@@ -354,12 +354,10 @@ def _by_globs(model: nn.Module, everything: dict[str, nn.Parameter], globs: Sequ
     aliases = dict(model.named_parameters(remove_duplicate=False))
     wanted: set[int] = set()
     for glob in globs:
-        # a list of names is long, and would be quadratic
-        named = [aliases[glob]] if glob in aliases else [p for name, p in aliases.items() if fnmatchcase(name, glob)]
-        hits = {id(parameter) for parameter in named}
+        hits = [glob] if glob in aliases else [n for n in aliases if fnmatchcase(n, glob)]  # linear for long lists
         if not hits:
             raise ValueError(f"parameters: {glob!r} matches no parameter of {type(model).__name__}")
-        wanted |= hits
+        wanted |= {id(aliases[name]) for name in hits}
     return {name: p for name, p in everything.items() if id(p) in wanted}
 
 
