@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+MOST_PACKED = 2 * 2**30  # bytes of matrices that a CPU keeps a second time, arranged for decoding
+
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fpo_train.config.units import MOST_PACKED
+
 from .architecture import Architecture
 
 FP32 = 4
@@ -122,6 +124,12 @@ def forward_bytes(model: Architecture, itemsize: int, tokens: int, width: int, q
     if model.relative:
         attention += tokens * model.heads * width * 4 * e
     return max(feed, attention)
+
+
+def packed_bytes(model: Architecture) -> int:
+    """A CPU's second copy of an fp32 model's matrices, arranged for decoding (`rollout.packing`)."""
+    whole = (model.linear_weights + model.vocabulary * model.hidden) * FP32
+    return whole if whole <= MOST_PACKED else 0
 
 
 def cache_bytes(model: Architecture, itemsize: int, tokens: int) -> int:

@@ -22,6 +22,7 @@ from .footprint import (
     cache_bytes,
     forward_bytes,
     layer_bytes,
+    packed_bytes,
     tape_bytes,
     unpacked_bytes,
     weight_bytes,
@@ -130,6 +131,8 @@ class Peaks:
         weights = weight_bytes(self.policy, self.itemsize, config.policy.quantization) + self._others
         if config.policy.input_embedding == "host" and self.cuda:
             weights -= self.policy.embedding * self.itemsize
+        if not self.cuda and self.itemsize == FP32 and config.rollout.engine == "transformers":
+            weights += packed_bytes(self.policy)
         inside = self.reward is not None and config.reward_model.train == "all"
         if self.reward:
             weights += weight_bytes(self.reward, self.reward_itemsize, "none")

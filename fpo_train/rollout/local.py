@@ -15,6 +15,7 @@ from fpo_train.policy.generation import generate
 from fpo_train.policy.prefix import Prefix
 
 from .base import Rollout
+from .packing import packed
 from .sampling import RowSampler, uniforms
 
 
@@ -92,17 +93,18 @@ class TransformersSampler:
             known = prefix.cache(
                 [(one, mine) for (one, _), mine in zip(parts, split, strict=True)], width - 1, settings.max_new_tokens
             )
-        out = generate(
-            policy.lm,
-            told.ids[owners],
-            told.mask[owners],
-            RowSampler(settings, draws.to(policy.device)),
-            ends=policy.ends,
-            pad=policy.eos,
-            most=settings.max_new_tokens,
-            least=settings.min_new_tokens,
-            cached=policy.caches,
-            known=known,
-            kept=speaking.kept,
-        )
+        with packed(policy.lm):
+            out = generate(
+                policy.lm,
+                told.ids[owners],
+                told.mask[owners],
+                RowSampler(settings, draws.to(policy.device)),
+                ends=policy.ends,
+                pad=policy.eos,
+                most=settings.max_new_tokens,
+                least=settings.min_new_tokens,
+                cached=policy.caches,
+                known=known,
+                kept=speaking.kept,
+            )
         return [policy.cut(row) for row in out[:, width:].tolist()]

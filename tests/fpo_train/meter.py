@@ -17,12 +17,12 @@ class Meter(TorchDispatchMode):
 
     Every operation's results are looked at as they come back from the kernel, in the backward pass too; a storage
     counts once, however many tensors lie in it, until nobody holds it. What a kernel takes and gives back within
-    itself is not seen. Tensors made earlier count if they are given.
+    itself is not seen. Tensors made earlier count if they are given, and `beside` bytes that lie in no storage.
     """
 
-    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+    def __init__(self, held: Iterable[Tensor] = (), beside: int = 0) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = beside
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in held:
             self._see(tensor)

@@ -29,6 +29,7 @@ from fpo_train.config import (
 from fpo_train.memory.architecture import from_config
 from fpo_train.memory.peaks import PHASES
 from fpo_train.memory.plan import make_plan
+from fpo_train.rollout.packing import packed_bytes
 from tests.fpo_train.meter import Meter
 from tests.fpo_train.phases import Bench
 
@@ -71,7 +72,7 @@ def compare(lm, config, rows, prompt_tokens):
     model = from_config("policy", bench.parts.policy.lm.config.to_dict())
     plan = make_plan(dataclasses.replace(config, memory=memory), model, prompt_tokens)
     ratios = {}
-    with Meter(bench.held()) as meter:
+    with Meter(bench.held(), packed_bytes(bench.parts.policy.model)) as meter:
         for phase in PHASES:
             meter.peak = meter.live
             getattr(bench, phase)(plan.rows[phase])
