@@ -131,3 +131,7 @@ def test_a_whole_iteration():
     short, long, _ = headline("train_step", "the paper's procedure")
     assert f"{short:.2f} times as long as ours on short prompts and {long:.2f} times on long ones" in readme
     assert f"{headline('train_step', 'FPO head-only (practical)')[2]:.2f} of plain RLHF" in readme
+    (whole,), (lora,) = (headline("train_step", f"FPO over {what}") for what in ("all weights of MiniLM", "a LoRA"))
+    said = prose("README.md")
+    assert f"trained and penalised {whole:.2f}, with a LoRA reward model on the base {lora:.2f}" in said
+    assert f"Replies take {headline('decode', 'ours / transformers')[0]:.2f} of the time of transformers'" in said
