@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,17 +134,23 @@ class Judge:
             else:
                 self._counts["cached"] += 1
         if new:
+            stopped = threading.Event()
             with ThreadPoolExecutor(min(self._threads, len(new)), "judge") as pool:
-                running = {question: pool.submit(self._put, question) for question in new}
+                running = {question: pool.submit(self._put, question, stopped) for question in new}
                 try:
                     winners |= {question: future.result() for question, future in running.items()}
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+                finally:
+                    stopped.set()
         return winners
 
-    def _put(self, question: Question) -> str | None:
-        winner = self._endpoint.ask(question.messages(), _winner)
+    def _put(self, question: Question, stopped: threading.Event) -> str | None:
+        if stopped.is_set():  # by the thread that was refused: the one that waits may be late to drop the rest
+            return None
+        try:
+            winner = self._endpoint.ask(question.messages(), _winner)
+        except BaseException:
+            stopped.set()
+            raise
         if winner is not None:
             key = question.key(self._model)
             self._known[key] = winner

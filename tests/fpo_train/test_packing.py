@@ -42,6 +42,16 @@ def test_what_linear_gives(shape, bias):
 
 
 @torch.no_grad()
+def test_nothing_is_drawn_from_the_run_s_numbers():
+    layers = model()
+    packing._works.cache_clear()
+    before = torch.get_rng_state()
+    with packed(layers):
+        assert "forward" in vars(layers[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@torch.no_grad()
 def test_a_changed_matrix_is_arranged_again():
     layers, x = model(), torch.randn(4, 37)
     for _ in range(2):
