@@ -49,23 +49,33 @@ class Chooser(ABC):
 
     Args:
         said: the complaint where there are no numbers to choose from.
+
+    Attributes:
+        steady: whether a call does the same to the same tensors every time, but for `step`'s and the logits' numbers:
+            then it can be recorded on a GPU.
     """
+
+    steady = True
 
     def __init__(self, said: str) -> None:
         self._said = said
         self._sound: Tensor | None = None
 
     @abstractmethod
-    def __call__(self, step: int, rows: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, step: int | Tensor, rows: Tensor, logits: Tensor) -> Tensor:
         """Tokens (r,) int64 of the rows that still speak, (r,) indices, from logits (r, V).
 
-        `step` counts the tokens said so far. A logit of −∞ is never chosen.
+        `step` counts the tokens said so far, a tensor (1,) int64 where the count is kept on the device. A logit of −∞
+        is never chosen.
         """
 
     def note(self, numbers: Tensor) -> None:
         """Remember whether they are numbers, of any shape; the device is not waited for."""
         sound = numbers.isfinite().all()
-        self._sound = sound if self._sound is None else self._sound & sound
+        if self._sound is None:
+            self._sound = sound
+        else:
+            self._sound.logical_and_(sound)
 
     def check(self) -> None:
         """See that all that was noted were numbers.
@@ -147,7 +157,7 @@ def check_finite(numbers: Tensor, said: str) -> None:
 class Greedy(Chooser):
     """The likeliest. Some logits may be −∞: such tokens are never said."""
 
-    def __call__(self, step: int, rows: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, step: int | Tensor, rows: Tensor, logits: Tensor) -> Tensor:
         """See `Chooser`."""
         most, tokens = logits.max(-1)
         self.note(most)
@@ -157,12 +167,14 @@ class Greedy(Chooser):
 class Listener(Chooser):
     """Keeps each step's logits and lets given tokens (R, t) be said, whatever they are."""
 
+    steady = False
+
     def __init__(self, tokens: Tensor) -> None:
         super().__init__("")
         self._tokens = tokens
         self.logits: list[Tensor] = []  # (R, V) each
 
-    def __call__(self, step: int, rows: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, step: int | Tensor, rows: Tensor, logits: Tensor) -> Tensor:
         """See `Chooser`."""
         self.logits.append(logits.clone())
         return self._tokens[rows, step]

@@ -41,12 +41,12 @@ class RowSampler(Chooser):
         self._settings = settings
         self._uniforms = uniforms  # (R, max_new_tokens), on the logits' device
 
-    def __call__(self, step: int, rows: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, step: int | Tensor, rows: Tensor, logits: Tensor) -> Tensor:
         """See `Chooser`; logits that are no distribution are noted."""
         probability, tokens = kept(logits, self._settings)
         self.note(probability[:, 0])  # the likeliest: NaN where a logit is NaN or +∞, or all are −∞
         running = probability.cumsum(-1)
-        u = self._uniforms[rows, step, None] * running[:, -1:]
+        u = self._uniforms[rows, step][:, None] * running[:, -1:]
         last = ((probability > 0).sum(-1, keepdim=True) - 1).clamp_min(0)
         place = torch.minimum((running <= u).sum(-1, keepdim=True), last)
         return tokens.gather(1, place)[:, 0]
