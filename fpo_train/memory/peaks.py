@@ -64,6 +64,7 @@ class Peaks:
         gold: the oracle's classifier, None where it has none.
         prompt_tokens: longest prompt, template included.
         prompts: of this process.
+        unpacks: whether 4-bit weights stay unpacked while replies are decoded.
     """
 
     config: RunConfig
@@ -73,6 +74,7 @@ class Peaks:
     prompt_tokens: int
     prompts: int
     cuda: bool
+    unpacks: bool = False
 
     @property
     def width(self) -> int:
@@ -181,13 +183,16 @@ class Peaks:
         last = length + self.config.rollout.max_new_tokens - 1
         read = self.prompts * length
         cache = 2 * self.prefix + cache_bytes(model, e, rows * last)  # as the policy reads the prompts, and as the base
-        step = forward_bytes(model, e, rows, last, self.unpacked)
+        step = forward_bytes(model, e, rows, last, 0 if self.unpacks else self.unpacked)
         logits = rows * model.vocabulary
         prefill = forward_bytes(model, e, read, length, self.unpacked)
+        decoding = dict(self.resident)
+        if self.unpacks:
+            decoding["weights"] += model.linear_weights * e
         return [
             self.resident | {"activations": prefill, "KV cache": self.prefix + cache_bytes(model, e, read)},
-            self.resident | {"activations": step, "KV cache": cache, "logits": BETWEEN * FP32 * logits},
-            self.resident | {"KV cache": cache, "logits": (SAMPLING * FP32 + e * (e < FP32)) * logits},
+            decoding | {"activations": step, "KV cache": cache, "logits": BETWEEN * FP32 * logits},
+            decoding | {"KV cache": cache, "logits": (SAMPLING * FP32 + e * (e < FP32)) * logits},
         ]
 
     @property

@@ -6,6 +6,7 @@ test holds it to what live tensors take.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ class Plan:
             configuration does not fix their number.
         notes: what the reader of the table has to know.
         bound: what the budget is, for messages.
+        unpacks: whether the budget has room for 4-bit weights to stay unpacked while replies are decoded.
     """
 
     phases: dict[str, Phase]
@@ -56,6 +58,7 @@ class Plan:
     smallest: int
     notes: tuple[str, ...]
     bound: str = "memory.budget"
+    unpacks: bool = False
 
     @property
     def fits(self) -> bool:
@@ -131,8 +134,20 @@ def make_plan(
         smallest = min(choices, key=lambda phase: phase.total)  # fewer rows can take more: then gradients stay between
         phases[name] = fitting[-1] if fitting else smallest
         least = max(least, smallest.total)
-    notes = tuple(_notes(config, prompt_tokens, processes, device))
-    return Plan(phases, budget, int(least / (1 - MARGIN)) + 1, notes, bound)
+    if unpacked := _unpacked(peaks, phases["generate"], budget):
+        phases["generate"] = unpacked
+    notes = tuple(_notes(config, prompt_tokens, processes, device, unpacked is not None))
+    return Plan(phases, budget, int(least / (1 - MARGIN)) + 1, notes, bound, unpacked is not None)
+
+
+def _unpacked(peaks: Peaks, packed: Phase, budget: int | None) -> Phase | None:
+    """The phase of generation with 4-bit weights unpacked throughout, where all rows and these fit a budget."""
+    settings = peaks.config
+    fixed = settings.policy.quantization != "nf4" or settings.rollout.engine != "transformers" or not peaks.cuda
+    if fixed or budget is None or packed.rows < packed.whole:
+        return None
+    phase = _at(dataclasses.replace(peaks, unpacks=True), "generate", packed.rows)
+    return phase if _fits(phase.total, budget) else None
 
 
 def _gold(config: RunConfig) -> Architecture | None:
@@ -163,13 +178,17 @@ def _show_up(size: int) -> str:
     return f"{-(-size // 2**20)}MiB"
 
 
-def _notes(config: RunConfig, prompt_tokens: int, processes: int, device: str) -> Iterator[str]:
+def _notes(config: RunConfig, prompt_tokens: int, processes: int, device: str, unpacks: bool) -> Iterator[str]:
     reply = config.rollout.max_new_tokens
     width = prompt_tokens + reply + 1
     yield f"rows of up to {width} tokens: prompts of {prompt_tokens}, replies of {reply}, and a closing one"
     if processes > 1:
         yield f"each of {processes} processes"
     yield f"{MARGIN:.0%} of the budget is left free"
+    if unpacks:
+        yield "4-bit weights stay unpacked while replies are decoded, since the budget holds both"
+    elif config.policy.quantization == "nf4":
+        yield "4-bit weights are unpacked for each token of all rows: the budget does not hold them unpacked as well"
     if device == "cuda":
         yield "the CUDA context, about half a GiB, comes on top"
     if "paged_adamw_8bit" in (config.update.optimizer, config.reward_model.optimizer):

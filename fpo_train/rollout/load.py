@@ -9,8 +9,8 @@ from .base import Sampler
 from .local import TransformersSampler
 
 
-def sampler(policy: Policy, config: RolloutConfig, seed: int) -> Sampler:
-    """The sampler that `rollout.engine` names.
+def sampler(policy: Policy, config: RolloutConfig, seed: int, unpacks: bool = False) -> Sampler:
+    """The sampler that `rollout.engine` names; `unpacks`: see `TransformersSampler`.
 
     Raises:
         RunError: it is not installed.
@@ -19,4 +19,4 @@ def sampler(policy: Policy, config: RolloutConfig, seed: int) -> Sampler:
         from .vllm import VllmSampler
 
         return VllmSampler(policy, config, seed)
-    return TransformersSampler(policy, config, seed)
+    return TransformersSampler(policy, config, seed, unpacks)

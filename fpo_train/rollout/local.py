@@ -15,17 +15,19 @@ from fpo_train.policy.generation import generate
 from fpo_train.policy.prefix import Prefix
 
 from .base import Rollout
-from .packing import packed
+from .packing import packed, unpacked
 from .sampling import RowSampler, uniforms
 
 
 class TransformersSampler:
     """transformers' generation; a prompt is read once, its candidates go on from there."""
 
-    def __init__(self, policy: Policy, settings: RolloutConfig, seed: int) -> None:
+    def __init__(self, policy: Policy, settings: RolloutConfig, seed: int, unpacks: bool = False) -> None:
+        """`unpacks`: keep 4-bit weights unpacked while an iteration's rows are decoded, all at once."""
         self._policy = policy
         self._settings = settings
         self._seed = seed
+        self._unpacks = unpacks
 
     def __call__(self, prompts: list[Prompt], place: int, first: int, rows_at_once: int = 0) -> Rollout:
         """See `Sampler`. Candidates and references are decoded together, each from the prompt as its model reads it."""
@@ -34,7 +36,9 @@ class TransformersSampler:
             told = prefix.read(self._policy, prompts)
             with self._policy.base():
                 base = prefix.read(self._policy, prompts)
-            replies = self._generate(told, list(range(n + 1)), place, first, rows_at_once, base)
+            together = not rows_at_once or rows_at_once >= len(prompts) * (n + 1)  # fewer: memory has run short
+            with unpacked(self._policy.lm) if self._unpacks and together else nullcontext():
+                replies = self._generate(told, list(range(n + 1)), place, first, rows_at_once, base)
         return Rollout.of(self._policy, prompts, replies, n, self._settings.skip_blank, base)
 
     def base_replies(

@@ -1,13 +1,15 @@
-"""A frozen model's matrices arranged once for products of few rows, on a CPU.
+"""A frozen model's matrices made ready once for products of few rows, not anew for each token.
 
-`linear` arranges a matrix anew in every call; of 36 rows that is a third of its time. oneDNN's arrangement is kept
-beside the weights instead, as torch's own compiler does where weights are frozen, and while few rows are read linear
-layers go by it. What it takes, `plan` counts.
+On a CPU `linear` arranges a matrix in every call; of 36 rows that is a third of its time. oneDNN's arrangement is kept
+beside the weights instead, as torch's own compiler does where weights are frozen. On a GPU matrices of 4 bits are
+unpacked in every call; where memory holds all of them they stay so while replies are decoded. What either takes,
+`plan` counts.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +54,22 @@ def packed(model: nn.Module) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Let a model's 4-bit layers (bitsandbytes) multiply with matrices that are unpacked once, as they would with each.
+
+    Those that a CPU has arranged in its own way, and layers with a forward of their own, run as they are.
+    """
+    layers: list[Any] = [module for module in model.modules() if _is_of_4_bits(module)]
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = functools.partial(_as_unpacked, _matrix(layer), layer.bias)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of the arrangements that a model's layers have by now."""
     return sum(one.matrix.nbytes for module in model.modules() if (one := _packed.get(module)))
@@ -62,6 +80,25 @@ def _can_be(module: nn.Module) -> TypeGuard[nn.Linear]:
         return False
     weight = module.weight
     return type(weight) is nn.Parameter and weight.is_cpu and weight.dtype == torch.float32 and not weight.requires_grad
+
+
+def _is_of_4_bits(module: nn.Module) -> bool:
+    known = "bitsandbytes" in sys.modules and type(module).__module__.startswith("bitsandbytes.")
+    if not known or type(module).__name__ != "Linear4bit" or "forward" in vars(module):
+        return False
+    state = getattr(module.weight, "quant_state", None)
+    return state is not None and not getattr(state, "packing_format_for_cpu", False)
+
+
+def _matrix(layer: Any) -> Tensor:
+    state = layer.weight.quant_state
+    whole: Tensor = sys.modules["bitsandbytes"].functional.dequantize_4bit(layer.weight.data, state)
+    return whole.to(layer.compute_dtype or state.dtype)
+
+
+def _as_unpacked(matrix: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    bias = None if bias is None else bias.to(matrix.dtype)
+    return nn.functional.linear(x.to(matrix.dtype), matrix, bias).to(x.dtype)
 
 
 def _arranged(layer: nn.Linear) -> Tensor:

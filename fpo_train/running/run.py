@@ -108,13 +108,14 @@ class Workshop:
         for name, parameter in self.policy.trainable.items():
             parameter.data.copy_(self._adapter[name])
         policy, processes = self.policy, self.processes
+        plan = plan_for(config, policy, self.prompts.longest, processes.world)
         parts = Parts(
             config=config,
             processes=processes,
-            memory=Guard(plan_for(config, policy, self.prompts.longest, processes.world), policy.device),
+            memory=Guard(plan, policy.device),
             prompts=self.prompts,
             policy=policy,
-            sampler=sampler(policy, config.rollout, config.seed),
+            sampler=sampler(policy, config.rollout, config.seed, plan is not None and plan.unpacks),
             reward_model=load_reward_model(config, policy, processes, policy.device),
             replay=Replay(config.reward_model.buffer),
             oracle=load_oracle(config, policy, processes),

@@ -1,11 +1,14 @@
-"""Matrices arranged for products of few rows."""
+"""Matrices made ready for products of few rows."""
+
+import sys
+import types
 
 import pytest
 import torch
 from torch import nn
 
 from fpo_train.rollout import packing
-from fpo_train.rollout.packing import packed, packed_bytes
+from fpo_train.rollout.packing import packed, packed_bytes, unpacked
 
 
 def model(bias=True):
@@ -95,3 +98,50 @@ def test_layers_are_themselves_again_after_a_failure():
         layers(torch.randn(4, 36))
     assert "forward" not in vars(layers[0])
     assert "forward" not in vars(layers[2])
+
+
+class Linear4bit(nn.Module):
+    """As bitsandbytes' layer: codes that are unpacked in every call, products in a number format of its own."""
+
+    __module__ = "bitsandbytes.nn.modules"
+    unpackings = 0
+
+    def __init__(self, bias, compute_dtype=torch.bfloat16):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randint(-8, 8, (12, 9), dtype=torch.int8), requires_grad=False)
+        self.weight.quant_state = types.SimpleNamespace(dtype=torch.float32)
+        self.bias = nn.Parameter(torch.randn(12), requires_grad=False) if bias else None
+        self.compute_dtype = compute_dtype
+
+    @classmethod
+    def dequantize_4bit(cls, codes, state):
+        cls.unpackings += 1
+        return (codes.float() / 7).to(state.dtype)
+
+    def forward(self, x):
+        as_it_computes = [
+            None if one is None else one.to(self.compute_dtype or torch.float32)
+            for one in (x, self.dequantize_4bit(self.weight, self.weight.quant_state), self.bias)
+        ]
+        return nn.functional.linear(*as_it_computes).to(x.dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+@torch.no_grad()
+def test_4_bit_layers_are_unpacked_once_and_say_the_same(monkeypatch, bias, dtype):
+    library = types.SimpleNamespace(functional=types.SimpleNamespace(dequantize_4bit=Linear4bit.dequantize_4bit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    torch.manual_seed(0)
+    layers = nn.ModuleList([Linear4bit(bias, dtype) for _ in range(3)] + [nn.Linear(9, 12)])
+    layers[2].weight.quant_state.packing_format_for_cpu = True
+    x = torch.randn(5, 1, 9)
+    truth = [layer(x) for layer in layers]
+    with unpacked(layers):
+        before = Linear4bit.unpackings
+        for _ in range(4):
+            assert all(torch.equal(layer(x), known) for layer, known in zip(layers, truth, strict=True))
+        assert Linear4bit.unpackings == before + 4  # by the one that a CPU has arranged in its own way
+    assert not any("forward" in vars(layer) for layer in layers)
+    layers[0](x)
+    assert Linear4bit.unpackings == before + 5

@@ -97,6 +97,19 @@ def test_quantised_weights():
     assert weight_bytes(model, 2, "int8") - rest == pytest.approx(model.linear_weights, rel=1e-2)
 
 
+@pytest.mark.parametrize(("budget", "unpacks"), [("24GB", False), ("80GB", True)])
+def test_4_bit_weights_stay_unpacked_where_the_budget_holds_both(budget, unpacks):
+    config, model = shipped("llama3_8b_24gb.yaml"), architecture(EIGHT)
+    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, budget=budget))
+    plan = make_plan(config, model, config.data.max_tokens, "cuda")
+    packed = make_plan(config, model, config.data.max_tokens, "cuda", available=int(24e9)).phases["generate"]
+    more = plan.phases["generate"].parts["weights"] - packed.parts["weights"]
+    assert plan.unpacks == unpacks
+    assert more == (2 * model.linear_weights if unpacks else 0)
+    assert any("4-bit weights stay unpacked" in note for note in plan.notes) == unpacks
+    assert plan.phases["score"].parts["weights"] == packed.parts["weights"]
+
+
 def test_layer_of_llama_8b_by_hand():
     """bf16, adapters on q, k, v and o: what a layer keeps a token, tensor by tensor."""
     model, targets = architecture(EIGHT), ("q_proj", "k_proj", "v_proj", "o_proj")
