@@ -308,6 +308,8 @@ class MemoryConfig:
     """Sequences on one tape while the policy learns; 0: by the plan."""
     retrain_rows: int = 0
     """Sequences on one tape while the reward model learns; 0: by the plan."""
+    runs_at_once: int = 0
+    """Penalties of `compare` that run side by side, on a CPU; 0: as many as is quickest and fits."""
 
     def __post_init__(self) -> None:
         not_negative("memory", **{name: rows for name, rows in vars(self).items() if name != "budget"})
@@ -359,7 +361,7 @@ class RunConfig:
     dry_run: bool = False
     """Rehearse in a temporary folder, with stand-ins for models that are not at hand; `out` is left alone."""
     compare: str = ""
-    """Comma-separated penalties, in place of penalty.kind: run one by one from one start, a sub-folder each."""
+    """Comma-separated penalties, in place of penalty.kind: run from one start, a sub-folder each."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The policy."""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from .records import Row
 
+LIVE = True  # whether a terminal is this process's alone, so that bars can be drawn on it
 PATIENCE = 5.0  # seconds after which a log says what it is that lasts
 
 
 @contextmanager
 def stage(what: str, shown: bool = True) -> Iterator[None]:
     """Say what is going on: on a terminal for as long as it lasts, in a log by a line once it lasts long."""
-    live = shown and sys.stderr.isatty()
+    live = shown and LIVE and sys.stderr.isatty()
     words = functools.partial(print, f"{what} …", end="" if live else "\n", file=sys.stderr, flush=True)
     later = threading.Timer(PATIENCE, words)
     if live:
@@ -45,7 +46,7 @@ class Progress:
     def __init__(self, title: str, total: int, done: int, shown: bool = True) -> None:
         self._title, self._total, self._shown = title, total, shown
         self._seconds: list[float] = []  # of the iterations so far
-        live = shown and sys.stderr.isatty()
+        live = shown and LIVE and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=done, desc=title, unit="it", dynamic_ncols=True) if live else None
 
     def __enter__(self) -> Progress:

@@ -154,6 +154,12 @@ def describe(config: RunConfig, prompts: list[tuple[str, str]], known: Facts | N
         write_text(out / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
 
 
+def describe_like(out: Path, config: RunConfig, prompts: list[tuple[str, str]]) -> None:
+    """`describe` a comparison that begins on what the run in `out` begins on."""
+    kept = ("rendered_sha256", "models", "human_pairs")
+    describe(config, prompts, {name: fact for name, fact in _facts(out / ENVIRONMENT).items() if name in kept})
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, through a power cut too."""
     half = path.with_name(path.name + ".tmp")

@@ -1,4 +1,4 @@
-"""A run from its configuration to its folder: alone, or several penalties side by side from one start."""
+"""A run from its configuration to its folder: alone, or several penalties from one start."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from fpo_train.rollout import Readings, Rollout, sampler
 from fpo_train.update import load_update
 
 from . import checkpoint, folder
+from .side_by_side import at_once, run_side_by_side
 from .stopping import Request, Stopped, listening
 
 ANY_REPLY = "Yes."  # stands for the replies to a prompt where what reads both is tried
@@ -58,18 +59,32 @@ def run(config: RunConfig) -> Path:
         if one is not config and Path(one.out).is_dir():
             folder.check(one, texts)
     with listening() as request:
+        if config.compared and (n := at_once(config, len(configs))) > 1:
+            alone = [_alone(one) for one in configs]
+            run_side_by_side(run, alone, n, request, lambda of: folder.describe_like(of, config, texts))
+            return _finish(config)
         workshop = Workshop(config, texts)
         processes = workshop.processes
         try:
             for one in configs:
                 _run_one(one, workshop, request)
-            if processes.main and config.logging.controlled:
-                _controlled(out)
-            report = write_report(out) if processes.main else out / "report.html"
+            report = _finish(config) if processes.main else out / "report.html"
             processes.barrier()  # no process leaves while another still talks to it
             return report
         finally:
             processes.finish()
+
+
+def _alone(config: RunConfig) -> RunConfig:
+    """A run of a comparison as one that is asked for by itself; what the comparison shows beside them, it makes."""
+    resume, logging = config.resume and Path(config.out).is_dir(), dataclasses.replace(config.logging, controlled=False)
+    return dataclasses.replace(config, resume=resume, logging=logging)
+
+
+def _finish(config: RunConfig) -> Path:
+    if config.logging.controlled:
+        _controlled(Path(config.out))
+    return write_report(Path(config.out))
 
 
 def _part(config: RunConfig, kind: PenaltyKind) -> RunConfig:
