@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from fpo_kernels.testing import ragged
 
@@ -22,32 +24,66 @@ SHAPES = {
 
 
 def reward_model(shape: str, layers: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
-    """Some layers of the blocks of SHAPES[shape] under a scalar head; frozen, eval.
+    """Some layers of the blocks of SHAPES[shape] under a scalar head; frozen, eval."""
+    config = _described(shape, layers, VOCABULARY)
+    config.num_labels = 1
+    config.use_cache = False
+    return _made(LlamaForSequenceClassification, config, dtype, device, seed)
 
-    Weights are made in `dtype` and on the device, so that making them takes no more memory than having them, and on
-    a GPU seconds instead of minutes.
+
+def language_model(
+    shape: str, layers: int, vocabulary: int, dtype: torch.dtype, device: torch.device, nf4: bool = False, seed: int = 0
+) -> nn.Module:
+    """The same blocks under an output projection of its own; frozen, eval.
+
+    `nf4`: their linear maps in 4 bits, as bitsandbytes packs them with double quantisation.
     """
+    model = _made(LlamaForCausalLM, _described(shape, layers, vocabulary), dtype, device, seed)
+    if nf4:
+        _quantise(model.model, dtype)
+        model.is_loaded_in_4bit = True  # what PEFT asks
+    return model
+
+
+def _described(shape: str, layers: int, vocabulary: int) -> LlamaConfig:
     hidden, feed_forward, query_heads, key_heads = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
+    return LlamaConfig(
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=feed_forward,
         num_hidden_layers=layers,
         num_attention_heads=query_heads,
         num_key_value_heads=key_heads,
         pad_token_id=PAD,
-        use_cache=False,
     )
-    config.num_labels = 1
+
+
+def _made(kind: type, config: LlamaConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+    """Weights are made in `dtype` and on the device: no more memory than having them, and seconds for minutes."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
             torch.manual_seed(seed)
-            model: nn.Module = LlamaForSequenceClassification(config)
+            model = kind(config)
     finally:
         torch.set_default_dtype(usual)
     return model.to(dtype=dtype, device=device).eval().requires_grad_(False)
+
+
+def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
+    import bitsandbytes as bnb
+
+    for owner in list(model.modules()):
+        for name, layer in list(owner.named_children()):
+            if type(layer) is nn.Linear:
+                with torch.device("meta"):
+                    packed = bnb.nn.Linear4bit(
+                        layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+                    )
+                weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                packed.weight = weight.to(layer.weight.device)  # which packs it
+                setattr(owner, name, packed.eval())
 
 
 def token_batch(examples: int, tokens: int, device: torch.device, seed: int = 0, *, full: bool = False) -> Batch:

@@ -20,12 +20,13 @@ from benchmarks.gpu_campaign.table import tables
 
 # part → its module; in the order in which they run
 PARTS = {"build": "build", "tests": "suite", "engine": "engine", "kernels": "kernels", "launches": "launches"}
+NAMED = {"train": "training"}  # that run where they are named alone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one part, print the folder of results, or print and keep the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_campaign", description=__doc__)
-    parser.add_argument("what", choices=[*PARTS, "folder", "table"])
+    parser.add_argument("what", choices=[*PARTS, *NAMED, "folder", "table"])
     parser.add_argument("ended", nargs="*", metavar="part=code", help="of `table`: how the parts ended")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true")
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     record = Record(folder=folder, part=arguments.what, device=device, quick=arguments.quick)
     try:
-        importlib.import_module(f"benchmarks.gpu_campaign.{PARTS[arguments.what]}").run(record)
+        importlib.import_module(f"benchmarks.gpu_campaign.{(PARTS | NAMED)[arguments.what]}").run(record)
     except Exception as problem:  # what was found so far is kept, and so is why no more was
         traceback.print_exc()
         record.fail(f"{type(problem).__name__}: {problem}")

@@ -68,6 +68,8 @@ def tables(folder: Path, ended: Mapping[str, int]) -> str:
     if launches := parts.get("launches", {}).get("rows", []):
         lines += ["", "One warm call: launches of ours / all kernels (ms of kernels), waits, pageable copies", ""]
         lines += _grid(launches, _launched)
+    if training := parts.get("train", {}).get("rows", []):
+        lines += ["", "An iteration: ms (predicted); GiB at the peak (planned)", "", *_grid(training, _trained)]
     return "\n".join(lines)
 
 
@@ -124,6 +126,14 @@ def _timed(row: Part) -> str:
 def _launched(row: Part) -> str:
     kernels = "" if row["kernels"] is None else f" / {row['kernels']} ({row['kernel_ms']:.1f} ms)"
     return f"{row['launches']}{kernels}, {row['synchronises']} waits, {row['copies_pageable']} copies"
+
+
+def _trained(row: Part) -> str:
+    predicted = f" ({row['predicted_ms']:.0f})" if row.get("predicted_ms") else ""
+    if not row.get("peak_bytes"):
+        return f"{row['ms']:.0f}{predicted}"
+    peak, planned = (row[f"{kind}_bytes"] / 2**30 for kind in ("peak", "planned"))
+    return f"{row['ms']:.0f}{predicted}; {peak:.2f} ({planned:.2f})"
 
 
 def _grid(rows: Sequence[Part], cell: Any) -> list[str]:

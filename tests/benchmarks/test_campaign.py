@@ -23,7 +23,7 @@ def run(part, folder):
 
 
 def test_parts_and_their_table(tmp_path, capsys):
-    for part in ("engine", "kernels", "launches"):
+    for part in ("engine", "kernels", "launches", "train"):
         code, result = run(part, tmp_path)
         assert code == 0, result["failures"]
         assert result["rows"]
@@ -31,12 +31,13 @@ def test_parts_and_their_table(tmp_path, capsys):
     rows = json.loads((tmp_path / "engine.json").read_text())["rows"]
     errors = {row["run"]: row["error"] for row in rows if "error" in row}
     assert errors[engine.STEERING] < 1e-5
-    ended = ["engine=0", "kernels=0", "launches=0", "build=124"]
+    ended = ["engine=0", "kernels=0", "launches=0", "train=0", "build=124"]
     assert main(["table", *ended, "--device", "cpu", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "build: out of time" in text
     assert "steering ÷ backward" in text
     assert "sketch 4096" in text
+    assert "packed, recorded" in text
     assert (tmp_path / "table.md").read_text().strip() in text
 
 
@@ -114,6 +115,8 @@ def test_limits_add_up():
             words = piece.split()
             if len(words) == 3 and words[1] == "echo" and words[0].endswith(")"):
                 seconds[words[0].rstrip(")")] = int(words[2])
+    for quick in ("", "--quick"):
+        seconds.pop(f"train{quick}")  # runs where it is named alone
     assert set(seconds) == {f"{part}{quick}" for part in campaign.PARTS for quick in ("", "--quick")}
     assert sum(s for part, s in seconds.items() if not part.endswith("quick")) <= 420
     assert sum(s for part, s in seconds.items() if part.endswith("quick")) <= 120

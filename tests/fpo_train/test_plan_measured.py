@@ -16,6 +16,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from benchmarks.phases import Bench
 from fpo_train.config import (
     MemoryConfig,
     OracleConfig,
@@ -31,7 +32,6 @@ from fpo_train.memory.peaks import PHASES
 from fpo_train.memory.plan import make_plan
 from fpo_train.rollout.packing import packed_bytes
 from tests.fpo_train.meter import Meter
-from tests.fpo_train.phases import Bench
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

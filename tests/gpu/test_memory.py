@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 
+from benchmarks.phases import Bench
 from fpo_train.config import MemoryConfig, PolicyConfig, RewardModelConfig, RolloutConfig, RunConfig
 from fpo_train.memory.architecture import SHIPPED, architecture
 from fpo_train.memory.guard import Guard
 from fpo_train.memory.peaks import PHASES
 from fpo_train.memory.plan import make_plan
-from tests.fpo_train.phases import Bench
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
