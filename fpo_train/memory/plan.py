@@ -187,8 +187,8 @@ def _notes(config: RunConfig, prompt_tokens: int, processes: int, device: str, u
     yield f"{MARGIN:.0%} of the budget is left free"
     if unpacks:
         yield "4-bit weights stay unpacked while replies are decoded, since the budget holds both"
-    elif config.policy.quantization == "nf4":
-        yield "4-bit weights are unpacked for each token of all rows: the budget does not hold them unpacked as well"
+    elif config.policy.quantization == "nf4" and config.rollout.engine == "transformers":
+        yield "4-bit weights are unpacked for each token; they stay so where a budget holds both and all rows"
     if device == "cuda":
         yield "the CUDA context, about half a GiB, comes on top"
     if "paged_adamw_8bit" in (config.update.optimizer, config.reward_model.optimizer):

@@ -98,6 +98,11 @@ def latest(folder: Path) -> int:
     return max(whole(folder), default=0)
 
 
+def finished(out: Path, iterations: int) -> bool:
+    """Whether the run in a folder has done that many iterations and written its report."""
+    return latest(out / CHECKPOINTS) == iterations and (out / "report.html").is_file()
+
+
 def whole(folder: Path) -> list[int]:
     """The iterations of the checkpoints with a state in them, rising."""
     if not folder.is_dir():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeGuard
 
@@ -45,13 +45,8 @@ def packed(model: nn.Module) -> Iterator[None]:
     if not layers or sum(layer.weight.nbytes for layer in layers) > MOST_PACKED or not _works():
         yield
         return
-    try:
-        for layer in layers:
-            vars(layer)["forward"] = functools.partial(_product, _arranged(layer), layer.bias)
+    with _going_by({layer: functools.partial(_product, _arranged(layer), layer.bias) for layer in layers}):
         yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
 
 
 @contextmanager
@@ -61,18 +56,24 @@ def unpacked(model: nn.Module) -> Iterator[None]:
     Those that a CPU has arranged in its own way, and layers with a forward of their own, run as they are.
     """
     layers: list[Any] = [module for module in model.modules() if _is_of_4_bits(module)]
-    try:
-        for layer in layers:
-            vars(layer)["forward"] = functools.partial(_as_unpacked, _matrix(layer), layer.bias)
+    with _going_by({layer: functools.partial(_as_unpacked, _matrix(layer), layer.bias) for layer in layers}):
         yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
 
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of the arrangements that a model's layers have by now."""
     return sum(one.matrix.nbytes for module in model.modules() if (one := _packed.get(module)))
+
+
+@contextmanager
+def _going_by(products: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    try:
+        for layer, product in products.items():
+            vars(layer)["forward"] = product
+        yield
+    finally:
+        for layer in products:
+            vars(layer).pop("forward", None)
 
 
 def _can_be(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -139,7 +139,7 @@ def run_side_by_side(
         RunError: one failed; the others have stopped, ready to be resumed.
         Stopped: an end was asked for.
     """
-    waiting = deque(config for config in configs if not _is_done(config))
+    waiting = deque(config for config in configs if not records.finished(Path(config.out), config.iterations))
     running: list[_Child] = []
     ended: list[_Ended] = []
     threads, told = max(1, torch.get_num_threads() // n), False
@@ -168,11 +168,6 @@ def run_side_by_side(
         raise RunError(failed[0])
     if request.made or any(one.how == "stopped" for one in ended):
         raise Stopped(min(records.latest(Path(one.out) / CHECKPOINTS) for one in configs))
-
-
-def _is_done(config: RunConfig) -> bool:
-    out = Path(config.out)
-    return records.latest(out / CHECKPOINTS) == config.iterations and (out / "report.html").is_file()
 
 
 def _work(run: Callable[[RunConfig], Any], config: RunConfig, threads: int, pipe: connection.Connection) -> None:

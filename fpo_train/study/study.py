@@ -26,7 +26,6 @@ from fpo_train.config import PENALTY_KINDS, PenaltyKind, RunConfig
 from fpo_train.data import templates
 from fpo_train.errors import RunError
 from fpo_train.report import records
-from fpo_train.report.records import CHECKPOINTS
 from fpo_train.running.folder import plain, write_text
 
 from .figures import draw
@@ -124,7 +123,7 @@ def _folder(out: Path, kind: str, seed: int) -> Path:
 def _run(config: RunConfig, jobs: int) -> str | None:
     """One run in a process of its own, unless it is done; what went wrong, if something did."""
     out = Path(config.out)
-    if records.latest(out / CHECKPOINTS) == config.iterations and (out / "report.html").is_file():
+    if records.finished(out, config.iterations):
         return None
     out.mkdir(parents=True, exist_ok=True)
     settings = out.with_name(out.name + ".yaml")
