@@ -23,26 +23,25 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct Single {
-  int32_t bucket, entry;
-};
-
-// A bucket map by bucket: rows of the table in which every bucket has a coordinate are gathered, whole vectors at
-// a time; the coordinates of a last row with gaps are listed one by one.
+// A bucket map of p coordinates. Rows of the table in which every bucket has a coordinate are gathered, whole vectors
+// at a time. Of a last row with gaps the coordinates are listed, each with twice its bucket, + 1 for a minus.
 struct Map {
   const int32_t* table;
   int64_t full = 0;
-  std::vector<Single> rest;
-  Map(const Tensor& x, int64_t k) : table(x.const_data_ptr<int32_t>()) {
-    for (int64_t r = 0; r < x.size(0); ++r) {
-      const int32_t* row = table + r * k;
-      if (full == r && std::none_of(row, row + k, [](int32_t entry) { return entry < 0; })) {
-        ++full;
-        continue;
-      }
-      for (int32_t b = 0; b < k; ++b)
-        if (row[b] >= 0) rest.push_back({b, row[b]});
+  std::vector<int32_t> from, into;
+  Map(const Tensor& x, int64_t k, int64_t p) : table(x.const_data_ptr<int32_t>()) {
+    while (full < x.size(0) && std::none_of(table + full * k, table + (full + 1) * k, [](int32_t e) { return e < 0; }))
+      ++full;
+    const int64_t left = p - full * k;
+    from.resize(left + 1), into.resize(left + 1);  // and one that gaps are written to: a branch on them costs more
+    int64_t next = 0;
+    for (int64_t b = 0; left > 0 && b < k; ++b) {
+      const int32_t entry = table[full * k + b];
+      const int64_t at = entry < 0 ? left : full == 0 ? entry >> 1 : next;  // all of them: in their own order
+      from[at] = entry >> 1, into[at] = static_cast<int32_t>(2 * b + (entry & 1));
+      next += entry >= 0;
     }
+    from.resize(left), into.resize(left);
   }
 };
 
@@ -135,12 +134,13 @@ void run(const Layers<T>& layers, const int64_t* offsets, int64_t n, int64_t k, 
     }
   });
   const double scale = 1 / std::sqrt(static_cast<double>(k));
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t b = 0; b < k; ++b) {
-      double total = 0;
-      for (int64_t slot = slots[i].begin; slot < slots[i].end; ++slot) total += partial[slot * k + b];
-      out[i * k + b] = static_cast<T>(total * scale);
-    }
+  std::vector<double> total(k);
+  for (int64_t i = 0; i < n; ++i) {
+    std::fill(total.begin(), total.end(), 0.0);
+    for (int64_t slot = slots[i].begin; slot < slots[i].end; ++slot)
+      for (int64_t b = 0; b < k; ++b) total[b] += partial[slot * k + b];
+    for (int64_t b = 0; b < k; ++b) out[i * k + b] = static_cast<T>(total[b] * scale);
+  }
 }
 
 Tensor grad_sketch(Tensor a, Tensor table_a, std::vector<Tensor> d, std::vector<Tensor> tables_d, Tensor offsets,
@@ -148,9 +148,9 @@ Tensor grad_sketch(Tensor a, Tensor table_a, std::vector<Tensor> d, std::vector<
   const int64_t n = offsets.size(0) - 1;
   Tensor out = torch::stable::new_empty(a, {n, dim});
   auto with = [&]<class T>(T*) {
-    Layers<T> layers{Stream<T>(a), Map(table_a, dim), {}, {}};
+    Layers<T> layers{Stream<T>(a), {table_a, dim, a.size(1)}, {}, {}};
     for (const Tensor& x : d) layers.d.emplace_back(x);
-    for (const Tensor& x : tables_d) layers.maps_d.emplace_back(x, dim);
+    for (size_t l = 0; l < d.size(); ++l) layers.maps_d.emplace_back(tables_d[l], dim, d[l].size(1));
     run<T>(layers, offsets.const_data_ptr<int64_t>(), n, dim, out.mutable_data_ptr<T>());
   };
   if (a.scalar_type() == ScalarType::Double) {

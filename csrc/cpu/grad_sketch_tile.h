@@ -117,22 +117,40 @@ FPO_TARGET inline typename Lanes<T>::Vector gathered(const T* x, const int32_t* 
   return out;
 }
 
+// into[b] ← ±x, or += where `more`, for `count` buckets that differ: signs in whole vectors, and no sum waits for another.
+template <bool more, class T>
+FPO_TARGET inline void scatter(const T* x, const int32_t* to, int64_t count, T* into) {
+  constexpr int lanes = Lanes<T>::count;
+  T value[lanes];
+  int32_t bucket[lanes];
+  for (int64_t j = 0; j < count; j += lanes) {
+    const int some = static_cast<int>(std::min<int64_t>(lanes, count - j));
+    for (int i = 0; i < some; ++i) value[i] = to[j + i] & 1 ? -x[j + i] : x[j + i];
+    for (int i = 0; i < some; ++i) bucket[i] = to[j + i] >> 1;
+    for (int i = 0; i < some; ++i) into[bucket[i]] = more ? into[bucket[i]] + value[i] : value[i];
+  }
+}
+
 // into (k) ← C row, or += where `more`.
 template <class T>
 FPO_TARGET void fold(const T* row, const Map& map, int64_t k, bool more, T* into) {
   using V = typename Lanes<T>::Vector;
   constexpr int lanes = Lanes<T>::count;
-  if (map.full == 0 && !more) std::fill(into, into + k, T(0));
-  if (map.full > 0)
-    for (int64_t b = 0; b < k; b += lanes) {
-      V sum = {};
-      if (more) sum = *reinterpret_cast<const V*>(into + b);
-      for (int64_t r = 0; r < map.full; ++r) sum += gathered<T>(row, map.table + r * k + b);
-      *reinterpret_cast<V*>(into + b) = sum;
-    }
-  for (const Single& one : map.rest) {
-    const T value = row[one.entry >> 1];
-    into[one.bucket] += one.entry & 1 ? -value : value;
+  const int64_t left = map.into.size();
+  if (map.full == 0) {
+    if (more) return scatter<true>(row, map.into.data(), left, into);
+    std::fill(into, into + k, T(0));
+    return scatter<false>(row, map.into.data(), left, into);
+  }
+  for (int64_t b = 0; b < k; b += lanes) {
+    V sum = {};
+    if (more) sum = *reinterpret_cast<const V*>(into + b);
+    for (int64_t r = 0; r < map.full; ++r) sum += gathered<T>(row, map.table + r * k + b);
+    *reinterpret_cast<V*>(into + b) = sum;
+  }
+  for (int64_t j = 0; j < left; ++j) {
+    const T value = row[map.from[j]];
+    scatter<true>(&value, &map.into[j], 1, into);
   }
 }
 
