@@ -50,8 +50,8 @@ class RewardModelConfig:
     """The reward model and how it is retrained, by AdamW on BCE(σ(r(z) − r(ref)), p*)."""
 
     kind: Literal["head", "lora", "classifier"] = "head"
-    """`head`: a linear score on the policy's frozen base; `lora`: a LoRA adapter of its own and a score on that same
-    base; `classifier`: a sequence-classification model of its own."""
+    """`head`: a linear score on the policy's frozen base; `lora`: that and an adapter of its own; `classifier`: a
+    sequence-classification model of its own."""
     model: str = "minilm"
     """The classifier: `minilm`, a local folder, or a hub id."""
     train: Literal["head", "lora", "all"] = "head"
@@ -73,8 +73,9 @@ class RewardModelConfig:
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Linear layers that carry it."""
     fit_pairs: int = 48
-    """Pairs of base-model replies, labelled by the oracle, on which the score head is fitted before the first
-    iteration; 0: taken as it is."""
+    """Pairs of base-model replies, labelled by the oracle, that a fresh score head is first fitted on; 0: none."""
+    fit: Literal["fresh", "always"] = "fresh"
+    """A score head that `model` brings trained is taken as it is, or fitted (and so lost) like a fresh one."""
     fit_ridge: float = 0.1
     """Ridge of that fit, relative to the mean diagonal of ΣΔhΔhᵀ."""
     learning_rate: float = 1e-4
@@ -125,7 +126,7 @@ class OracleConfig:
     model: str = ""
     """`gold`: its folder or hub id; `judge`: the name of the model to ask."""
     function: str = ""
-    """`function`: `module:function`, called with prompts and replies; returns a utility for each reply."""
+    """`function`: `module:function`, called with prompts=[…] and completions=[…], or by place; returns utilities."""
     file: str = ""
     """`file`: JSONL with prompt, chosen, rejected and optionally preference in [0, 1]."""
     url: str = ""
@@ -223,9 +224,8 @@ class PenaltyConfig:
     """The steering penalty; the policy maximises r(z) − γ · penalty(z)."""
 
     kind: PenaltyKind = "practical"
-    """`none` (plain RLHF), `practical` ⟨∇r, u⟩, `relaxed` c·⟨∇r, u⟩, `tracin` c·⟨ḡ, u⟩, `exact` c·⟨ḡ, H⁻¹u⟩, or
-    `residual` ĉ·⟨∇r, u⟩, with ĉ foretold from the labels already bought. `relaxed`, `tracin` and `exact` ask the
-    oracle about every candidate."""
+    """`none` (plain RLHF), `practical` ⟨∇r, u⟩, `relaxed` c·⟨∇r, u⟩, `tracin` c·⟨ḡ, u⟩, `exact` c·⟨ḡ, H⁻¹u⟩, `residual`
+    ĉ·⟨∇r, u⟩, ĉ foretold from the labels bought; `relaxed`, `tracin`, `exact` ask the oracle about all candidates."""
     gamma: float = 1.0
     """γ, the weight of the penalty."""
     gamma_units: Literal["raw", "reward_std"] = "reward_std"

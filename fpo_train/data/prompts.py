@@ -15,8 +15,8 @@ from fpo_train.config import DataConfig
 from fpo_train.errors import RunError
 
 from .limits import check_tokens, named
+from .places import prompts_file
 
-SHIPPED = Path(__file__).parent
 UNSEEN = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode's controls, formats and separators
 
 
@@ -68,14 +68,8 @@ def read_prompts(name: str, split: str = "train", limit: int = 0) -> list[tuple[
         RunError: no such file, no prompt in it, a line without a text under "prompt", or an id used twice; a dataset
             that cannot be loaded.
     """
-    shipped = SHIPPED / f"{name}.jsonl"
-    path = shipped if shipped.is_file() and not Path(name).exists() else Path(name).expanduser()
-    if path.is_file():
-        found = _read_file(path)
-    elif name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).suffix:
-        found = _read_dataset(name, split)
-    else:
-        raise RunError(f"data.prompts: no file {name} and no shipped set of that name")
+    path = prompts_file(name)
+    found = _read_dataset(name, split) if path is None else _read_file(path)
     if not found:
         raise RunError(f"data.prompts: {name} holds no prompts")
     return list(found.items())[: limit or None]
@@ -154,10 +148,8 @@ def writable(text: str, name: str, where: str) -> None:
 
 
 def _read_dataset(name: str, split: str) -> dict[str, str]:
-    try:
-        from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise RunError(f"data.prompts: {name} is no file; to load it from the hub, install datasets") from error
+    from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
+
     try:
         rows = load_dataset(name, split=split)
     except (OSError, ValueError) as error:  # datasets' own errors are of these kinds

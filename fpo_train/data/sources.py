@@ -13,11 +13,12 @@ import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fpo_train.errors import RunError
 
 from .limits import rows_of
+from .places import lies_here, look_on_hub
 from .weights import ADAPTER_CONFIG, damaged_file, refuse_missing
 
 GENERATION = "generation_config.json"
@@ -37,10 +38,11 @@ class Wheel:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What `from_pretrained` needs: a folder or hub id, and the GGUF file inside it if it is one."""
+    """What `from_pretrained` needs: a folder or a hub id (and which of them), and the GGUF file inside if it is one."""
 
     location: str
     gguf_file: str | None = None
+    on_hub: bool = False
 
     @property
     def arguments(self) -> dict[str, str]:
@@ -86,9 +88,18 @@ def resolve(name: str) -> Source:
         if path.suffix != ".gguf":
             raise RunError(f"model {name}: a file must be a GGUF file (*.gguf); for a folder name the folder")
         return Source(location=str(path.parent), gguf_file=path.name)
-    if path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+    here = path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or lies_here(name)
+    if here or name.count("/") > 1:
         raise RunError(f"model {name}: no such file or folder")
-    return Source(location=name)
+    return Source(location=name, on_hub=True)
+
+
+def _found(name: str) -> Source:
+    """`resolve`, and a hub id looked up."""
+    source = resolve(name)
+    if source.on_hub:
+        look_on_hub(name)
+    return source
 
 
 def _folder(path: Path) -> Source:
@@ -183,7 +194,7 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    source = resolve(name)
+    source = _found(name)
     ends = _stated_end(name, source.location)
     options = {"dtype": dtype, "generation_config": GenerationConfig(), **quantized(quantization, dtype)}
     model, tokenizer, info = _load(AutoModelForCausalLM, name, source, **options)
@@ -208,7 +219,15 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
     return model, tokenizer
 
 
-def load_sequence_classifier(name: str, dtype: Any) -> Any:
+class Classifier(NamedTuple):
+    """A sequence-classification model with one output, its tokenizer, and whether its files hold its score head."""
+
+    model: Any
+    tokenizer: Any
+    trained: bool
+
+
+def load_sequence_classifier(name: str, dtype: Any) -> Classifier:
     """A sequence-classification model with one label, and its tokenizer; a head that the files lack is drawn anew.
 
     It is drawn from a fixed seed, so that the same name gives the same model; torch's stream is left as it was. The
@@ -221,7 +240,7 @@ def load_sequence_classifier(name: str, dtype: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    source = resolve(name)
+    source = _found(name)
     try:
         config = AutoConfig.from_pretrained(source.location, **source.arguments)
     except Exception as error:  # as in `_load`
@@ -233,10 +252,11 @@ def load_sequence_classifier(name: str, dtype: Any) -> Any:
         torch.manual_seed(0)
         kind = AutoModelForSequenceClassification
         model, tokenizer, info = _load(kind, name, source, dtype=dtype, num_labels=1)
-    refuse_missing(name, model, info, frozenset() if trained else _head_to_draw(model, info["missing_keys"]))
+    drawn = frozenset() if trained else _head_to_draw(model, info["missing_keys"])
+    refuse_missing(name, model, info, drawn)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return Classifier(model, tokenizer, drawn.isdisjoint(info["missing_keys"]))
 
 
 def _head_to_draw(model: Any, missing: Collection[str]) -> frozenset[str]:

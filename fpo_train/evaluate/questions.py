@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fpo_train.data.prompts import SHIPPED, json_lines, text_of, writable
+from fpo_train.data.places import SHIPPED
+from fpo_train.data.prompts import json_lines, text_of, writable
 from fpo_train.errors import RunError
 
 TRUTHFULQA = ("truthfulqa/truthful_qa", "generation", "validation")  # dataset, its configuration, its split

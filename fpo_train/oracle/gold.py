@@ -67,10 +67,13 @@ class ClassifierOracle(UtilityOracle):
     """
 
     def __init__(self, policy: Policy, config: RunConfig) -> None:
-        """Raises: RunError: the model cannot be loaded, or has not exactly one output."""
+        """Raises: RunError: the model cannot be loaded, has not exactly one output, or no trained head."""
         super().__init__(config.oracle.temperature)
         with about("oracle"):
-            self._model, self._tokenizer = load_sequence_classifier(config.oracle.model, torch.float32)
+            self._model, self._tokenizer, trained = load_sequence_classifier(config.oracle.model, torch.float32)
+        if not trained:
+            wanted = "wanted a trained reward model"
+            raise RunError(f"{SETTING} {config.oracle.model}: its files hold no score head; {wanted}")
         self._model.to(policy.device).eval().requires_grad_(False)
         self.loaded = self._model, self._tokenizer
         self._context = min(context_of(self._model) or math.inf, self._tokenizer.model_max_length)

@@ -43,6 +43,7 @@ def write_report(out: Path) -> Path:
     drawn = panels.draw(runs, out / "figures", config.get("oracle", {}).get("kind", "base"))
     sections = [
         _summary(runs),
+        *_began(out),
         _warnings(runs),
         *[_figure(out / "figures" / f"{name}.png", panels.CAPTIONS[name]) for name in drawn],
         *_memory(runs),
@@ -102,6 +103,12 @@ def _summary(runs: Runs) -> str:
             )
         )
     return "<h2>At a glance</h2>" + _table(head, body)
+
+
+def _began(out: Path) -> list[str]:
+    """What became of the score head before the first iteration; runs of earlier versions do not say."""
+    told = json.loads((out / "environment.json").read_text(encoding="utf-8")).get("score_head")
+    return [f"<p>The reward model's score head before the first iteration: {escape(told)}.</p>"] if told else []
 
 
 def _change(rows: Rows, key: str) -> str:

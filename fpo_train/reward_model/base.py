@@ -84,6 +84,8 @@ class RewardModel(ABC):
     """
 
     loaded: tuple[nn.Module, Any] | None = None
+    comes_trained = False
+    """Whether its score head was trained before, and came with the model's files."""
 
     def __init__(self, module: nn.Module, head: nn.Linear, trained: list[str], config: RunConfig, processes: Processes):
         self.module = module.eval()
@@ -257,6 +259,19 @@ class RewardModel(ABC):
         )
         whole = sum(float(p.double().square().sum()) for p in self._start.values())
         return (moved / (whole or 1.0)) ** 0.5
+
+    @property
+    def to_fit(self) -> int:
+        """Pairs that its score head is to be fitted on before the first iteration; 0: it is taken as it is."""
+        return 0 if self.comes_trained and self.config.fit == "fresh" else self.config.fit_pairs
+
+    def begins(self) -> str:
+        """What becomes of its score head before the first iteration, in words."""
+        came = f"trained, from {self.config.model}" if self.comes_trained else "fresh"
+        if self.to_fit:
+            return f"{came}; fitted {'anew ' if self.comes_trained else ''}on {self.to_fit} pairs"
+        how = "; reward_model.fit always fits it anew" if self.comes_trained and self.config.fit_pairs else ""
+        return f"{came}; taken as it is{how}"
 
     def fit(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> None:
         """Set the head's weight by `fit_logistic` on pairs, and begin from there."""

@@ -55,7 +55,8 @@ class ClassifierRewardModel(RewardModel):
     def __init__(self, config: RunConfig, processes: Processes, device: torch.device) -> None:
         settings = config.reward_model
         with about("reward_model"):
-            self._whole, tokenizer = load_sequence_classifier(settings.model, getattr(torch, settings.dtype))
+            loaded = load_sequence_classifier(settings.model, getattr(torch, settings.dtype))
+        self._whole, tokenizer, self.comes_trained = loaded
         self._whole.to(device).requires_grad_(False)
         self._tokenizer, self._frozen_body = tokenizer, settings.train == "head"
         self.loaded = self._whole, tokenizer

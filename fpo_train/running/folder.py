@@ -23,6 +23,8 @@ from fpo_train.errors import RunError
 from fpo_train.report import records
 from fpo_train.report.records import CHECKPOINTS, CONFIG, ENVIRONMENT, latest
 
+LATER = ("data.date", "reward_model.fit")  # settings that runs of earlier versions do not have
+
 Facts = dict[str, Any]  # what `identity` says of a run's models and rendered prompts, and how many people's pairs fit
 
 
@@ -85,8 +87,7 @@ def _check_settings(out: Path, config: RunConfig) -> None:
     free: tuple[str, ...] = ("out", "resume", "logging.", "memory.")
     if config.update.schedule == config.reward_model.schedule == "constant":  # the others fall over a known number
         free += ("iterations",)
-    if "data.date" not in before:  # a run of a version that had no such setting
-        free += ("data.date",)
+    free += tuple(key for key in LATER if key not in before)
     asked = [key for key in now if not key.startswith(free)]
     # before any value is compared: where a file was cut, the last value left is cut too
     missing = [key for key in asked if key not in before]
@@ -156,7 +157,7 @@ def describe(config: RunConfig, prompts: list[tuple[str, str]], known: Facts | N
 
 def describe_like(out: Path, config: RunConfig, prompts: list[tuple[str, str]]) -> None:
     """`describe` a comparison that begins on what the run in `out` begins on."""
-    kept = ("rendered_sha256", "models", "human_pairs")
+    kept = ("rendered_sha256", "models", "score_head", "human_pairs")
     describe(config, prompts, {name: fact for name, fact in _facts(out / ENVIRONMENT).items() if name in kept})
 
 

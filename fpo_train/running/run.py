@@ -155,15 +155,18 @@ class Workshop:
         facts = {
             "rendered_sha256": identity.of_prompts(self.prompts),
             "models": {"policy.model": self._base, **known},
+            "score_head": parts.reward_model.begins(),
         }
         return facts | ({"human_pairs": self._human.counts} if self._human.counts else {})
 
     def _fit(self, parts: Parts) -> None:
         """Fit the score head once; what else starts from here takes the same."""
         if self._fitted is None:
-            wanted, main = parts.config.reward_model.fit_pairs, parts.processes.main
+            wanted, main = parts.reward_model.to_fit, parts.processes.main
+            if main:
+                print(f"reward model: its score head is {parts.reward_model.begins()}", file=sys.stderr)
             with stage(f"first fit of the reward model, on {wanted} pairs", main and wanted > 0):
-                pairs = parts.replay.newest(wanted) or first_pairs(parts)
+                pairs = (parts.replay.newest(wanted) or first_pairs(parts)) if wanted else []
                 if pairs:
                     parts.memory("score", lambda rows: parts.reward_model.fit(pairs, rows))
             self._fitted = parts.reward_model.state_dict()

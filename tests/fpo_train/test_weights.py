@@ -119,8 +119,8 @@ def encoders(tiny, tmp_path_factory):
 def test_of_a_classifier_the_head_alone_may_be_drawn(encoders, tiny):
     for folder in (encoders["BertModel"], tiny):  # an encoder, and a decoder that spoke before
         torch.manual_seed(5)
-        first, _ = load_sequence_classifier(str(folder), torch.float32)
-        again, _ = load_sequence_classifier(str(folder), torch.float32)
+        first, *_ = load_sequence_classifier(str(folder), torch.float32)
+        again, *_ = load_sequence_classifier(str(folder), torch.float32)
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     load_sequence_classifier(str(encoders["BertForSequenceClassification"]), torch.float32)
 

@@ -1,0 +1,62 @@
+"""A score head that comes trained is kept; a fresh one is fitted; the log, the folder and the report say which."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+
+from fpo_train.cli import main
+
+from .runs import arguments
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny, tmp_path_factory):
+    """Folders of one BERT with a head that is somebody's, and without any."""
+    tokenizer, folders = AutoTokenizer.from_pretrained(tiny), {}
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, num_labels=1, **shape)
+    for name, kind in (("trained", BertForSequenceClassification), ("bare", BertModel)):
+        torch.manual_seed(3)
+        folders[name] = tmp_path_factory.mktemp("encoders") / name
+        kind(config).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+def head_after(tiny, out, model, *more):
+    """The score head that a run begins with: it is never trained in this one."""
+    options = ["--reward_model.kind", "classifier", "--reward_model.model", model, "--reward_model.input", "pair"]
+    options += ["--reward_model.every", "9", "--penalty.kind", "none", "--iterations", "1", *more]
+    assert main(arguments(tiny, out, *options)) == 0
+    return load_file(out / "reward_model" / "trained.safetensors")["classifier.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "says"),
+    [
+        ("trained", (), "trained, from {model}; taken as it is; reward_model.fit always fits it anew"),
+        ("trained", ("--reward_model.fit", "always"), "trained, from {model}; fitted anew on 6 pairs"),
+        ("trained", ("--reward_model.fit_pairs", "0"), "trained, from {model}; taken as it is"),
+        ("bare", (), "fresh; fitted on 6 pairs"),
+        ("bare", ("--reward_model.fit_pairs", "0"), "fresh; taken as it is"),
+    ],
+)
+def test_whose_score_head_a_run_begins_with(tiny, encoders, tmp_path, capfd, name, more, says):
+    model, out = encoders[name], tmp_path / "run"
+    head, says = head_after(tiny, out, model, *more), says.format(model=model)
+    if name == "trained":
+        own = load_file(model / "model.safetensors")["classifier.weight"]
+        assert torch.equal(head, own) == ("fitted" not in says)
+    assert f"reward model: its score head is {says}\n" in capfd.readouterr().err
+    assert json.loads((out / "environment.json").read_text())["score_head"] == says
+    assert f"before the first iteration: {says}." in (out / "report.html").read_text()
+
+
+def test_a_gold_oracle_has_to_come_trained(tiny, encoders, tmp_path, capfd):
+    options = ["--oracle.kind", "gold", "--oracle.model", encoders["bare"]]
+    assert main(arguments(tiny, tmp_path / "run", *options)) == 1
+    assert "its files hold no score head; wanted a trained reward model" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
