@@ -13,6 +13,8 @@ from .sketch import SJLT, DenseProjection, LoGra, TensorSketch, grad_sketch
 from .store import SketchSpace, SketchStore
 from .verification import Verdict, verify_kernels
 
+__version__ = "0.1.0"
+
 __all__ = [
     "SJLT",
     "CheckpointStore",

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
+from fpo_train import __version__
 from fpo_train.config import EvalConfig, RunConfig
 from fpo_train.config.profiles import PROFILES
 from fpo_train.errors import RunError
@@ -24,6 +27,8 @@ from fpo_train.errors import RunError
 CONFIGS = Path(__file__).parent / "configs"
 C = TypeVar("C", RunConfig, EvalConfig)
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
+SWITCHES = ("--resume", "--dry_run", "--vectorised")  # true where they stand alone
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
 
 class UsageError(Exception):
@@ -40,10 +45,18 @@ def usage() -> Iterator[None]:
 
 
 class Parser(ArgumentParser):
-    """A parser whose complaints are one sentence, without the usage text."""
+    """A parser whose complaints are one sentence, without the usage text; a part of an option's name is none."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sentence = " ".join(message.split())
+        sentence = re.sub(r'^Parser key "([^"]*)"', r"\1", sentence)
+        sentence = re.sub(r"Expected an? <class '(\w+)'>", lambda found: f"wanted {KINDS[found[1]]}", sentence)
+        if unknown := re.match(r"unrecognized arguments: (--[\w.]+)", sentence):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            sentence += f"; did you mean {near[0]}?" if near else ""
         command = self.prog.replace(" [options]", "")
         print(f"{command}: error: {sentence} (see {command} --help)", file=sys.stderr)
         raise SystemExit(USAGE)
@@ -52,7 +65,7 @@ class Parser(ArgumentParser):
 def build(profile: str = "sound") -> Parser:
     """The parser with its subcommands; `profile` sets the defaults of a run."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog="fpo-train", description="Foresighted Policy Optimization")
+    parser = Parser(prog="fpo-train", description="Foresighted Policy Optimization", version=__version__)
     commands = parser.add_subcommands(required=True)
 
     def command(name: str, description: str) -> Parser:
@@ -101,9 +114,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     if not sys.stderr.isatty():  # a log is no place for bars; tqdm reads this when it is first imported
         os.environ.setdefault("TQDM_DISABLE", "1")
-    arguments = _shipped_configs(sys.argv[1:] if argv is None else argv)
+    arguments = _arranged(_shipped_configs(sys.argv[1:] if argv is None else argv))
     try:
         parser = build(_profile(arguments))
+        if not arguments:
+            parser.print_help()
+            return USAGE
         options = parser.parse_args(arguments)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else FAILED
@@ -116,6 +132,12 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"fpo-train {command}: error: {error}", file=sys.stderr)
         return USAGE
+    except BrokenPipeError:  # who read the output has left; nor can what is still to be written be
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"fpo-train {command}: stopped", file=sys.stderr)
+        return FAILED
     except (RunError, OSError) as error:
         print(f"fpo-train {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
@@ -132,30 +154,46 @@ def _shipped_configs(arguments: list[str]) -> list[str]:
     return resolved
 
 
+def _arranged(arguments: list[str]) -> list[str]:
+    """Files before options, so that options win over them wherever they stand; and switches that stand alone."""
+    files, options = [], []
+    words = list(zip(arguments, [*arguments[1:], "--"], strict=False))[1:]
+    while words:
+        word, following = words.pop(0)
+        if word == "--config" and words:
+            files += [word, words.pop(0)[0]]
+        elif word.startswith("--config="):
+            files.append(word)
+        else:
+            alone = word in SWITCHES and following.startswith("--")
+            options.append(f"{word}=true" if alone else word)
+    return [*arguments[:1], *files, *options]
+
+
 def _profile(arguments: list[str]) -> str:
     """The profile that the command line names, else the last configuration file that does, else `sound`.
 
     It has to be known before the options are read, since it is their defaults.
     """
     named = "sound"
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name = following if word == "--config" else word.removeprefix("--config=") if "--config=" in word else ""
         if name and Path(name).is_file():
             with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):  # the parser will say what is wrong with it
                 told = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
                 named = told.get("profile", named) if isinstance(told, dict) else named
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if word == "--profile" or word.startswith("--profile="):
             named = following if word == "--profile" else word.removeprefix("--profile=")
     return named if named in PROFILES else "sound"  # the parser refuses any other
 
 
 def _run(options: Any) -> int:
+    config = _with_prompts(options)  # before what takes seconds to import
     from fpo_train.running.rehearsal import rehearse
     from fpo_train.running.run import run
     from fpo_train.running.stopping import Stopped
 
-    config = _config(RunConfig, options)
     try:
         if config.dry_run:
             rehearse(config)
@@ -179,13 +217,24 @@ def _plan(options: Any) -> int:
 
 
 def _study(options: Any) -> int:
+    config = _with_prompts(options)
     from fpo_train.study.study import study
 
-    config, seeds = _config(RunConfig, options), _whole_numbers("--seeds", options.seeds)
+    seeds = _whole_numbers("--seeds", options.seeds)
     if options.jobs < 1:
         raise UsageError(f"--jobs: wanted 1 or more, got {options.jobs}")
     print(f"results: {study(config, seeds, options.jobs)}")
     return DONE
+
+
+def _with_prompts(options: Any) -> RunConfig:
+    """The configuration of a run whose prompts are where it says; a rehearsal has stand-ins."""
+    from fpo_train.data.places import prompts_file
+
+    config = _config(RunConfig, options)
+    if not config.dry_run:
+        prompts_file(config.data.prompts)
+    return config
 
 
 def _whole_numbers(name: str, text: str) -> list[int]:

@@ -112,6 +112,7 @@ TRAINING = (
     "evaluate",
     "study",
     "cli",
+    "__main__",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -22,6 +23,11 @@ from .base import UtilityOracle, owner
 class FunctionOracle(UtilityOracle):
     """U by `module:function`, called as function(prompts=[text, …], completions=[text, …]).
 
+    One that takes no arguments of these names is called by place, function([text, …], [text, …]):
+
+        def score(prompts, replies):
+            return [-abs(len(reply) - 80) for reply in replies]
+
     It returns one number a completion, in a list, tuple, array or tensor: the completion's utility, finite, or NaN
     or None where it cannot say.
     """
@@ -31,6 +37,7 @@ class FunctionOracle(UtilityOracle):
         super().__init__(config.temperature)
         self._name = config.function
         self._function = import_function(config.function)
+        self._by_name = takes_names(self._function)
 
     def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
         """U of rows (n,), fp32 (n,).
@@ -42,7 +49,10 @@ class FunctionOracle(UtilityOracle):
         prompts = [rollout.prompts[owner(rollout, row)].text for row in numbers]
         completions = [rollout.texts[row] for row in numbers]
         try:
-            returned = self._function(prompts=prompts, completions=completions)
+            if self._by_name:
+                returned = self._function(prompts=prompts, completions=completions)
+            else:
+                returned = self._function(prompts, completions)
         except Exception as error:
             raise RunError(f"oracle.function: {self._name} raised {_first_line(error)}") from error
         values = self._values(returned, len(numbers))
@@ -65,6 +75,17 @@ class FunctionOracle(UtilityOracle):
                 raise RunError(f"{name} returned {one!r:.80} for completion {place}; wanted a finite number")
             values.append(value)
         return values
+
+
+def takes_names(function: Callable[..., Any]) -> bool:
+    """Whether a function can be called as function(prompts=…, completions=…); yes where it does not tell."""
+    try:
+        inspect.signature(function).bind(prompts=[], completions=[])
+    except TypeError:
+        return False
+    except ValueError:  # of compiled code
+        return True
+    return True
 
 
 def import_function(name: str) -> Callable[..., Any]:

@@ -22,6 +22,8 @@ def length(prompts, completions):
 def array(prompts, completions): return numpy.arange(len(prompts)) / 2
 def tensor(prompts, completions): return torch.arange(len(prompts)) / 2
 def scalars(prompts, completions): return [torch.tensor(n / 2) for n in range(len(prompts))]
+def placed(asked, said): return [len(p) + len(c) / 10 for p, c in zip(asked, said)]
+def trl(completions, prompts, **columns): return length(prompts, completions)
 def silent(prompts, completions): return [None, float("nan")] + [1.5] * (len(prompts) - 2)
 def short(prompts, completions): return [1.0]
 def number(prompts, completions): return 3.0
@@ -55,6 +57,8 @@ def test_a_function_gives_utilities(rollout, module):  # noqa: F811
     p = Labels(oracle, rollout, None).preferences(every(rollout))
     reference = len(rollout.texts[3]) - len(rollout.texts[0])
     assert float(p[0, 0]) == pytest.approx(1 / (1 + math.exp(reference / 10 / 2)))
+    for name in ("placed", "trl"):  # by place where it has other names; by name where it has these, in any order
+        assert function(f"my_taste:{name}").utility(rollout, None, ROWS).tolist() == utility.tolist()
     for name in ("array", "tensor", "scalars"):
         assert function(f"my_taste:{name}").utility(rollout, None, ROWS).tolist() == [n / 2 for n in range(9)]
 

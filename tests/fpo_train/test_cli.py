@@ -1,0 +1,81 @@
+"""The command line as words: what stands alone, what wins, what is refused, and how that is said."""
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import yaml
+
+import fpo_kernels
+import fpo_train
+from fpo_train.cli import main
+
+
+def printed(capsys, *words):
+    assert main(["run", *map(str, words), "--print_config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_without_a_command_it_says_what_there_is(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert "simulate" in said.out
+    assert not said.err
+
+
+def test_it_is_a_module_too_and_all_versions_are_one(capsys):
+    done = subprocess.run([sys.executable, "-m", "fpo_train", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == fpo_train.__version__ == fpo_kernels.__version__
+    assert metadata.version("fpo-kernels") == fpo_train.__version__
+
+
+def test_options_win_over_a_file_wherever_they_stand(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("iterations: 7\nseed: 5\nupdate:\n  learning_rate: 0.5\n")
+    for words in (
+        ("--iterations", 3, "--config", file, "--update.learning_rate", 0.1),
+        (f"--config={file}", "--update.learning_rate", 0.1, "--iterations", 3),
+        ("--update.learning_rate", 0.1, "--iterations", 3, "--config", file),
+    ):
+        found = printed(capsys, *words)
+        assert (found["iterations"], found["seed"], found["update"]["learning_rate"]) == (3, 5, 0.1)
+
+
+@pytest.mark.parametrize(
+    "words", [("--resume",), ("--resume", "--seed", "1"), ("--resume", "true"), ("--resume=true",)]
+)
+def test_a_switch_that_stands_alone_is_true(capsys, words):
+    assert printed(capsys, *words)["resume"] is True
+    assert printed(capsys, "--resume", "false", "--dry_run")["resume"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("run", "--iteration", "3"), "unrecognized arguments: --iteration 3; did you mean --iterations?"),
+        (("run", "--reward_model.fi", "3"), "did you mean --reward_model.fit?"),
+        (("run", "--polcy.model", "x"), "did you mean --policy.model?"),
+        (("run", "--iterations", "many"), "error: iterations: wanted a whole number. Got value: many"),
+        (("run", "--resume", "perhaps"), "error: resume: wanted true or false. Got value: perhaps"),
+        (("frob",), "invalid choice: 'frob'"),
+    ],
+)
+def test_what_is_refused_and_how_that_is_said(capfd, words, says):
+    assert main(list(words)) == 2
+    assert says in capfd.readouterr().err
+
+
+def test_who_reads_may_leave_and_an_interrupt_is_no_traceback(tmp_path, monkeypatch, capfd):
+    code = "import sys; from fpo_train.cli import main; sys.exit(main(['doctor']))"
+    cut = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    cut.stdout.close()
+    assert cut.stderr.read() == ""
+    assert cut.wait() == 1
+
+    def interrupted(*words, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fpo_train.simulate.linear.run", interrupted)
+    assert main(["simulate", "linear", "--out", str(tmp_path / "out")]) == 1
+    assert capfd.readouterr().err == "fpo-train simulate: stopped\n"
