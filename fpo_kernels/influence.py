@@ -50,7 +50,7 @@ class Influence:
         parameters: "all", "head" (the score head), "lora" (the LoRA factors), "trainable" (what requires
             grad now), a list of names or globs, or a predicate on (name, parameter).
         output: maps what the model returns, or (returned, batch), to one scalar an example, (B,).
-            Default: `returned.logits[:, 0]`.
+            Default: `returned.logits[:, 0]` of logits (B, 1).
         fallback: what becomes of a parameter whose gradient cannot be told apart by example. "error" refuses
             it; "per_example" computes it exactly by one forward and backward an example and holds these
             gradients, (sequences on a tape) × (its weights) numbers.

@@ -14,8 +14,16 @@ Output = Callable[..., Tensor]
 
 
 def first_logit(returned: Any) -> Tensor:
-    """(B,) `returned.logits[:, 0]`."""
-    return returned.logits[:, 0]
+    """(B,) `returned.logits[:, 0]`.
+
+    Raises:
+        ValueError: each example has several logits: of a classifier with two labels the first is that of the negative.
+    """
+    logits: Tensor = returned.logits
+    if logits.ndim != 2 or logits.shape[1] != 1:
+        wanted = "pass output=, such as lambda returned: returned.logits[:, 1]"
+        raise ValueError(f"output: the model gives logits of shape {tuple(logits.shape)}, wanted (B, 1); {wanted}")
+    return logits[:, 0]
 
 
 class OutputMap:

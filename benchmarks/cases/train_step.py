@@ -270,7 +270,7 @@ def procedure_models(workshop: Workshop) -> procedure.Models:
     """The policy of a workshop, adapter included; an oracle and a reward model of the procedure's own."""
     policy = workshop.policy
     oracle = copy.deepcopy(policy.model).unload()
-    classifier, tokenizer, _ = load_sequence_classifier(RewardModelConfig().model, torch.float32)
+    classifier, tokenizer, _ = load_sequence_classifier(RewardModelConfig().classifier, torch.float32)
     classifier.requires_grad_(False).classifier.requires_grad_(True)
     return procedure.Models(
         policy=policy.model,

@@ -5,13 +5,14 @@
 """
 
 from .evaluation import EvalConfig, JudgeConfig
+from .oracle import OracleConfig
 from .settings import (
+    CLASSIFIER,
     PENALTY_KINDS,
     DataConfig,
     LoggingConfig,
     MemoryConfig,
     Optimizer,
-    OracleConfig,
     PenaltyConfig,
     PenaltyKind,
     PolicyConfig,
@@ -23,6 +24,7 @@ from .settings import (
 )
 
 __all__ = [
+    "CLASSIFIER",
     "PENALTY_KINDS",
     "DataConfig",
     "EvalConfig",

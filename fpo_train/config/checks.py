@@ -34,3 +34,16 @@ def moment(section: str, **values: str) -> None:
         except ValueError:
             wanted = "wanted a day as 2026-01-31, or a moment as 2026-01-31T18:30:00"
             raise ValueError(f"{section}.{name}: {wanted}, got {value!r}") from None
+
+
+def of_kind(section: str, kind: str, **given: tuple[str, ...]) -> None:
+    """Raises ValueError, with the setting's full name, for a value that the section's kind has no use for.
+
+    Args:
+        given: (value, the kinds that read it …) by name; an empty value is none.
+    """
+    for name, (value, *kinds) in given.items():
+        if value and kind not in kinds:
+            have = f"{' and '.join(kinds)} {'has' if len(kinds) == 1 else 'have'}"
+            told = f"{section}.kind {kind} has no use for it, {have}"
+            raise ValueError(f"{section}.{name}: {told}; got {value!r}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
-from .checks import moment, named, not_negative, positive
+from .checks import moment, named, not_negative, of_kind, positive
+from .oracle import OracleConfig
 from .units import parse_bytes
 
 PenaltyKind = Literal["none", "practical", "relaxed", "tracin", "exact", "residual"]
 PENALTY_KINDS: tuple[PenaltyKind, ...] = get_args(PenaltyKind)
+CLASSIFIER = "minilm"
 Optimizer = Literal["adamw", "paged_adamw_8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -52,8 +54,8 @@ class RewardModelConfig:
     kind: Literal["head", "lora", "classifier"] = "head"
     """`head`: a linear score on the policy's frozen base; `lora`: that and an adapter of its own; `classifier`: a
     sequence-classification model of its own."""
-    model: str = "minilm"
-    """The classifier: `minilm`, a local folder, or a hub id."""
+    model: str = ""
+    """`classifier`: a local folder, or a hub id; empty: `minilm`."""
     train: Literal["head", "lora", "all"] = "head"
     """Which weights of the classifier are trained."""
     input: Literal["chat", "pair", "reply"] = "chat"
@@ -104,56 +106,13 @@ class RewardModelConfig:
         not_negative("reward_model", fit_pairs=self.fit_pairs, replay_pairs=self.replay_pairs)
         not_negative("reward_model", warmup=self.warmup, max_tokens=self.max_tokens)
         named("reward_model", lora_targets=self.lora_targets)
+        train = "" if self.train == "head" else self.train
+        of_kind("reward_model", self.kind, model=(self.model, "classifier"), train=(train, "classifier"))
 
-
-@dataclass(frozen=True, kw_only=True)
-class OracleConfig:
-    """Who says which reply is better: the soft label p* of a reply against its reference."""
-
-    kind: Literal["base", "gold", "function", "judge", "file"] = "base"
-    """`base`: the base model's mean log-likelihood of the reply; `gold`: a frozen reward model; `function`: your
-    Python; `judge`: an OpenAI-compatible endpoint; `file`: human preferences."""
-    temperature: float = 1.0
-    """Divides the utility difference in p* = σ((U(z) − U(ref)) / temperature); 1 as in the paper."""
-    offset: float = 0.0
-    """`base`: U = offset + mean log-likelihood in nats a token (the paper: 5)."""
-    utility_range: tuple[float, float] | None = None
-    """`base`: U is cut to this range (the paper: −15 to 5)."""
-    mean_over: Literal["reply", "padded"] = "reply"
-    """`base`: the mean is over the reply's own tokens, or over padding too (the paper)."""
-    quantization: Literal["none", "int8"] = "none"
-    """`base`: int8 loads a second copy of the base in 8 bits (the paper); none shares the policy's."""
-    model: str = ""
-    """`gold`: its folder or hub id; `judge`: the name of the model to ask."""
-    function: str = ""
-    """`function`: `module:function`, called with prompts=[…] and completions=[…], or by place; returns utilities."""
-    file: str = ""
-    """`file`: JSONL with prompt, chosen, rejected and optionally preference in [0, 1]."""
-    url: str = ""
-    """`judge`: the endpoint, up to and with /v1."""
-    key_variable: str = "OPENAI_API_KEY"
-    """`judge`: environment variable that holds the key."""
-    cache: str = ""
-    """`judge`: file that keeps its answers; empty: `judge.jsonl` in the run's folder."""
-    requests_per_minute: float = 600.0
-    """`judge`: the most it is asked."""
-    concurrency: int = 8
-    """`judge`: requests under way at once."""
-    retries: int = 4
-    """`judge`: tries after the first, each after twice the wait of the one before."""
-    timeout: float = 60.0
-    """`judge`: seconds an answer may take."""
-
-    def __post_init__(self) -> None:
-        positive("oracle", temperature=self.temperature, requests_per_minute=self.requests_per_minute)
-        positive("oracle", concurrency=self.concurrency, timeout=self.timeout)
-        not_negative("oracle", retries=self.retries)
-        if self.utility_range is not None and not self.utility_range[0] < self.utility_range[1]:
-            raise ValueError(f"oracle.utility_range: wanted low < high, got {list(self.utility_range)}")
-        needed = {"gold": ("model",), "judge": ("model", "url"), "function": ("function",), "file": ("file",)}
-        for name in needed.get(self.kind, ()):
-            if not getattr(self, name):
-                raise ValueError(f"oracle.{name}: oracle.kind {self.kind} needs it")
+    @property
+    def classifier(self) -> str:
+        """The model of the kind `classifier`."""
+        return self.model or CLASSIFIER
 
 
 @dataclass(frozen=True, kw_only=True)

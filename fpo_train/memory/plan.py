@@ -115,7 +115,7 @@ def make_plan(
     peaks = Peaks(
         config=config,
         policy=policy,
-        reward=scorer(architecture(config.reward_model.model)) if classifier else None,
+        reward=scorer(architecture(config.reward_model.classifier)) if classifier else None,
         gold=_gold(config),
         prompt_tokens=prompt_tokens,
         prompts=-(-config.rollout.prompts // processes),

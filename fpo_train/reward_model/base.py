@@ -267,7 +267,7 @@ class RewardModel(ABC):
 
     def begins(self) -> str:
         """What becomes of its score head before the first iteration, in words."""
-        came = f"trained, from {self.config.model}" if self.comes_trained else "fresh"
+        came = f"trained, from {self.config.classifier}" if self.comes_trained else "fresh"
         if self.to_fit:
             return f"{came}; fitted {'anew ' if self.comes_trained else ''}on {self.to_fit} pairs"
         how = "; reward_model.fit always fits it anew" if self.comes_trained and self.config.fit_pairs else ""

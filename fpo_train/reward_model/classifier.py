@@ -55,7 +55,7 @@ class ClassifierRewardModel(RewardModel):
     def __init__(self, config: RunConfig, processes: Processes, device: torch.device) -> None:
         settings = config.reward_model
         with about("reward_model"):
-            loaded = load_sequence_classifier(settings.model, getattr(torch, settings.dtype))
+            loaded = load_sequence_classifier(settings.classifier, getattr(torch, settings.dtype))
         self._whole, tokenizer, self.comes_trained = loaded
         self._whole.to(device).requires_grad_(False)
         self._tokenizer, self._frozen_body = tokenizer, settings.train == "head"
@@ -63,7 +63,7 @@ class ClassifierRewardModel(RewardModel):
         module = LastToken(self._whole) if isinstance(getattr(self._whole, "score", None), nn.Linear) else self._whole
         heads = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
         if not heads:
-            raise RunError(f"reward_model.model: {settings.model} has no linear layer with one output at its end")
+            raise RunError(f"reward_model.model: {settings.classifier} has no linear layer with one output at its end")
         if settings.train == "lora":
             self._add_adapter(config)
         limits = [settings.max_tokens, tokenizer.model_max_length, context_of(self._whole)]
@@ -102,7 +102,7 @@ class ClassifierRewardModel(RewardModel):
         if not problem and not alike(together, torch.cat(alone), within):
             problem = "reads padding behind a text, in spite of the mask"
         if problem:
-            raise RunError(f"reward_model.model {self.config.model}: {problem}; wanted one score a text")
+            raise RunError(f"reward_model.model {self.config.classifier}: {problem}; wanted one score a text")
 
     def read_pairs(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Reading:
         """See `RewardModel`."""
@@ -123,7 +123,7 @@ class ClassifierRewardModel(RewardModel):
         trained = {name: weight.contiguous() for name, weight in self.weights().items()}
         save_file(trained, folder / "trained.safetensors")
         description: dict[str, str | int] = {
-            "model": settings.model,
+            "model": settings.classifier,
             "trained": settings.train,
             "reads": settings.input,
         }

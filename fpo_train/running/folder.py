@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import yaml
 
-from fpo_train.config import RunConfig
+from fpo_train.config import CLASSIFIER, RunConfig
 from fpo_train.data import templates
 from fpo_train.errors import RunError
 from fpo_train.report import records
 from fpo_train.report.records import CHECKPOINTS, CONFIG, ENVIRONMENT, latest
 
+MODEL = "reward_model.model"
 LATER = ("data.date", "reward_model.fit")  # settings that runs of earlier versions do not have
 
 Facts = dict[str, Any]  # what `identity` says of a run's models and rendered prompts, and how many people's pairs fit
@@ -87,6 +88,11 @@ def _check_settings(out: Path, config: RunConfig) -> None:
     free: tuple[str, ...] = ("out", "resume", "logging.", "memory.")
     if config.update.schedule == config.reward_model.schedule == "constant":  # the others fall over a known number
         free += ("iterations",)
+    for one in (before, now):
+        if one.get(MODEL) == "":
+            one[MODEL] = CLASSIFIER
+    if config.reward_model.kind != "classifier":  # earlier versions named one where none was used
+        free += (MODEL,)
     free += tuple(key for key in LATER if key not in before)
     asked = [key for key in now if not key.startswith(free)]
     # before any value is compared: where a file was cut, the last value left is cut too
@@ -139,7 +145,8 @@ def check_identity(config: RunConfig, facts: Facts) -> None:
     for setting, now in facts["models"].items():
         for kind, digest in before.get("models", {}).get(setting, now).items():
             if now.get(kind) != digest:
-                name = getattr(config, setting.partition(".")[0]).model
+                section = getattr(config, setting.partition(".")[0])
+                name = getattr(section, "classifier", section.model)
                 what = "other weights" if kind == "weights" else "another tokenizer or chat template"
                 raise RunError(f"resume: {setting} {name} has {what} than when {out} began; put the former model back")
 

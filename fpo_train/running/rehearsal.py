@@ -68,10 +68,10 @@ def stand_ins(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
     if not _at_hand(config.policy.model):
         replace("policy", model="smollm2")
-    if config.reward_model.kind == "classifier" and not _at_hand(config.reward_model.model):
+    if config.reward_model.kind == "classifier" and not _at_hand(config.reward_model.classifier):
         replace("reward_model", model="minilm")
     if config.oracle.kind == "gold" and not _at_hand(config.oracle.model):
-        replace("oracle", model="minilm")
+        replace("oracle", kind="base", model="")
     if config.data.prompts.count("/") == 1 and not Path(config.data.prompts).exists():
         replace("data", prompts="questions", limit=0)
     if not (importlib.util.find_spec("bitsandbytes") and torch.cuda.is_available()):

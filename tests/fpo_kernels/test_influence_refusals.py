@@ -49,6 +49,19 @@ def test_batch_statistics():
         plain(lambda m, x: m.layer(x).sum((1, 2)), drop=nn.Dropout(0.5))
 
 
+def test_several_logits_and_no_word_of_which():
+    """Of two labels the first is that of the negative class, of a language model's the first is some token's."""
+    model, batch = tiny_llama(), batch_of([3, 4])
+    model.score = nn.Linear(model.score.in_features, 2, bias=False, dtype=torch.float64)
+    for ask in (
+        lambda **more: fk.Influence(model, LINEAR, **more).norms(batch),
+        lambda **more: fk.Influence(model, "head", **more).steering(batch, batch).product,
+    ):
+        with pytest.raises(ValueError, match=r"output: the model gives logits of shape \(\d, 2\), wanted \(B, 1\)"):
+            ask()
+        assert ask(output=lambda returned: returned.logits[:, 1]).isfinite().all()
+
+
 def test_arguments_of_the_wrong_kind():
     for wrong in (0, 2.0, "2"):
         with pytest.raises(ValueError, match="micro_batch"):

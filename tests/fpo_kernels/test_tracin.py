@@ -167,7 +167,7 @@ def test_tied_weights(tmp_path):
         nn.init.normal_(model.embed.weight)
         assert store.save(model, step=step, learning_rate=1 + step).names == ("embed.weight",)
     batch, other = ({"input_ids": torch.randint(11, (n, 5))} for n in (3, 2))
-    out = fk.tracin(fk.Influence(model, ["score.weight", "mix.*"]), store, batch, other)
+    out = fk.tracin(fk.Influence(model, ["score.weight", "mix.*"], first_logit), store, batch, other)
     names = ["embed.weight", "mix.weight", "mix.bias"]
     assert error(out, explicit(model, store, batch, other, names)) < 1e-10
 

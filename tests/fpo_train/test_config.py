@@ -47,6 +47,14 @@ def test_frozen_keyword_only_and_every_field_has_its_line(section):
         (lambda: config.RunConfig(compare="none,brave"), "unknown penalty 'brave'; wanted none, practical, relaxed"),
         (lambda: config.RunConfig(compare="none,none"), "twice"),
         (lambda: config.RunConfig(iterations=0), "run.iterations"),
+        (
+            lambda: config.RewardModelConfig(model="somebody/rm"),
+            "reward_model.model: reward_model.kind head has no use for it, classifier has; got 'somebody/rm'",
+        ),
+        (lambda: config.RewardModelConfig(kind="lora", train="all"), "reward_model.train: reward_model.kind lora"),
+        (lambda: config.OracleConfig(model="somebody/rm"), "oracle.model: .* has no use for it, gold and judge have"),
+        (lambda: config.OracleConfig(function="mine:score"), "oracle.function: oracle.kind base has no use for it"),
+        (lambda: config.OracleConfig(kind="gold", model="x", url="http://x"), "oracle.url: .* gold has no use for it"),
     ],
 )
 def test_values_that_make_no_sense(make, message):

@@ -57,7 +57,8 @@ def tiny_bert(tiny, tmp_path_factory):
 def setting(tiny, tiny_bert, of_model, dtype, **penalty):
     """A policy's rollout, its reading by a reward model with an eventful past, and everything a penalty is given."""
     targets = ("query", "value") if of_model == "classifier" else ("q_proj", "v_proj", "up_proj")
-    rm = RewardModelConfig(kind=of_model, model=str(tiny_bert), train="lora", lora_rank=3, lora_targets=targets)
+    own = {"model": str(tiny_bert), "train": "lora"} if of_model == "classifier" else {}
+    rm = RewardModelConfig(kind=of_model, lora_rank=3, lora_targets=targets, **own)
     config = RunConfig(
         policy=PolicyConfig(model=str(tiny), lora_rank=4), reward_model=rm, penalty=PenaltyConfig(**penalty)
     )

@@ -194,6 +194,7 @@ def drawn(rng):
     """A configuration at random, its model's architecture, prompt length and device."""
     model = rng.choice(["smollm2", EIGHT])
     optimizers = "adamw", "paged_adamw_8bit"
+    kind = rng.choice(["head", "lora", "classifier"])
     config = RunConfig(
         policy=PolicyConfig(
             model=model,
@@ -203,8 +204,8 @@ def drawn(rng):
             lora_rank=rng.choice([1, 256]),
         ),
         reward_model=RewardModelConfig(
-            kind=rng.choice(["head", "lora", "classifier"]),
-            train=rng.choice(["head", "lora", "all"]),
+            kind=kind,
+            train=rng.choice(["head", "lora", "all"]) if kind == "classifier" else "head",
             optimizer=rng.choice(optimizers),
         ),
         oracle=OracleConfig(

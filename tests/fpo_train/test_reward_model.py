@@ -305,9 +305,9 @@ def test_one_copy_of_the_base_and_a_fresh_adapter_for_each_start(policy, models)
 def test_what_cannot_be(policy, models):
     with pytest.raises(RunError, match="cannot train float16"):
         load(policy, models, kind="classifier", model="bert", dtype="float16")
-    for kind in ("lora", "classifier"):
+    for kind in ({"kind": "lora"}, {"kind": "classifier", "model": "bert", "train": "lora"}):
         with pytest.raises(RunError, match=r"reward_model.lora_targets \['nothing'\]"):
-            load(policy, models, kind=kind, model="bert", train="lora", lora_targets=("nothing",))
+            load(policy, models, **kind, lora_targets=("nothing",))
 
 
 @pytest.mark.slow

@@ -327,8 +327,8 @@ def test_what_a_rehearsal_has_at_hand(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     config = RunConfig(policy=PolicyConfig(model="some/llm"), oracle=OracleConfig(kind="gold", model="some/gold"))
     small, changes = stand_ins(config)
-    assert (small.policy.model, small.oracle.model) == ("smollm2", "minilm")
-    assert "oracle.model 'minilm' for 'some/gold'" in changes
+    assert (small.policy.model, small.oracle.kind) == ("smollm2", "base")  # none that ships is a trained judge
+    assert "oracle.kind 'base' for 'gold'" in changes
     for name in ("llm", "gold"):
         snapshot = tmp_path / f"models--some--{name}" / "snapshots" / "abc"
         snapshot.mkdir(parents=True)
