@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import os
 import re
@@ -22,12 +21,12 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 from fpo_train import __version__
 from fpo_train.config import EvalConfig, RunConfig
 from fpo_train.config.profiles import PROFILES
+from fpo_train.config.words import arranged, meant, refuse_torn
 from fpo_train.errors import RunError
 
 CONFIGS = Path(__file__).parent / "configs"
 C = TypeVar("C", RunConfig, EvalConfig)
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
-SWITCHES = ("--resume", "--dry_run", "--vectorised")  # true where they stand alone
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
 
@@ -54,9 +53,12 @@ class Parser(ArgumentParser):
         sentence = " ".join(message.split())
         sentence = re.sub(r'^Parser key "([^"]*)"', r"\1", sentence)
         sentence = re.sub(r"Expected an? <class '(\w+)'>", lambda found: f"wanted {KINDS[found[1]]}", sentence)
-        if unknown := re.match(r"unrecognized arguments: (--[\w.]+)", sentence):
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            sentence += f"; did you mean {near[0]}?" if near else ""
+        if unknown := re.match(r"unrecognized arguments: --([\w.]+)", sentence):
+            sentence += meant(unknown[1], list(self._option_string_actions), "--")
+        if unknown := re.match(r"Subcommand '(\w+)' does not accept option '([\w.]+)'", sentence):  # a file's
+            asked = build()._subcommands_action._name_parser_map[unknown[1]]  # type: ignore[union-attr]
+            sentence = f"{unknown[2]}: there is no such setting, but a configuration file has it"
+            sentence += meant(unknown[2], list(asked._option_string_actions))
         command = self.prog.replace(" [options]", "")
         print(f"{command}: error: {sentence} (see {command} --help)", file=sys.stderr)
         raise SystemExit(USAGE)
@@ -114,8 +116,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     if not sys.stderr.isatty():  # a log is no place for bars; tqdm reads this when it is first imported
         os.environ.setdefault("TQDM_DISABLE", "1")
-    arguments = _arranged(_shipped_configs(sys.argv[1:] if argv is None else argv))
+    arguments = arranged(_shipped_configs(sys.argv[1:] if argv is None else argv))
     try:
+        with usage():
+            refuse_torn(arguments)
         parser = build(_profile(arguments))
         if not arguments:
             parser.print_help()
@@ -123,6 +127,9 @@ def main(argv: list[str] | None = None) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else FAILED
+    except UsageError as error:
+        print(f"fpo-train: error: {error}", file=sys.stderr)
+        return USAGE
     except UnicodeDecodeError as error:
         print(f"fpo-train: error: a configuration file is not UTF-8 text: {error.reason}", file=sys.stderr)
         return USAGE
@@ -152,22 +159,6 @@ def _shipped_configs(arguments: list[str]) -> list[str]:
             word = word[: len(word) - len(name)] + str(CONFIGS / name)
         resolved.append(word)
     return resolved
-
-
-def _arranged(arguments: list[str]) -> list[str]:
-    """Files before options, so that options win over them wherever they stand; and switches that stand alone."""
-    files, options = [], []
-    words = list(zip(arguments, [*arguments[1:], "--"], strict=False))[1:]
-    while words:
-        word, following = words.pop(0)
-        if word == "--config" and words:
-            files += [word, words.pop(0)[0]]
-        elif word.startswith("--config="):
-            files.append(word)
-        else:
-            alone = word in SWITCHES and following.startswith("--")
-            options.append(f"{word}=true" if alone else word)
-    return [*arguments[:1], *files, *options]
 
 
 def _profile(arguments: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Every setting of a run, a study or an evaluation, documented and checked; imports no torch.
 
 `settings` is a run's, `evaluation` that of `fpo-train eval`, `profiles` the named sets of defaults; `checks` and
-`units` read values, and `seeds` makes one seed everyone's.
+`units` read values, `words` a command line, and `seeds` makes one seed everyone's.
 """
 
 from .evaluation import EvalConfig, JudgeConfig

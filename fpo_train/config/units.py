@@ -7,12 +7,12 @@ import re
 MOST_PACKED = 2 * 2**30  # bytes of matrices that a CPU keeps a second time, arranged for decoding
 
 _UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}{more}": 1000**power for power, prefix in enumerate("KMGT", 1) for more in ("", "B")}
 _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 
 def parse_bytes(text: str, name: str) -> int:
-    """A size such as 24GiB, 1.5 GB, 800MB or 2000000, in bytes; `name` is the setting's, for the message.
+    """A size such as 24GiB, 1.5 GB, 24G (the same as 24GB) or 2000000, in bytes; `name` is the setting's, to complain.
 
     Raises:
         ValueError: anything else, or nothing.

@@ -10,6 +10,7 @@ import yaml
 import fpo_kernels
 import fpo_train
 from fpo_train.cli import main
+from fpo_train.config.units import parse_bytes
 
 
 def printed(capsys, *words):
@@ -56,6 +57,7 @@ def test_a_switch_that_stands_alone_is_true(capsys, words):
         (("run", "--iteration", "3"), "unrecognized arguments: --iteration 3; did you mean --iterations?"),
         (("run", "--reward_model.fi", "3"), "did you mean --reward_model.fit?"),
         (("run", "--polcy.model", "x"), "did you mean --policy.model?"),
+        (("run", "--modle", "x"), "unrecognized arguments: --modle x (see"),
         (("run", "--iterations", "many"), "error: iterations: wanted a whole number. Got value: many"),
         (("run", "--resume", "perhaps"), "error: resume: wanted true or false. Got value: perhaps"),
         (("frob",), "invalid choice: 'frob'"),
@@ -64,6 +66,33 @@ def test_a_switch_that_stands_alone_is_true(capsys, words):
 def test_what_is_refused_and_how_that_is_said(capfd, words, says):
     assert main(list(words)) == 2
     assert says in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("q_proj,up_proj",), ("[q_proj, up_proj]",)])
+def test_lists_as_they_are_written(capsys, words):
+    found = printed(capsys, "--policy.lora_targets", *words, "--penalty.lengths", "0.5", "--memory.budget", "24G")
+    assert found["policy"]["lora_targets"] == ["q_proj", "up_proj"]
+    assert found["penalty"]["lengths"] == [0.5]
+    assert found["oracle"]["utility_range"] is None
+    assert printed(capsys, "--oracle.utility_range", "-15,5")["oracle"]["utility_range"] == [-15, 5]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("policy:\n  modle: x\n", "policy.modle: there is no such setting, but a configuration file has it; did you"),
+        ("seed: 1\niterations: [3\n", "mine.yaml, line 3, column 1: expected ',' or ']'"),
+    ],
+)
+def test_a_file_s_fault_is_told_by_its_place(tmp_path, capfd, content, says):
+    (tmp_path / "mine.yaml").write_text(content)
+    assert main(["run", "--config", str(tmp_path / "mine.yaml")]) == 2
+    assert says in capfd.readouterr().err
+
+
+def test_sizes():
+    assert parse_bytes("24G", "x") == parse_bytes("24 GB", "x") == 24 * 10**9
+    assert parse_bytes("1.5GiB", "x") == 3 * 2**29
 
 
 def test_who_reads_may_leave_and_an_interrupt_is_no_traceback(tmp_path, monkeypatch, capfd):

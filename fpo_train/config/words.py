@@ -1,0 +1,66 @@
+"""What a command line says, made plain before a parser reads it. Imports neither torch nor triton."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+
+import yaml
+
+from .settings import RunConfig
+
+SWITCHES = ("--resume", "--dry_run", "--vectorised")  # true where they stand alone
+
+
+def arranged(arguments: list[str]) -> list[str]:
+    """Files before options, so that options win over them wherever they stand; switches alone; lists as a,b."""
+    files, options, lists = [], [], lists_of_a_run()
+    words = list(zip(arguments, [*arguments[1:], "--"], strict=False))[1:]
+    while words:
+        word, following = words.pop(0)
+        if word == "--config" and words:
+            files += [word, words.pop(0)[0]]
+        elif word.startswith("--config="):
+            files.append(word)
+        elif word in SWITCHES and following.startswith("--"):
+            options.append(f"{word}=true")
+        elif word in lists and words and not following.startswith("["):
+            options += [word, f"[{words.pop(0)[0]}]"]
+        else:
+            options.append(word)
+    return [*arguments[:1], *files, *options]
+
+
+def lists_of_a_run() -> set[str]:
+    """Options of a run that take several values."""
+    return {
+        f"--{section.name}.{one.name}"
+        for section in dataclasses.fields(RunConfig)
+        if section.default_factory is not dataclasses.MISSING
+        for one in dataclasses.fields(section.default_factory())
+        if str(one.type).startswith("tuple")
+    }
+
+
+def refuse_torn(arguments: list[str]) -> None:
+    """See that configuration files are YAML.
+
+    Raises:
+        ValueError: one is not; it is named, and the place.
+    """
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name = following if word == "--config" else word.removeprefix("--config=") if "--config=" in word else ""
+        if name and Path(name).is_file():
+            try:
+                yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+            except yaml.MarkedYAMLError as error:
+                mark = error.problem_mark
+                place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+                raise ValueError(f"{name}{place}: {error.problem or 'no YAML'}") from error
+
+
+def meant(name: str, options: list[str], before: str = "") -> str:
+    """The option that a name without its dashes comes close to, as the end of a complaint."""
+    near = difflib.get_close_matches(name, [option.lstrip("-") for option in options], 1)
+    return f"; did you mean {before}{near[0]}?" if near else ""
