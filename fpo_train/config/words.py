@@ -16,7 +16,8 @@ SWITCHES = ("--resume", "--dry_run", "--vectorised")  # true where they stand al
 def arranged(arguments: list[str]) -> list[str]:
     """Files before options, so that options win over them wherever they stand; switches alone; lists as a,b."""
     files, options, lists = [], [], lists_of_a_run()
-    words = list(zip(arguments, [*arguments[1:], "--"], strict=False))[1:]
+    apart = [part for word in arguments for part in (word.split("=", 1) if word.partition("=")[0] in lists else [word])]
+    words = list(zip(apart, [*apart[1:], "--"], strict=False))[1:]
     while words:
         word, following = words.pop(0)
         if word == "--config" and words:

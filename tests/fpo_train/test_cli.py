@@ -73,6 +73,7 @@ def test_lists_as_they_are_written(capsys, words):
     found = printed(capsys, "--policy.lora_targets", *words, "--penalty.lengths", "0.5", "--memory.budget", "24G")
     assert found["policy"]["lora_targets"] == ["q_proj", "up_proj"]
     assert found["penalty"]["lengths"] == [0.5]
+    assert printed(capsys, f"--policy.lora_targets={words[0]}")["policy"]["lora_targets"] == ["q_proj", "up_proj"]
     assert found["oracle"]["utility_range"] is None
     assert printed(capsys, "--oracle.utility_range", "-15,5")["oracle"]["utility_range"] == [-15, 5]
 
