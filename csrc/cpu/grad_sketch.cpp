@@ -33,7 +33,7 @@ struct Map {
     while (full < x.size(0) && std::none_of(table + full * k, table + (full + 1) * k, [](int32_t e) { return e < 0; }))
       ++full;
     const int64_t left = p - full * k;
-    from.resize(left + 1), into.resize(left + 1);  // and one that gaps are written to: a branch on them costs more
+    from.resize(left + 1), into.resize(left + 1);  // and one that gaps are written to
     int64_t next = 0;
     for (int64_t b = 0; left > 0 && b < k; ++b) {
       const int32_t entry = table[full * k + b];
