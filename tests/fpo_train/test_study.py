@@ -79,10 +79,18 @@ def test_other_settings_and_other_folders_are_refused(folder, tiny, tmp_path, ca
 
 
 def test_a_run_that_fails_is_named(tiny, tmp_path, capfd):
-    assert main(words(tiny, tmp_path / "s", "--data.prompts", "nowhere.jsonl")) == 1
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert main(words(tiny, tmp_path / "s", "--data.prompts", str(empty))) == 1
     message = capfd.readouterr().err
     assert "4 of 4 runs failed" in message
-    assert "nowhere.jsonl" in message
+    assert f"{empty} holds no prompts" in message
+
+
+def test_a_study_of_prompts_that_are_nowhere_begins_no_run(tiny, tmp_path, capfd):
+    assert main(words(tiny, tmp_path / "s", "--data.prompts", "nowhere.jsonl")) == 1
+    assert "no file nowhere.jsonl" in capfd.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
 def test_student():
