@@ -21,7 +21,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 from fpo_train import __version__
 from fpo_train.config import EvalConfig, RunConfig
 from fpo_train.config.profiles import PROFILES
-from fpo_train.config.words import arranged, meant, refuse_torn
+from fpo_train.config.words import arranged, files_of, meant, refuse_torn
 from fpo_train.errors import RunError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -52,7 +52,9 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sentence = " ".join(message.split())
         sentence = re.sub(r'^Parser key "([^"]*)"', r"\1", sentence)
-        sentence = re.sub(r"Expected an? <class '(\w+)'>", lambda found: f"wanted {KINDS[found[1]]}", sentence)
+        sentence = re.sub(
+            r"Expected an? <class '(\w+)'>", lambda found: f"wanted {KINDS.get(found[1], found[1])}", sentence
+        )
         if unknown := re.match(r"unrecognized arguments: --([\w.]+)", sentence):
             sentence += meant(unknown[1], list(self._option_string_actions), "--")
         if unknown := re.match(r"Subcommand '(\w+)' does not accept option '([\w.]+)'", sentence):  # a file's
@@ -167,11 +169,10 @@ def _profile(arguments: list[str]) -> str:
     It has to be known before the options are read, since it is their defaults.
     """
     named = "sound"
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        name = following if word == "--config" else word.removeprefix("--config=") if "--config=" in word else ""
-        if name and Path(name).is_file():
+    for name in files_of(arguments):
+        if name.is_file():
             with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):  # the parser will say what is wrong with it
-                told = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+                told = yaml.safe_load(name.read_text(encoding="utf-8"))
                 named = told.get("profile", named) if isinstance(told, dict) else named
     for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if word == "--profile" or word.startswith("--profile="):

@@ -44,17 +44,24 @@ def lists_of_a_run() -> set[str]:
     }
 
 
+def files_of(arguments: list[str]) -> list[Path]:
+    """The configuration files that are named, in order."""
+    found = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        found.append(following if word == "--config" else word.removeprefix("--config=") if "--config=" in word else "")
+    return [Path(name) for name in found if name]
+
+
 def refuse_torn(arguments: list[str]) -> None:
     """See that configuration files are YAML.
 
     Raises:
         ValueError: one is not; it is named, and the place.
     """
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        name = following if word == "--config" else word.removeprefix("--config=") if "--config=" in word else ""
-        if name and Path(name).is_file():
+    for name in files_of(arguments):
+        if name.is_file():
             try:
-                yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+                yaml.safe_load(name.read_text(encoding="utf-8"))
             except yaml.MarkedYAMLError as error:
                 mark = error.problem_mark
                 place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
