@@ -221,11 +221,11 @@ def _study(options: Any) -> int:
 
 def _with_prompts(options: Any) -> RunConfig:
     """The configuration of a run whose prompts are where it says; a rehearsal has stand-ins."""
-    from fpo_train.data.places import prompts_file
+    from fpo_train.data.places import rows_at
 
     config = _config(RunConfig, options)
     if not config.dry_run:
-        prompts_file(config.data.prompts)
+        rows_at(config.data.prompts, "data.prompts")
     return config
 
 

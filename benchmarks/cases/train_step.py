@@ -204,7 +204,7 @@ def _everything(setting: Setting, device: torch.device) -> Contest:
 
 def prompts_of(setting: Setting) -> list[tuple[str, str]]:
     """(id, text) of the prompts, from the first of the shipped questions."""
-    texts, each = [text for _, text in read_prompts("questions")], setting.questions
+    texts, each = [str(asked) for _, asked in read_prompts("questions")], setting.questions
     return [(f"prompt-{n}", " ".join(texts[n * each : (n + 1) * each])) for n in range(setting.prompts)]
 
 

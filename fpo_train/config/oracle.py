@@ -30,7 +30,7 @@ class OracleConfig:
     function: str = ""
     """`function`: `module:function`, called with prompts=[…] and completions=[…], or by place; returns utilities."""
     file: str = ""
-    """`file`: JSONL with prompt, chosen, rejected and optionally preference in [0, 1]."""
+    """`file`: with prompt, chosen, rejected and optionally preference in [0, 1] a row; formats as of `data.prompts`."""
     url: str = ""
     """`judge`: the endpoint, up to and with /v1."""
     key_variable: str = "OPENAI_API_KEY"

@@ -120,10 +120,18 @@ class DataConfig:
     """The prompts."""
 
     prompts: str = "questions"
-    """`questions` (the 192 short questions that ship with the package), a JSONL file with a `prompt` a line, or the
-    hub id of a dataset with a `prompt` column."""
+    """`questions` (192 short ones that ship with the package), a file (.jsonl, .json, .csv, .tsv, .parquet; .txt: a
+    prompt a line), a folder of datasets' `save_to_disk`, or the hub id of a dataset."""
+    column: str = ""
+    """That holds the prompt, a text or a list of messages up to the user's last; empty: `prompt`, else `messages`."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a dataset."""
+    subset: str = ""
+    """Subset (configuration) of a hub dataset that has several."""
+    system: str = ""
+    """System prompt put before what has none of its own, in `oracle.file` too."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """A row without a prompt, or with one that does not fit, stops the run, or is skipped and counted."""
     limit: int = 0
     """Take the first so many prompts; 0: all."""
     max_tokens: int = 0

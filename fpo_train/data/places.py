@@ -8,24 +8,25 @@ from pathlib import Path
 from fpo_train.errors import RunError
 
 SHIPPED = Path(__file__).parent
+FORMATS = "JSON lines, a JSON array, CSV, TSV, Parquet, a text a line (.txt), a folder of datasets' save_to_disk"
 PATIENCE = 5.0  # seconds in which the hub has to answer; its own client asks for a minute and a half
 
 
-def prompts_file(name: str) -> Path | None:
-    """The file that `data.prompts` names, the user's before a shipped one; None where it is the hub id of a dataset.
+def rows_at(name: str, setting: str) -> Path | None:
+    """The file or folder that a setting names, the user's before a shipped one; None where it is a dataset's hub id.
 
     Raises:
-        RunError: there is no such file and it can be no hub id, or nothing to load one with.
+        RunError: there is nothing of that name and it can be no hub id, or nothing to load one with.
     """
     shipped, path = SHIPPED / f"{name}.jsonl", Path(name).expanduser()
     if shipped.is_file() and not Path(name).exists():
         return shipped
-    if path.is_file():
+    if path.is_file() or path.is_dir():
         return path
     if name.count("/") != 1 or name.startswith((".", "~", "/")) or path.suffix or lies_here(name):
-        raise RunError(f"data.prompts: no file {name} and no shipped set of that name")
+        raise RunError(f"{setting}: no file {name} and no shipped set of that name; read are {FORMATS}")
     if not _installed("datasets"):
-        raise RunError(f"data.prompts: {name} is no file; to load it from the hub, install datasets")
+        raise RunError(f"{setting}: {name} is no file; to load it from the hub, install datasets")
     return None
 
 

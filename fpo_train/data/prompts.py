@@ -1,12 +1,9 @@
-"""Prompts: read from JSONL, rendered through the chat template once, dealt out in a seeded order."""
+"""Prompts: read from people's files, rendered through the chat template once, dealt out in a seeded order."""
 
 from __future__ import annotations
 
-import json
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +12,9 @@ from fpo_train.config import DataConfig
 from fpo_train.errors import RunError
 
 from .limits import check_tokens, named
-from .places import prompts_file
-
-UNSEEN = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode's controls, formats and separators
+from .places import rows_at
+from .rows import Row, hub_rows, rows_of
+from .turns import Talk, Turn, fitted, instructed, messages_of, plain, roles_of, talk_of, writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +23,20 @@ class Prompt:
 
     name: str
     text: str
+    """For a reader: a user's one turn as it is, several with their roles in front."""
     ids: tuple[int, ...]
+    turns: tuple[Turn, ...] = ()
+    """Role and text of each turn; empty where `text` is the only one, a user's."""
+
+    @classmethod
+    def of(cls, name: str, talk: Talk, ids: Sequence[int]) -> Prompt:
+        """A prompt from what is asked."""
+        return cls(name=name, text=plain(talk), ids=tuple(ids), turns=() if isinstance(talk, str) else talk)
+
+    @property
+    def talk(self) -> Talk:
+        """What is asked, as one text or as turns."""
+        return self.turns or self.text
 
 
 class Prompts:
@@ -58,182 +68,153 @@ class Prompts:
         return chosen
 
 
-def read_prompts(name: str, split: str = "train", limit: int = 0) -> list[tuple[str, str]]:
-    """(id, prompt) of each line of a JSONL file, of a set shipped with the package, or of a dataset on the hub.
+def read_prompts(
+    name: str = "questions",
+    split: str = "train",
+    limit: int = 0,
+    *,
+    column: str = "",
+    system: str = "",
+    subset: str = "",
+    skipped: list[str] | None = None,
+) -> list[tuple[str, Talk]]:
+    """(id, what is asked) of each row of a file, of a set shipped with the package, or of a dataset on the hub.
 
     Args:
-        name: the file, set or dataset. split: of a dataset. limit: the first so many; 0: all.
+        name: the file, folder, set or dataset. split: of a dataset. limit: the first so many that can be read; 0: all.
+        column: that holds the prompt, a text or a list of messages; empty: `prompt`, else `messages`. system: put
+            before what has no system prompt of its own. subset: of a hub dataset. skipped: complaints about rows that
+            are passed by; None: the first ends the reading.
 
     Raises:
-        RunError: no such file, no prompt in it, a line without a text under "prompt", or an id used twice; a dataset
-            that cannot be loaded.
+        RunError: no such file, no prompt in it, a row without one, or an id used twice; a dataset that cannot be
+            loaded; a split, subset or column of what has none.
     """
-    path = prompts_file(name)
-    found = _read_dataset(name, split) if path is None else _read_file(path)
-    if not found:
-        raise RunError(f"data.prompts: {name} holds no prompts")
-    return list(found.items())[: limit or None]
+    path = rows_at(name, "data.prompts")
 
+    def refuse(error: RunError) -> None:
+        if skipped is None:
+            raise error
+        skipped.append(str(error))
 
-def _read_file(path: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for number, row in json_lines(path, "data.prompts"):
-        _keep(found, row, number, f"{path} line {number}")
-    return found
-
-
-def json_lines(path: Path, setting: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and content of each line of a JSONL file that is not blank; what is JSON but no object comes as {}.
-
-    Raises:
-        RunError: the file is not UTF-8, or a line of it is not JSON; `setting` is what the complaint begins with.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise RunError(f"{setting}: {path} is not UTF-8 text") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    found: dict[str, Talk] = {}
+    if path is None:
+        rows = hub_rows(name, "data.prompts", split, subset)
+    else:
+        for setting, value, default in (("split", split, "train"), ("subset", subset, "")):
+            if value != default and (path.is_file() or setting == "subset"):
+                raise RunError(f"data.{setting}: {path} has none, got {value!r}")
+        rows = rows_of(path, "data.prompts", split, refuse)
+    for row in rows:
+        try:
+            ident, talk = _asked(row, column)
+            if ident in found:
+                raise RunError(f"data.prompts: {row.where} repeats the id {ident}")
+        except RunError as error:
+            refuse(error)
             continue
-        row = parsed(line, f"{setting}: {path} line {number}")
-        yield number, row if isinstance(row, dict) else {}
+        found[ident] = instructed(talk, system)
+        if len(found) == limit:
+            break
+    if not found:
+        why = f" that can be read, the first complaint of {len(skipped)} being: {skipped[0]}" if skipped else ""
+        raise RunError(f"data.prompts: {name} holds no prompts{why}")
+    return list(found.items())
 
 
-def parsed(line: str, where: str) -> Any:
-    """What a line of JSON says.
-
-    Raises:
-        RunError: it is not JSON, or nested or with numbers beyond all measure.
-    """
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        told = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
-        raise RunError(f"{where} is not JSON ({told})") from error
-
-
-def text_of(row: dict[str, Any], name: str, where: str, reply: bool = False) -> str:
-    """The text that a row has under a name: Unicode that a file can hold, with something in it to be seen.
-
-    Args:
-        where: what the complaint begins with. reply: it may say nothing, or have a NUL in it, as models' replies do.
-
-    Raises:
-        RunError: it is none.
-    """
-    text = row.get(name)
-    if not isinstance(text, str) or not (reply or text.strip()):
-        raise RunError(f'{where} has no text under "{name}"')
-    writable(text, name, where)
-    if reply:
-        return text
-    if "\0" in text:
-        raise RunError(f'{where} holds a NUL character under "{name}"')
-    if all(unicodedata.category(one) in UNSEEN for one in text):
-        raise RunError(f'{where} has no text under "{name}", but characters alone that cannot be seen')
-    return text
+def prompts_of(config: DataConfig, skipped: list[str]) -> list[tuple[str, Talk]]:
+    """`read_prompts` as a run's settings have it; under `data.bad_rows` "skip" complaints are put in `skipped`."""
+    return read_prompts(
+        config.prompts,
+        config.split,
+        config.limit,
+        column=config.column,
+        system=config.system,
+        subset=config.subset,
+        skipped=skipped if config.bad_rows == "skip" else None,
+    )
 
 
-def writable(text: str, name: str, where: str) -> None:
-    """See that a file can hold what stands under a name: JSON can spell half a character.
-
-    Raises:
-        RunError: it cannot.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(text[error.start]):04X}"
-        raise RunError(f'{where} is not Unicode text: {half} under "{name}" is half a character') from error
-
-
-def _read_dataset(name: str, split: str) -> dict[str, str]:
-    from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
-
-    try:
-        rows = load_dataset(name, split=split)
-    except (OSError, ValueError) as error:  # datasets' own errors are of these kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"data.prompts: {name}, split {split}, cannot be loaded: {first}") from error
-    found: dict[str, str] = {}
-    for number, row in enumerate(rows, start=1):
-        _keep(found, {"id": row.get("prompt_id", number), **row}, number, f"{name} row {number}")
-    return found
-
-
-def _keep(found: dict[str, str], row: dict[str, Any], number: int, where: str) -> None:
-    text = text_of(row, "prompt", f"data.prompts: {where}")
-    ident = str(row.get("id", number))
-    writable(ident, "id", f"data.prompts: {where}")
-    if ident in found:
-        raise RunError(f"data.prompts: {where} repeats the id {ident}")
-    found[ident] = text
+def _asked(row: Row, column: str) -> tuple[str, Talk]:
+    name = column or ("messages" if "prompt" not in row.columns and "messages" in row.columns else "prompt")
+    where = f"data.prompts: {row.where}"
+    talk = talk_of(row.columns, name, where, "data.column")
+    ident = next((row.columns[key] for key in ("id", "prompt_id") if row.columns.get(key) is not None), row.number)
+    writable(str(ident), "id", where)
+    return str(ident), talk
 
 
 def render_prompts(
-    texts: list[tuple[str, str]],
+    texts: Sequence[tuple[str, Talk]],
     seed: int,
     tokenizer: Any,
     room: int,
     config: DataConfig | None = None,
     rows: int | None = None,
+    skipped: list[str] | None = None,
 ) -> Prompts:
     """Render and check the prompts.
 
     Args:
         room: the context less the longest reply, in tokens. rows: of the model's embedding; None: any token will do.
+        skipped: complaints about prompts that are passed by; None: the first ends the reading.
 
     Raises:
         RunError: a prompt that does not fit, under `data.truncate` "refuse", or that the model cannot read; a chat
-            template that cannot be used.
+            template that cannot be used; no prompt that can be.
     """
     config = config or DataConfig()
     if room < 1:
         raise RunError(f"rollout.max_new_tokens: the longest reply alone overruns the model's context by {1 - room}")
-    check_template(tokenizer, ["user"], "policy.model")
-    longest = min(room, config.max_tokens or room)
+    serves, longest = Serves(tokenizer, "policy.model"), min(room, config.max_tokens or room)
     prompts = []
-    for ident, text in texts:
-        whole = render(tokenizer, text, config.double_bos)
-        ids = shorten(tokenizer, text, whole, longest, config)
-        if ids is None:
-            bound = "data.max_tokens leaves" if config.max_tokens == longest else "the model's context leaves"
-            raise RunError(
-                f"data.prompts: prompt {ident} takes {len(whole)} tokens, but {bound} {longest} beside the longest "
-                "reply"
-            )
-        if rows is not None:
-            check_tokens(ids, rows, tokenizer, f"data.prompts: prompt {ident}", "policy.model")
-        prompts.append(Prompt(name=ident, text=text, ids=tuple(ids)))
+    for ident, talk in texts:
+        where = f"data.prompts: prompt {ident}"
+        if isinstance(talk, str):
+            serves(talk, where)  # where it does not, no row is at fault
+        try:
+            serves(talk, where)
+            whole = render(tokenizer, talk, config.double_bos)
+            ids = shorten(tokenizer, talk, whole, longest, config)
+            if ids is None:
+                bound = "data.max_tokens leaves" if config.max_tokens == longest else "the model's context leaves"
+                raise RunError(f"{where} takes {len(whole)} tokens, but {bound} {longest} beside the longest reply")
+            if rows is not None:
+                check_tokens(ids, rows, tokenizer, where, "policy.model")
+        except RunError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            continue
+        prompts.append(Prompt.of(ident, talk, ids))
+    if skipped and not prompts:
+        raise RunError(f"data.prompts: none can be used, the last complaint being: {skipped[-1]}")
     return Prompts(prompts, seed)
 
 
-def shorten(tokenizer: Any, text: str, ids: list[int], longest: int, config: DataConfig) -> list[int] | None:
+def shorten(tokenizer: Any, talk: Talk, ids: list[int], longest: int, config: DataConfig) -> list[int] | None:
     """A rendered prompt in at most `longest` tokens, as `data.truncate` has it; None where that is not to be had."""
     if len(ids) <= longest:
         return ids
     if config.truncate == "right":
         return ids[:longest] if longest > 0 else None
     if config.truncate == "header":
-        words = tokenizer(text, add_special_tokens=False)["input_ids"]
-        keep = len(words)
-        while keep > 0 and len(ids) > longest:  # a shortened text may split into other tokens than its beginning did
-            keep -= min(keep, len(ids) - longest)
-            ids = render(tokenizer, tokenizer.decode(words[:keep]), config.double_bos)
-        if len(ids) <= longest:
-            return ids
+        row = fitted(tokenizer, talk, longest, lambda some: {"input_ids": render(tokenizer, some, config.double_bos)})
+        if len(row["input_ids"]) <= longest:
+            return row["input_ids"]
     return None
 
 
-def render(tokenizer: Any, text: str, double_bos: bool = False) -> list[int]:
-    """Token ids of a user's message up to where the reply begins.
+def render(tokenizer: Any, talk: Talk, double_bos: bool = False) -> list[int]:
+    """Token ids of what is asked up to where the reply begins.
 
     The chat template writes the special tokens itself, so it also tokenises: no second BOS is added, unless
-    `double_bos` asks for the published script's way: the rendered text through the tokenizer once more.
+    `double_bos` asks for the published script's way: the rendered text through the tokenizer once more. Without a
+    template a user's one turn is read as it is, behind the system prompt where there is one.
     """
     if tokenizer.chat_template is None:
-        return tokenizer(text)["input_ids"]
-    messages = [{"role": "user", "content": text}]
+        return tokenizer(talk if isinstance(talk, str) else "\n\n".join(text for _, text in talk))["input_ids"]
+    messages = messages_of(talk)
     if double_bos:
         rendered = chat(tokenizer, messages, add_generation_prompt=True, tokenize=False)
         return tokenizer(rendered)["input_ids"]
@@ -264,7 +245,7 @@ def chat(tokenizer: Any, messages: list[dict[str, str]], setting: str = "model",
 
 
 def check_template(tokenizer: Any, roles: Sequence[str], setting: str = "model") -> None:
-    """See that the chat template, where there is one, serves turns of these roles and says what the last one says.
+    """See that the chat template, where there is one, serves turns of these roles and says what each of them says.
 
     A template of another make of messages (of parts, as with images) may leave the words out without a complaint.
 
@@ -273,11 +254,41 @@ def check_template(tokenizer: Any, roles: Sequence[str], setting: str = "model")
     """
     if tokenizer.chat_template is None:
         return
-    said = []
-    for last in ("One", "Two"):
-        messages = [{"role": role, "content": "Say a number."} for role in roles[:-1]]
-        messages.append({"role": roles[-1], "content": last})
-        said.append(chat(tokenizer, messages, setting, add_generation_prompt=roles[-1] == "user", tokenize=False))
-    if said[0] == said[1]:
-        told = f"leaves out what the {roles[-1]} says" if said[0].strip() else "renders nothing"
-        raise RunError(f"{setting} {named(tokenizer)}: its chat template {told}")
+    for place, role in enumerate(roles):
+        said = []
+        for told in ("One", "Two"):
+            turns = [(one, told if n == place else "Say a number.") for n, one in enumerate(roles)]
+            asks = roles[-1] == "user"
+            said.append(chat(tokenizer, messages_of(tuple(turns)), setting, add_generation_prompt=asks, tokenize=False))
+        if said[0] == said[1]:
+            told = f"leaves out what the {role} says" if said[0].strip() else "renders nothing"
+            raise RunError(f"{setting} {named(tokenizer)}: its chat template {told}")
+
+
+class Serves:
+    """`check_template` for each order of roles that turns up, once."""
+
+    def __init__(self, tokenizer: Any, setting: str, *reply: str) -> None:
+        """`reply`: the role that follows what is asked, where one does."""
+        self._tokenizer, self._setting, self._reply = tokenizer, setting, reply
+        self._served: set[tuple[str, ...]] = set()
+
+    def __call__(self, talk: Talk, where: str) -> None:
+        """`where`: what a complaint about a talk of several turns begins with.
+
+        Raises:
+            RunError: the template does not serve it, or there is none to tell its turns apart.
+        """
+        roles = roles_of(talk)
+        if roles in self._served:
+            return
+        if self._tokenizer.chat_template is None and len(roles) - ("system" in roles) > 1:
+            told = "has several turns, and the tokenizer has no chat template to write them with"
+            raise RunError(f"{where} {told} ({self._setting} {named(self._tokenizer)})")
+        try:
+            check_template(self._tokenizer, [*roles, *self._reply], self._setting)
+        except RunError as error:
+            if isinstance(talk, str):
+                raise
+            raise RunError(f"{where}: {error}") from error
+        self._served.add(roles)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fpo_train.data.places import SHIPPED
-from fpo_train.data.prompts import json_lines, text_of, writable
+from fpo_train.data.rows import first_line, rows_of
+from fpo_train.data.turns import text_of, writable
 from fpo_train.errors import RunError
 
 TRUTHFULQA = ("truthfulqa/truthful_qa", "generation", "validation")  # dataset, its configuration, its split
@@ -28,8 +29,8 @@ def read_questions(name: str, limit: int = 0) -> list[Question]:
     """The questions of a set, in its order.
 
     Args:
-        name: `truthfulqa`, a shipped set, or a JSONL file; a file of that name comes first. limit: the first so many;
-            0: all.
+        name: `truthfulqa`, a shipped set, or a file with a prompt a row (`rows_of`); a file of that name comes first.
+        limit: the first so many; 0: all.
 
     Raises:
         RunError: nothing of that name, no questions in it, a line without a text under "prompt", an id used twice, a
@@ -56,8 +57,8 @@ def read_questions(name: str, limit: int = 0) -> list[Question]:
 
 
 def _file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, row in json_lines(path, "questions"):
-        yield f"{path} line {number}", {"id": number, **row}
+    for row in rows_of(path, "questions"):
+        yield row.where, {"id": row.number, **row.columns}
 
 
 def _truthfulqa() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -70,8 +71,7 @@ def _truthfulqa() -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         rows = load_dataset(name, configuration, split=split)
     except (OSError, ValueError) as error:  # datasets' own errors are of these kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"questions: {name} cannot be loaded: {first}") from error
+        raise RunError(f"questions: {name} cannot be loaded: {first_line(error)}") from error
     for number, row in enumerate(rows, start=1):
         columns = {column.lower(): value for column, value in row.items()}
         asked = {"id": number, "prompt": columns.get("question"), "category": columns.get("category")}

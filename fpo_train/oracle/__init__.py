@@ -51,5 +51,5 @@ def load_oracle(config: RunConfig, policy: Policy, processes: Processes) -> Orac
         return JudgeOracle(asked, cache, config.seed, processes.rank, processes.world)
     if asked.kind == "file":
         name = UNLABELLED if processes.world == 1 else f"unlabelled.rank{processes.rank}.jsonl"
-        return FileOracle(Path(asked.file).expanduser(), out / name)
+        return FileOracle(Path(asked.file).expanduser(), out / name, config.data.system)
     return BaseOracle(policy, config)

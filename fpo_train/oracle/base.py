@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fpo_train.data.turns import Talk
 from fpo_train.rollout import Readings, Rollout
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Oracle(ABC):
     def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
         """p* in [0, 1] of rows (n,) against the rows `references` (n,), fp32 (n,); NaN: could not be had."""
 
-    def check(self, prompts: Sequence[str]) -> None:  # noqa: B027 (most oracles read whatever they are given)
+    def check(self, prompts: Sequence[Talk]) -> None:  # noqa: B027 (most oracles read whatever they are given)
         """See that it can read replies to these prompts.
 
         Raises:

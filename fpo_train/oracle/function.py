@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fpo_train.config import OracleConfig
+from fpo_train.data.turns import messages_of
 from fpo_train.errors import RunError
 from fpo_train.rollout import Readings, Rollout
 
@@ -28,6 +29,7 @@ class FunctionOracle(UtilityOracle):
         def score(prompts, replies):
             return [-abs(len(reply) - 80) for reply in replies]
 
+    A prompt of several turns, or with a system prompt, comes as messages: [{"role": …, "content": …}, …].
     It returns one number a completion, in a list, tuple, array or tensor: the completion's utility, finite, or NaN
     or None where it cannot say.
     """
@@ -46,7 +48,8 @@ class FunctionOracle(UtilityOracle):
             RunError: the function raises, or returns something else than one finite number, NaN or None a reply.
         """
         numbers = rows.tolist()
-        prompts = [rollout.prompts[owner(rollout, row)].text for row in numbers]
+        asked = [rollout.prompts[owner(rollout, row)].talk for row in numbers]
+        prompts = [talk if isinstance(talk, str) else messages_of(talk) for talk in asked]
         completions = [rollout.texts[row] for row in numbers]
         try:
             if self._by_name:

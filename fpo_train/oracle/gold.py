@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fpo_train.config import RunConfig
 from fpo_train.data.limits import alike, check_tokens, context_of, oversized, rows_of
-from fpo_train.data.prompts import chat, check_template
+from fpo_train.data.prompts import Serves, chat
 from fpo_train.data.sources import load_sequence_classifier
+from fpo_train.data.turns import Talk, messages_of, plain
 from fpo_train.errors import RunError, about
 from fpo_train.policy import Policy
 from fpo_train.rollout import Readings, Rollout
@@ -81,13 +82,16 @@ class ClassifierOracle(UtilityOracle):
         # Decoders find a row's last token by the model's own pad id, whatever the tokenizer pads with.
         pad = self._model.config.get_text_config().pad_token_id
         self._pad = pad if pad is not None and 0 <= pad < self._rows else None
-        check_template(self._tokenizer, ["user", "assistant"], SETTING)
+        self._serves = Serves(self._tokenizer, SETTING, "assistant")
+        self._serves("Is this read?", "a prompt")
 
-    def check(self, prompts: Sequence[str]) -> None:
+    def check(self, prompts: Sequence[Talk]) -> None:
         """See `Oracle`. Only a tokenizer with more tokens than the model has rows can bring one that has none."""
+        for prompt in prompts if self._tokenizer.chat_template is not None else ():
+            self._serves(prompt, f"the prompt {plain(prompt)!r:.80}")
         for prompt in prompts if oversized(self._tokenizer, self._rows) else prompts[:1]:
             ids = self._tokens(prompt, "Yes.")["input_ids"]
-            check_tokens(ids, self._rows, self._tokenizer, f"the prompt {prompt!r:.80}", SETTING)
+            check_tokens(ids, self._rows, self._tokenizer, f"the prompt {plain(prompt)!r:.80}", SETTING)
         if self._pad is not None and not self._knows_padding():
             self._pad = None  # so that it reads one text at a time
 
@@ -106,7 +110,7 @@ class ClassifierOracle(UtilityOracle):
 
     def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
         """U of rows (n,), fp32 (n,), at most the readings' `rows_at_once` in a forward."""
-        inputs = [self._tokens(rollout.prompts[owner(rollout, row)].text, rollout.texts[row]) for row in rows.tolist()]
+        inputs = [self._tokens(rollout.prompts[owner(rollout, row)].talk, rollout.texts[row]) for row in rows.tolist()]
         faults = [self._fault(one["input_ids"]) for one in inputs]
         fits = [n for n, fault in enumerate(faults) if not fault]
         fits.sort(key=lambda n: len(inputs[n]["input_ids"]))  # rows of like length share a forward
@@ -135,11 +139,10 @@ class ClassifierOracle(UtilityOracle):
             batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill).to(device)
         return batch
 
-    def _tokens(self, prompt: str, reply: str) -> Any:
+    def _tokens(self, prompt: Talk, reply: str) -> Any:
         if self._tokenizer.chat_template is None:
-            return self._tokenizer(prompt, reply)
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-        return chat(self._tokenizer, turns, SETTING, return_dict=True)
+            return self._tokenizer(plain(prompt), reply)
+        return chat(self._tokenizer, messages_of(prompt, reply), SETTING, return_dict=True)
 
 
 def load_gold(policy: Policy, config: RunConfig) -> UtilityOracle:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fpo_train.config import RunConfig
 from fpo_train.data.limits import check_tokens, rows_of
-from fpo_train.data.prompts import Prompt, render, shorten
+from fpo_train.data.prompts import Prompt, Serves, render, shorten
+from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError
 from fpo_train.policy import Policy
 from fpo_train.reward_model.replay import FIT_PLACE, Pair
@@ -25,9 +26,9 @@ class HumanPairs:
     """`read`, `cut` (kept with a shortened prompt) and `dropped`; empty where there is no file."""
 
     @property
-    def texts(self) -> list[tuple[str, str]]:
+    def texts(self) -> list[tuple[Talk, str]]:
         """Every pair's prompt with each of its replies."""
-        return [(pair.prompt.text, text) for pair in self.pairs for text in (pair.chosen_text, pair.reference_text)]
+        return [(pair.prompt.talk, text) for pair in self.pairs for text in (pair.chosen_text, pair.reference_text)]
 
     def told(self) -> str:
         """A line on the pairs that were too long; empty where none was."""
@@ -47,18 +48,21 @@ def human_pairs(config: RunConfig, policy: Policy) -> HumanPairs:
         RunError: a file that cannot be used, a pair that does not fit, or one with a token that the model cannot read.
     """
     rows, refuse = rows_of(policy.lm), config.data.truncate == "refuse"
+    serves = Serves(policy.tokenizer, "policy.model")
     counts: Counter[str] = Counter(read=0, cut=0, dropped=0)
     pairs = []
-    for number, (text, chosen, rejected, preference) in enumerate(read_preferences(_file(config)), start=1):
+    known = read_preferences(Path(config.oracle.file).expanduser(), config.data.system)
+    for number, (talk, chosen, rejected, preference) in enumerate(known, start=1):
         counts["read"] += 1
         where = f"oracle.file: pair {number} of {config.oracle.file}"
-        whole = render(policy.tokenizer, text, config.data.double_bos)
+        serves(talk, where)
+        whole = render(policy.tokenizer, talk, config.data.double_bos)
         first, second = (_closed(policy, reply) for reply in (chosen, rejected))
         for ids in (whole, first, second):
             check_tokens(ids, rows, policy.tokenizer, where, "policy.model")
         room = policy.context - max(len(ids) + (ids[-1] != policy.eos) for ids in (first, second))  # rows end with EOS
         longest = min(room, config.data.max_tokens or room)
-        kept = shorten(policy.tokenizer, text, whole, longest, config.data)
+        kept = shorten(policy.tokenizer, talk, whole, longest, config.data)
         if kept is None and refuse:
             bound = "data.max_tokens leaves" if config.data.max_tokens == longest else "the model's context leaves"
             raise RunError(
@@ -69,7 +73,7 @@ def human_pairs(config: RunConfig, policy: Policy) -> HumanPairs:
             counts["dropped"] += 1
             continue
         counts["cut"] += len(kept) < len(whole)
-        prompt = Prompt(name=f"human-{number}", text=text, ids=tuple(kept))
+        prompt = Prompt.of(f"human-{number}", talk, kept)
         pair = Pair(
             prompt=prompt,
             chosen=first,
@@ -82,10 +86,6 @@ def human_pairs(config: RunConfig, policy: Policy) -> HumanPairs:
         )
         pairs.append(pair)
     return HumanPairs(pairs, dict(counts))
-
-
-def _file(config: RunConfig) -> Path:
-    return Path(config.oracle.file).expanduser()
 
 
 def _closed(policy: Policy, reply: str) -> tuple[int, ...]:

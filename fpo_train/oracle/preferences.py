@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpo_train.data.prompts import parsed, text_of
+from fpo_train.data.rows import rows_of
+from fpo_train.data.turns import Talk, instructed, messages_of, reply_of, talk_of
 from fpo_train.errors import RunError
 from fpo_train.rollout import Readings, Rollout
 
@@ -17,7 +19,7 @@ from .base import Oracle, owner
 from .lines import Lines
 
 FIELDS = "prompt", "chosen", "rejected"
-Labelled = tuple[str, str, str, float]  # prompt, chosen, rejected, preference
+Labelled = tuple[Talk, str, str, float]  # prompt, chosen, rejected, preference
 
 
 class FileOracle(Oracle):
@@ -31,11 +33,15 @@ class FileOracle(Oracle):
 
     may_be_silent = True
 
-    def __init__(self, file: Path, unlabelled: Path) -> None:
-        """Raises: RunError: the file or a line of it cannot be used."""
+    def __init__(self, file: Path, unlabelled: Path, system: str = "") -> None:
+        """`system`: put before prompts that have no system prompt of their own.
+
+        Raises:
+            RunError: the file or a row of it cannot be used.
+        """
         super().__init__()
-        self._pairs = read_preferences(file)
-        self._labels: dict[tuple[str, str, str], list[float]] = {}
+        self._pairs = read_preferences(file, system)
+        self._labels: dict[tuple[Talk, str, str], list[float]] = {}
         for prompt, chosen, rejected, preference in self._pairs:
             self._labels.setdefault((prompt, chosen, rejected), []).append(preference)
             self._labels.setdefault((prompt, rejected, chosen), []).append(1 - preference)
@@ -53,7 +59,7 @@ class FileOracle(Oracle):
         return torch.tensor(answers, dtype=torch.float32, device=rows.device)
 
     def _one(self, rollout: Rollout, row: int, reference: int) -> float:
-        key = rollout.prompts[owner(rollout, row)].text, rollout.texts[row].strip(), rollout.texts[reference].strip()
+        key = rollout.prompts[owner(rollout, row)].talk, rollout.texts[row].strip(), rollout.texts[reference].strip()
         if labels := self._labels.get(key):
             self.counts["labelled"] += 1
             return sum(labels) / len(labels)
@@ -63,37 +69,40 @@ class FileOracle(Oracle):
         self.counts["unlabelled"] += 1
         if key not in self._written:
             self._written.add(key)
-            self._unlabelled.append(dict(zip(FIELDS, key, strict=True)))
+            prompt = key[0] if isinstance(key[0], str) else messages_of(key[0])
+            self._unlabelled.append(dict(zip(FIELDS, (prompt, *key[1:]), strict=True)))
         return math.nan
 
 
-def read_preferences(path: Path) -> list[Labelled]:
-    """The rows (prompt, chosen, rejected, preference) of a JSONL file; `preference` is 1 where it is left out.
+def read_preferences(path: Path, system: str = "") -> list[Labelled]:
+    """The rows (prompt, chosen, rejected, preference) of a file (`rows_of`); `preference` is 1 where it is left out.
+
+    A prompt is a text or messages, a reply a text or messages that end with it; without a prompt, the turns before
+    both replies are the prompt. `system` is put before what has no system prompt of its own.
 
     Raises:
-        RunError: no such file, nothing in it, or a line of another form; the message gives the line's number.
+        RunError: no such file, nothing in it, or a row of another form; the message gives its number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise RunError(f"oracle.file: {path} is not UTF-8 text") from error
-    except OSError as error:
-        raise RunError(f"oracle.file: {path} cannot be read: {error.strerror}") from error
-    rows = [_row(line, f"oracle.file: {path} line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    read = ((row.columns, f"oracle.file: {row.where}") for row in rows_of(path, "oracle.file"))
+    rows = [(instructed(row[0], system), *row[1:]) for row in (_checked(*one) for one in read)]
     if not rows:
         raise RunError(f"oracle.file: {path} holds no preferences")
     return rows
 
 
-def _row(line: str, where: str) -> Labelled:
-    return _checked(parsed(line, where), where)
-
-
 def _checked(row: Any, where: str) -> Labelled:
-    if not isinstance(row, dict):
+    if not isinstance(row, Mapping) or not row:
         raise RunError(f"{where} is not an object with {', '.join(FIELDS)}")
-    prompt, chosen, rejected = (text_of(row, name, where, reply=name != "prompt") for name in FIELDS)
+    chosen, rejected = (reply_of(row, name, where) for name in FIELDS[1:])
+    if "prompt" not in row and isinstance(row["chosen"], list):
+        row = {**row, "prompt": row["chosen"][:-1]}
+        if row["rejected"][:-1] != row["prompt"]:
+            raise RunError(f"{where} has no prompt, and its replies stand behind different turns")
     preference = row.get("preference", 1.0)
-    if isinstance(preference, bool) or not isinstance(preference, int | float) or not 0 <= preference <= 1:
+    try:
+        number = 1.0 if preference in ("", None) else float(preference)  # a table's field may be empty
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(preference, bool) or not 0 <= number <= 1:
         raise RunError(f"{where}: preference: wanted a number from 0 to 1, got {preference!r}")
-    return prompt, chosen.strip(), rejected.strip(), float(preference)
+    return talk_of(row, "prompt", where), chosen.strip(), rejected.strip(), number

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, linear, softplus
 
 from fpo_train.config import RunConfig
+from fpo_train.data.turns import Talk
 from fpo_train.errors import NotFinite, RunError
 from fpo_train.policy import wide
 from fpo_train.policy.generation import check_finite
@@ -116,7 +117,7 @@ class RewardModel(ABC):
     def read_pairs(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Reading:
         """What it reads of pairs, 2n rows: chosen, reference, chosen, reference, …"""
 
-    def check(self, texts: Sequence[tuple[str, str]]) -> None:  # noqa: B027 (the policy's own tokens need no check)
+    def check(self, texts: Sequence[tuple[Talk, str]]) -> None:  # noqa: B027 (the policy's own tokens need no check)
         """See that it can read these prompts and replies.
 
         Raises:

@@ -15,6 +15,7 @@ from fpo_train.config import RunConfig
 from fpo_train.config.seeds import mix
 from fpo_train.data.limits import alike, context_of, pad_id, rows_of
 from fpo_train.data.sources import load_sequence_classifier
+from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError, about
 from fpo_train.policy.adapters import REWARD, complaint, refuse_unmatched
 from fpo_train.processes import Processes
@@ -88,10 +89,10 @@ class ClassifierRewardModel(RewardModel):
 
     def read(self, rollout: Rollout, readings: Readings, rows_at_once: int = 0) -> Reading:
         """See `RewardModel`."""
-        owners = [prompt.text for prompt in rollout.prompts for _ in range(rollout.candidates + 1)]
+        owners = [prompt.talk for prompt in rollout.prompts for _ in range(rollout.candidates + 1)]
         return self._read(list(zip(owners, rollout.texts, strict=True)), rows_at_once)
 
-    def check(self, texts: Sequence[tuple[str, str]]) -> None:
+    def check(self, texts: Sequence[tuple[Talk, str]]) -> None:
         """See `RewardModel`. It also refuses a model that reads a text otherwise beside a longer one."""
         self._texts.check(texts)
         tried = [("One?", "Two."), ("One, or another?", "Two, and some more than that.")]
@@ -106,7 +107,7 @@ class ClassifierRewardModel(RewardModel):
 
     def read_pairs(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Reading:
         """See `RewardModel`."""
-        rows = [(pair.prompt.text, text) for pair in pairs for text in (pair.chosen_text, pair.reference_text)]
+        rows = [(pair.prompt.talk, text) for pair in pairs for text in (pair.chosen_text, pair.reference_text)]
         known = [row for pair in pairs for row in pair.features or ()]
         if self._frozen_body and len(known) == len(rows):
             return Reading(self._texts.batch(rows, self.device), torch.stack(known).to(self.device))
@@ -147,6 +148,6 @@ class ClassifierRewardModel(RewardModel):
                 raise RunError(f"reward_model.lora_targets {found}: {complaint(error)}") from error
         refuse_unmatched(self._whole, REWARD, settings.lora_targets, "reward_model.lora_targets")
 
-    def _read(self, rows: list[tuple[str, str]], rows_at_once: int) -> Reading:
+    def _read(self, rows: list[tuple[Talk, str]], rows_at_once: int) -> Reading:
         reading = Reading(self._texts.batch(rows, self.device), None)
         return Reading(reading.batch, self.head_inputs(reading, rows_at_once)) if self._frozen_body else reading

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fpo_train.data.limits import check_tokens, named, oversized
-from fpo_train.data.prompts import chat, check_template
+from fpo_train.data.prompts import Serves, chat
+from fpo_train.data.turns import Talk, fitted, messages_of, plain
 from fpo_train.errors import RunError
 
 BETWEEN = "\n\n"  # prompt and reply, for a tokenizer without a chat template
@@ -45,7 +46,7 @@ class TextInputs:
         self._pad = (tokenizer.pad_token_id or 0) if pad is None else pad
         self._eos = eos
         self._setting = "reward_model.model" if eos is None else "policy.model"
-        self._known: dict[tuple[str, str], dict[str, list[int]]] = {}
+        self._known: dict[tuple[Talk, str], dict[str, list[int]]] = {}
         self._told = False
         self._paired = kind == "pair" and eos is None
         special = tokenizer.num_special_tokens_to_add(self._paired) + (eos is not None)
@@ -55,7 +56,7 @@ class TextInputs:
                 f"special tokens; wanted {special + 1} or more"
             )
 
-    def check(self, texts: Sequence[tuple[str, str]]) -> None:
+    def check(self, texts: Sequence[tuple[Talk, str]]) -> None:
         """See that the model can read these prompts and replies.
 
         Only a tokenizer with more tokens than the model has rows makes the rest differ from the first in that.
@@ -64,12 +65,14 @@ class TextInputs:
             RunError: a chat template that cannot be used, or a token without a row.
         """
         if self._kind == "chat" and self._eos is None:
-            check_template(self._tokenizer, ["user", "assistant"], self._setting)
+            serves = Serves(self._tokenizer, self._setting, "assistant")
+            for prompt, _ in texts:
+                serves(prompt, f"the prompt {plain(prompt)!r:.80}")
         whole = self._rows is not None and oversized(self._tokenizer, self._rows)
         for prompt, reply in texts if whole else texts[:1]:
             self._tokenize(prompt, reply)
 
-    def batch(self, texts: Sequence[tuple[str, str]], device: torch.device) -> dict[str, Tensor]:
+    def batch(self, texts: Sequence[tuple[Talk, str]], device: torch.device) -> dict[str, Tensor]:
         """Keyword arguments of the model for (prompt, reply) rows; `attention_mask` says what is padding.
 
         Raises:
@@ -84,7 +87,7 @@ class TextInputs:
             batch[key] = torch.tensor(filled, device=device)
         return batch
 
-    def _row(self, prompt: str, reply: str) -> dict[str, list[int]]:
+    def _row(self, prompt: Talk, reply: str) -> dict[str, list[int]]:
         key = (prompt if self._kind != "reply" else "", reply)
         if key not in self._known:
             if len(self._known) >= KEPT_TEXTS:
@@ -92,7 +95,7 @@ class TextInputs:
             self._known[key] = self._tokenize(prompt, reply)
         return self._known[key]
 
-    def _tokenize(self, prompt: str, reply: str) -> dict[str, list[int]]:
+    def _tokenize(self, prompt: Talk, reply: str) -> dict[str, list[int]]:
         room = self._longest - (self._eos is not None)
         row = self._join(prompt, reply)
         if len(row["input_ids"]) > room:
@@ -100,7 +103,7 @@ class TextInputs:
                 told = f"a text of {len(row['input_ids'])} tokens is cut to {room}, as all longer ones are"
                 print(f"reward_model: {told}", file=sys.stderr)
                 self._told = True
-            row = self._cut(prompt, reply, row, room)
+            row = self._cut(prompt, reply, room)
         row = {key: list(value) for key, value in row.items()}
         row.setdefault("attention_mask", [1] * len(row["input_ids"]))
         if self._eos is not None or not row["input_ids"]:  # a model must be given something to read
@@ -108,31 +111,26 @@ class TextInputs:
             for key, value in row.items():
                 value.append(closing.get(key, 0))
         if self._rows is not None:
-            text = reply if self._kind == "reply" else prompt + BETWEEN + reply
+            text = reply if self._kind == "reply" else plain(prompt) + BETWEEN + reply
             check_tokens(row["input_ids"], self._rows, self._tokenizer, f"the text {text!r:.80}", self._setting)
         return row
 
-    def _cut(self, prompt: str, reply: str, row: Any, room: int) -> Any:
+    def _cut(self, prompt: Talk, reply: str, room: int) -> Any:
         """At most `room` tokens of a row that has more.
 
-        Of prompt and reply as one text it is the prompt's end that goes first: of replies that are cut off whole, one
-        could not be told from another.
+        Of prompt and reply as one text the prompt is shortened first (`fitted`): of replies that are cut off whole,
+        one could not be told from another.
         """
         if self._kind == "reply" or self._paired:
             return self._join(prompt, reply, truncation=True, max_length=room)
-        words = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        keep = len(words)
-        while keep > 0 and len(row["input_ids"]) > room:  # a shortened text may split into other tokens
-            keep -= min(keep, len(row["input_ids"]) - room)
-            row = self._join(self._tokenizer.decode(words[:keep]), reply)
+        row = fitted(self._tokenizer, prompt, room, lambda shorter: self._join(shorter, reply))
         return row if len(row["input_ids"]) <= room else self._join(prompt, reply, truncation=True, max_length=room)
 
-    def _join(self, prompt: str, reply: str, **cut: Any) -> Any:
+    def _join(self, prompt: Talk, reply: str, **cut: Any) -> Any:
         if self._kind == "reply":
             return self._tokenizer(reply, **cut)
         if self._paired:
-            return self._tokenizer(prompt, reply, **cut)  # truncation takes from the longer of both
+            return self._tokenizer(plain(prompt), reply, **cut)  # truncation takes from the longer of both
         if self._kind == "chat" and self._tokenizer.chat_template:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-            return chat(self._tokenizer, turns, self._setting, return_dict=True, **cut)
-        return self._tokenizer(prompt + BETWEEN + reply, **cut)
+            return chat(self._tokenizer, messages_of(prompt, reply), self._setting, return_dict=True, **cut)
+        return self._tokenizer(plain(prompt) + BETWEEN + reply, **cut)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fpo_train.config import RunConfig
 from fpo_train.config.seeds import mix
 from fpo_train.data.limits import rows_of
+from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError
 from fpo_train.policy import Policy
 from fpo_train.policy.adapters import POLICY, REWARD, active, complaint, refuse_unmatched
@@ -81,10 +82,10 @@ class HeadRewardModel(RewardModel):
             sequences = rollout.sequences
             batch = {"input_ids": sequences.ids, "attention_mask": sequences.mask.long()}
             return Reading(batch, readings.of().closing if self.adapter is None else None)
-        owners = [prompt.text for prompt in rollout.prompts for _ in range(rollout.candidates + 1)]
+        owners = [prompt.talk for prompt in rollout.prompts for _ in range(rollout.candidates + 1)]
         return self._read(self._texts.batch(list(zip(owners, rollout.texts, strict=True)), self.device), rows_at_once)
 
-    def check(self, texts: Sequence[tuple[str, str]]) -> None:
+    def check(self, texts: Sequence[tuple[Talk, str]]) -> None:
         """See `RewardModel`."""
         if self._texts is not None:
             self._texts.check(texts)
@@ -98,7 +99,7 @@ class HeadRewardModel(RewardModel):
             batch = {"input_ids": sequences.ids, "attention_mask": sequences.mask.long()}
         else:
             texts = [text for pair in pairs for text in (pair.chosen_text, pair.reference_text)]
-            rows = [(prompt.text, text) for prompt, text in zip(prompts, texts, strict=True)]
+            rows = [(prompt.talk, text) for prompt, text in zip(prompts, texts, strict=True)]
             batch = self._texts.batch(rows, self.device)
         known = [row for pair in pairs for row in pair.features or ()]
         if self.adapter is None and len(known) == 2 * len(pairs):

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,20 @@ import yaml
 
 from fpo_train.config import CLASSIFIER, RunConfig
 from fpo_train.data import templates
+from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError
 from fpo_train.report import records
 from fpo_train.report.records import CHECKPOINTS, CONFIG, ENVIRONMENT, latest
 
 MODEL = "reward_model.model"
-LATER = ("data.date", "reward_model.fit")  # settings that runs of earlier versions do not have
+LATER = (
+    "data.date",
+    "data.column",
+    "data.system",
+    "data.subset",
+    "data.bad_rows",
+    "reward_model.fit",
+)  # settings that runs of earlier versions do not have
 
 Facts = dict[str, Any]  # what `identity` says of a run's models and rendered prompts, and how many people's pairs fit
 
@@ -42,7 +51,7 @@ def dated(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
 
 
-def check(config: RunConfig, prompts: list[tuple[str, str]]) -> None:
+def check(config: RunConfig, prompts: Sequence[tuple[str, Talk]]) -> None:
     """See that `config.out` may be written, or gone on with under this very configuration.
 
     Raises:
@@ -151,7 +160,7 @@ def check_identity(config: RunConfig, facts: Facts) -> None:
                 raise RunError(f"resume: {setting} {name} has {what} than when {out} began; put the former model back")
 
 
-def describe(config: RunConfig, prompts: list[tuple[str, str]], known: Facts | None = None) -> None:
+def describe(config: RunConfig, prompts: Sequence[tuple[str, Talk]], known: Facts | None = None) -> None:
     """Write what was asked for, ready to be asked for again, and what the run began on; `known` is kept beside it."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -162,9 +171,9 @@ def describe(config: RunConfig, prompts: list[tuple[str, str]], known: Facts | N
         write_text(out / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
 
 
-def describe_like(out: Path, config: RunConfig, prompts: list[tuple[str, str]]) -> None:
+def describe_like(out: Path, config: RunConfig, prompts: Sequence[tuple[str, Talk]]) -> None:
     """`describe` a comparison that begins on what the run in `out` begins on."""
-    kept = ("rendered_sha256", "models", "score_head", "human_pairs")
+    kept = ("rendered_sha256", "models", "score_head", "human_pairs", "rows_skipped")
     describe(config, prompts, {name: fact for name, fact in _facts(out / ENVIRONMENT).items() if name in kept})
 
 
@@ -178,9 +187,9 @@ def write_text(path: Path, text: str) -> None:
     os.replace(half, path)
 
 
-def digest(prompts: list[tuple[str, str]]) -> str:
+def digest(prompts: Sequence[tuple[str, Talk]]) -> str:
     """SHA-256 of the prompts' ids and texts."""
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

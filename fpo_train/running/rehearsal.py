@@ -73,7 +73,7 @@ def stand_ins(config: RunConfig) -> tuple[RunConfig, list[str]]:
     if config.oracle.kind == "gold" and not _at_hand(config.oracle.model):
         replace("oracle", kind="base", model="")
     if config.data.prompts.count("/") == 1 and not Path(config.data.prompts).exists():
-        replace("data", prompts="questions", limit=0)
+        replace("data", prompts="questions", limit=0, column="", split="train", subset="")
     if not (importlib.util.find_spec("bitsandbytes") and torch.cuda.is_available()):
         replace("policy", quantization="none", dtype="float32")
         replace("oracle", quantization="none")

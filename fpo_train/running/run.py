@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fpo_train.config import PenaltyKind, RunConfig
 from fpo_train.data import identity, templates
 from fpo_train.data.limits import rows_of
-from fpo_train.data.prompts import read_prompts, render_prompts
+from fpo_train.data.prompts import prompts_of, render_prompts
+from fpo_train.data.turns import Talk
 from fpo_train.errors import NotFinite, RunError
 from fpo_train.loop import Parts, iterate, label_pairs
 from fpo_train.memory.guard import Guard
@@ -51,9 +52,8 @@ def run(config: RunConfig) -> Path:
     config = folder.dated(dataclasses.replace(config, out=str(Path(config.out).expanduser())))
     out = Path(config.out)
     configs = [_part(config, kind) for kind in config.compared] or [config]
-    texts = read_prompts(
-        config.data.prompts, config.data.split, config.data.limit
-    )  # a wrong file or folder should not cost the loading of a model
+    skipped: list[str] = []
+    texts = prompts_of(config.data, skipped)  # a wrong file or folder should not cost the loading of a model
     folder.check(config, texts)
     for one in configs:
         if one is not config and Path(one.out).is_dir():
@@ -63,7 +63,7 @@ def run(config: RunConfig) -> Path:
             alone = [_alone(one) for one in configs]
             run_side_by_side(run, alone, n, request, lambda of: folder.describe_like(of, config, texts))
             return _finish(config)
-        workshop = Workshop(config, texts)
+        workshop = Workshop(config, texts, skipped)
         processes = workshop.processes
         try:
             for one in configs:
@@ -95,7 +95,8 @@ def _part(config: RunConfig, kind: PenaltyKind) -> RunConfig:
 class Workshop:
     """What runs from one start share: the base weights, the prompts, the first adapter and the first reward model."""
 
-    def __init__(self, config: RunConfig, texts: list[tuple[str, str]]) -> None:
+    def __init__(self, config: RunConfig, texts: Sequence[tuple[str, Talk]], skipped: Sequence[str] = ()) -> None:
+        """`texts`: ids and what is asked. `skipped`: complaints about rows that were passed by."""
         self.config, self.texts = folder.dated(config), texts
         self.processes = Processes()
         self._date = self.processes.gather_objects([self.config.data.date])[0]  # one moment for all processes
@@ -104,7 +105,12 @@ class Workshop:
         templates.pin(self.policy.tokenizer, self._date)
         room = self.policy.context - config.rollout.max_new_tokens - 1  # and the closing token
         rows = rows_of(self.policy.lm)
-        self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data, rows)
+        self._skipped = list(skipped)
+        bad = self._skipped if config.data.bad_rows == "skip" else None
+        self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data, rows, bad)
+        if self._skipped and self.processes.main:
+            told = f"{len(self._skipped)} rows skipped, {len(self.prompts)} prompts left"
+            print(f"data.prompts: {told}; the first: {self._skipped[0]}", file=sys.stderr)
         beyond_windows(self.policy, self.prompts.longest + config.rollout.max_new_tokens)
         self._human = human_pairs(config, self.policy) if config.oracle.kind == "file" else HumanPairs()
         if self.processes.main and (told := self._human.told()):
@@ -157,7 +163,8 @@ class Workshop:
             "models": {"policy.model": self._base, **known},
             "score_head": parts.reward_model.begins(),
         }
-        return facts | ({"human_pairs": self._human.counts} if self._human.counts else {})
+        facts |= {"human_pairs": self._human.counts} if self._human.counts else {}
+        return facts | ({"rows_skipped": len(self._skipped)} if self._skipped else {})
 
     def _fit(self, parts: Parts) -> None:
         """Fit the score head once; what else starts from here takes the same."""

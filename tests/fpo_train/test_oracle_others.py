@@ -156,7 +156,7 @@ def test_nobody_having_labelled_yet_is_no_failure_of_the_run(rollout, tmp_path):
         ('{"prompt": "a", "chosen": "b"}', 'line 3 has no text under "rejected"'),
         ('{"prompt": "a", "chosen": 1, "rejected": "c"}', 'line 3 has no text under "chosen"'),
         ('{"prompt": "a", "chosen": "b", "rejected": "c", "preference": 1.5}', "from 0 to 1, got 1.5"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c", "preference": "1"}', "from 0 to 1, got '1'"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "preference": "often"}', "from 0 to 1, got 'often'"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c", "preference": NaN}', "from 0 to 1, got nan"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 
 from fpo_train.cli import main
 from fpo_train.data import sources
-from fpo_train.data.places import look_on_hub, prompts_file
+from fpo_train.data.places import look_on_hub, rows_at
 from fpo_train.errors import RunError
 
 
@@ -82,7 +82,7 @@ def test_a_path_below_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="model models/mine: no such file or folder"):
         sources.resolve("models/mine")
     with pytest.raises(RunError, match="no file models/mine and no shipped set"):
-        prompts_file("models/mine")
+        rows_at("models/mine", "data.prompts")
 
 
 def test_a_missing_prompt_file_is_told_before_torch_is_loaded(tmp_path):
@@ -93,5 +93,7 @@ def test_a_missing_prompt_file_is_told_before_torch_is_loaded(tmp_path):
     words = ["run", "--data.prompts", "nowhere.jsonl", "--out", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "fpo-train run: error: data.prompts: no file nowhere.jsonl and no shipped set of that name\n"
+    told = "fpo-train run: error: data.prompts: no file nowhere.jsonl and no shipped set of that name; read are "
+    assert done.stderr.startswith(told)
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
