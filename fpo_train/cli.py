@@ -287,8 +287,11 @@ def _simulate(options: Any) -> int:
 
 def _fetch(options: Any) -> int:
     from fpo_train.data.sources import fetch
+    from fpo_train.report.progress import stage
 
-    print(fetch(options.model))
+    with stage(f"downloading and checking {options.model}"):
+        path = fetch(options.model)
+    print(path)
     return DONE
 
 

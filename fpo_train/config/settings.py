@@ -21,7 +21,8 @@ class PolicyConfig:
     """The policy: a causal language model with a LoRA adapter."""
 
     model: str = "smollm2"
-    """`smollm2`, a local folder, a GGUF file, or a hub id."""
+    """`smollm2`, a local folder, a GGUF file, or a hub id; or the folder of a LoRA adapter (a run's `policy/`) to train
+    on: its base is the reference, and `lora_*` are the adapter's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the frozen base weights (of the computation, where they are quantised)."""
     quantization: Literal["none", "nf4", "int8"] = "none"
@@ -141,6 +142,8 @@ class DataConfig:
     off (the paper)."""
     double_bos: bool = False
     """Tokenise the rendered prompt with a second BOS (the paper)."""
+    chat_template: Literal["auto", "none"] = "auto"
+    """`auto`: the policy's, where it has one; `none`: prompts as they are written, whatever it has."""
     date: str = ""
     """What chat templates take for now, as 2026-01-31; empty: when the run began, also after a resume."""
 
@@ -326,7 +329,8 @@ class RunConfig:
     profile: Literal["sound", "paper"] = "sound"
     """Defaults of every option marked (the paper): as it should be, or as published."""
     dry_run: bool = False
-    """Rehearse in a temporary folder, with stand-ins for models that are not at hand; `out` is left alone."""
+    """Rehearse in a temporary folder: two iterations of two prompts and short replies at most, with stand-ins for
+    models that are not at hand; `out` is left alone."""
     compare: str = ""
     """Comma-separated penalties, in place of penalty.kind: run from one start, a sub-folder each."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)

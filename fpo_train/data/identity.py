@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 import fpo_kernels as fk
@@ -25,6 +26,30 @@ class _Base(nn.Module):
         """See `nn.Module`."""
         whole = self._whole[0].state_dict(*arguments, **options)
         return {name.replace(".base_layer.", "."): entry for name, entry in whole.items() if ".lora_" not in name}
+
+
+class _Adapter(nn.Module):
+    """The factors of one adapter of a model, and what its layers multiply them by."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self._whole, self._name = [model], name
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """See `nn.Module`."""
+        whole = self._whole[0].state_dict(*arguments, **options)
+        factors = {name: entry for name, entry in whole.items() if ".lora_" in name and f".{self._name}." in name}
+        scales = {
+            f"{path}.scaling": torch.tensor(module.scaling[self._name])
+            for path, module in self._whole[0].named_modules()
+            if self._name in getattr(module, "lora_A", {})
+        }
+        return factors | scales
+
+
+def of_adapter(model: nn.Module, name: str) -> str:
+    """Digest of what one of the adapters of a loaded model adds."""
+    return fk.fingerprint(_Adapter(model, name))
 
 
 def of_model(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:

@@ -105,6 +105,8 @@ def _found(name: str) -> Source:
 def _folder(path: Path) -> Source:
     if (path / ADAPTER_CONFIG).is_file():  # transformers would put it on its base, and train a second one on top
         raise RunError(f"model {path}: the folder holds an adapter; wanted a whole model, such as the adapter's base")
+    if (path / "policy" / ADAPTER_CONFIG).is_file():
+        raise RunError(f"model {path}: the folder is a run's; the adapter that it trained is {path / 'policy'}")
     if (path / "config.json").is_file():
         return Source(location=str(path))
     files = sorted(path.glob("*.gguf"))
@@ -199,6 +201,8 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
     options = {"dtype": dtype, "generation_config": GenerationConfig(), **quantized(quantization, dtype)}
     model, tokenizer, info = _load(AutoModelForCausalLM, name, source, **options)
     refuse_missing(name, model, info)
+    if judges := [kind for kind in model.config.architectures or [] if "Classification" in kind]:  # of tied weights
+        raise RunError(f"model {name}: it is a {judges[0]}; wanted a causal language model")
     if model.can_generate():
         model.generation_config.eos_token_id = ends
     if source.gguf_file:
@@ -208,15 +212,39 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
         ):
             if index is not None:
                 setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(index))
+    return model, closing(name, tokenizer, rows_of(model))
+
+
+def closing(name: str, tokenizer: Any, rows: int) -> Any:
+    """The tokenizer of a causal language model with so many `rows` in its embedding, ready to close replies and pad.
+
+    Raises:
+        RunError: it has no end-of-sequence token, or one without a row.
+    """
     if tokenizer.eos_token_id is None:
         raise RunError(f"model {name}: its tokenizer has no end-of-sequence token")
-    if not 0 <= tokenizer.eos_token_id < rows_of(model):  # it closes every reply, and pads
-        told = f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id}), but the embedding has {rows_of(model)} rows"
+    if not 0 <= tokenizer.eos_token_id < rows:  # it closes every reply, and pads
+        told = f"{tokenizer.eos_token!r} ({tokenizer.eos_token_id}), but the embedding has {rows} rows"
         raise RunError(f"model {name}: its tokenizer's end-of-sequence token is {told}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is told by masks, never by this id
     tokenizer.clean_up_tokenization_spaces = False
-    return model, tokenizer
+    return tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer in a local folder, whatever else is there.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # as in `_load`
+        raise _unloadable(name, Source(location=str(folder)), error, "its tokenizer ") from error
 
 
 class Classifier(NamedTuple):
@@ -315,6 +343,8 @@ def _load(kind: Any, name: str, source: Source, **options: Any) -> tuple[Any, An
         raise _unloadable(name, source, error, part) from error
     finally:
         logging.set_verbosity(said)
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub, where the name alone does not tell
+        raise RunError(f"model {name}: it is an adapter; wanted a whole model (of adapters a policy takes a folder)")
     return model, tokenizer, info
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +14,14 @@ import torch
 import yaml
 
 from fpo_train.config import EvalConfig, PolicyConfig
+from fpo_train.data.adapters import base_of, words_in
 from fpo_train.data.identity import of_model
 from fpo_train.data.limits import check_tokens, context_of, rows_of
 from fpo_train.data.prompts import check_template, render
 from fpo_train.data.sources import load_causal_lm
 from fpo_train.data.weights import ADAPTER_CONFIG as ADAPTER
-from fpo_train.data.weights import listed
 from fpo_train.errors import RunError
+from fpo_train.policy.adapters import of_base, refuse_unfit
 from fpo_train.policy.generation import Greedy, end_tokens, ended, generate
 from fpo_train.policy.trial import cache_serves, examine
 from fpo_train.report.records import CONFIG
@@ -39,10 +40,13 @@ class Speaker:
     dtype: str
     quantization: str
     adapter: Path | None
+    template: bool = True
+    """False: questions are read as they are written, as the run read its prompts (`data.chat_template none`)."""
 
     def facts(self) -> dict[str, Any]:
         """What its answers depend on; the adapter by its content, so that it may be moved."""
         known: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "quantization": self.quantization}
+        known |= {} if self.template else {"chat_template": "none"}
         digest = hashlib.sha256()
         for name in (ADAPTER, *WEIGHTS) if self.adapter else ():
             if self.adapter and (self.adapter / name).is_file():
@@ -54,10 +58,14 @@ def find_speakers(config: EvalConfig) -> dict[str, Speaker]:
     """The policies that `config.left` and `config.right` name, by side, all on one base.
 
     Raises:
-        RunError: a folder with neither a finished run nor an adapter in it, or two bases.
+        RunError: a folder with neither a finished run nor an adapter in it, two bases, or a run that read its prompts
+            through a chat template beside one that did not.
     """
     found = {side: _find(side, name) for side, name in config.sides.items()}
-    named = {side: policy for side, (policy, adapter) in found.items() if adapter is not None}
+    named = {side: policy for side, (policy, adapter, _) in found.items() if adapter is not None}
+    templates = {template for _, adapter, template in found.values() if adapter is not None} or {True}
+    if len(templates) > 1:
+        raise RunError("right: one side's run had data.chat_template none, the other's did not; wanted two that agree")
     models = {policy.model for policy in named.values()}
     if len(models) > 1 and not config.model:
         told = " and ".join(f"{side} on {policy.model}" for side, policy in named.items())
@@ -69,20 +77,21 @@ def find_speakers(config: EvalConfig) -> dict[str, Speaker]:
             dtype=base.dtype if config.dtype == "run" else config.dtype,
             quantization=base.quantization if config.quantization == "run" else config.quantization,
             adapter=adapter,
+            template=all(templates),
         )
-        for side, (_, adapter) in found.items()
+        for side, (_, adapter, _) in found.items()
     }
 
 
-def _find(side: str, name: str) -> tuple[PolicyConfig, Path | None]:
-    """The base as a run or an adapter names it, and the adapter's folder."""
+def _find(side: str, name: str) -> tuple[PolicyConfig, Path | None, bool]:
+    """The base as a run or an adapter names it, the adapter's folder, and whether a chat template is used."""
     if name == "base":
-        return PolicyConfig(), None
+        return PolicyConfig(), None, True
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise RunError(f"{side}: wanted base, a run's folder or an adapter's; there is no folder {name}")
     if (folder / ADAPTER).is_file():
-        return PolicyConfig(model=_base_of(side, folder)), folder
+        return PolicyConfig(model=_base_of(side, folder)), folder, True
     if not (folder / CONFIG).is_file():
         raise RunError(f"{side}: {name} holds neither a run ({CONFIG}) nor an adapter ({ADAPTER})")
     run = _settings(side, folder / CONFIG)
@@ -95,7 +104,13 @@ def _find(side: str, name: str) -> tuple[PolicyConfig, Path | None]:
     known: dict[str, Any] = {key: policy.get(key) for key in ("model", *FORMATS)} if isinstance(policy, dict) else {}
     if not isinstance(known.get("model"), str) or any(known[key] not in values for key, values in FORMATS.items()):
         raise RunError(f"{side}: {folder / CONFIG} does not say which base the policy has")
-    return PolicyConfig(**known), folder / "policy"
+    known["model"] = _base_of(side, folder / "policy")  # a run that began on an adapter names that
+    data = run.get("data")
+    return (
+        PolicyConfig(**known),
+        folder / "policy",
+        not (isinstance(data, dict) and data.get("chat_template") == "none"),
+    )
 
 
 def _settings(side: str, path: Path) -> dict[str, Any]:
@@ -110,12 +125,9 @@ def _settings(side: str, path: Path) -> dict[str, Any]:
 
 def _base_of(side: str, folder: Path) -> str:
     try:
-        name = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{side}: {folder / ADAPTER} does not name the adapter's base") from error
-    if not isinstance(name, str) or not name:
-        raise RunError(f"{side}: {folder / ADAPTER} does not name the adapter's base; add it there")
-    return name
+        return base_of(folder)
+    except RunError as error:
+        raise RunError(f"{side}: {error}") from error
 
 
 class Answerer:
@@ -137,33 +149,35 @@ class Answerer:
         self._caches = cache_serves(lm, where)
         self._ends, self._most, self._device = end_tokens(lm, self.tokenizer), max_new_tokens, device
         self._room, self._rows = (context_of(lm) or 2048) - max_new_tokens, rows_of(lm)
+        if not first.template:
+            self.tokenizer.chat_template = None
         check_template(self.tokenizer, ["user"])
         self.base = of_model(lm, self.tokenizer)
         for side, speaker in speakers.items():
             if speaker.adapter is not None:
-                self._put_on(side, speaker)
+                self._put_on(side, speaker.model, speaker.adapter)
 
-    def _put_on(self, side: str, speaker: Speaker) -> None:
-        from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+    def _put_on(self, side: str, model: str, adapter: Path) -> None:
+        from peft import PeftModel, load_peft_weights
 
-        where = f"{side}: the adapter {speaker.adapter} does not fit {speaker.model}"
+        where = f"{side}: the adapter {adapter} does not fit {model}"
         try:
+            given = load_peft_weights(str(adapter), device="cpu")
+            base = of_base(self._model, given)
             if isinstance(self._model, PeftModel):
-                self._model.load_adapter(str(speaker.adapter), adapter_name=side)
+                self._model.load_adapter(str(adapter), adapter_name=side)
             else:
-                self._model = PeftModel.from_pretrained(self._model, str(speaker.adapter), adapter_name=side)
-            given = load_peft_weights(str(speaker.adapter), device="cpu").keys()
+                self._model = PeftModel.from_pretrained(self._model, str(adapter), adapter_name=side)
         except Exception as error:  # of packages of their own, whose errors over a damaged file are of all kinds
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RunError(f"{where}, or a file of it is cut short: {first}") from error
-        wanted = get_peft_model_state_dict(self._model, adapter_name=side, save_embedding_layers=False).keys()
-        if missing := sorted(wanted - given):  # PEFT draws them and warns
-            raise RunError(f"{where}: {len(missing)} of {len(wanted)} weights are missing from it: {listed(missing)}")
-        if unknown := sorted(
-            given - wanted - self._model.state_dict().keys()
-        ):  # base layers may be saved with an adapter
-            raise RunError(f"{where}: {len(unknown)} of its weights have no place there: {listed(unknown)}")
+        refuse_unfit(self._model, side, given, base, where)
         self._model.eval()
+        if words := words_in(adapter):
+            print(
+                f"{side}: questions are read by the tokenizer and template of the base, not by {words[0]}",
+                file=sys.stderr,
+            )
 
     def render(self, question: Question) -> list[int]:
         """The question's tokens, up to where the answer begins.

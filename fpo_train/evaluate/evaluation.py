@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import yaml
-from tqdm import tqdm
 
 from fpo_train.config import EvalConfig
 from fpo_train.data import templates
 from fpo_train.errors import RunError
 from fpo_train.oracle.judge import Judge, Verdict
 from fpo_train.oracle.lines import Lines
+from fpo_train.report.progress import Steps, stage
 from fpo_train.report.records import CONFIG, ENVIRONMENT
 from fpo_train.running.folder import environment, write_text
 
@@ -130,7 +130,8 @@ def _began(out: Path) -> dict[str, Any]:
 
 def _answerer(out: Path, config: EvalConfig, speakers: dict[str, Speaker], began: dict[str, Any]) -> Answerer:
     """Who answers, with the base that has answered so far."""
-    answerer = Answerer(speakers, config.max_new_tokens, _device())
+    with stage(f"loading and trying {next(iter(speakers.values())).model}"):
+        answerer = Answerer(speakers, config.max_new_tokens, _device())
     templates.pin(answerer.tokenizer, began["date"])
     if began.setdefault("base", answerer.base) != answerer.base:
         model = next(iter(speakers.values())).model
@@ -188,16 +189,17 @@ def _answer(
     lines: Lines,
 ) -> None:
     """Add the answers that are missing, in memory and on disk."""
-    quiet = not sys.stderr.isatty()  # a log is no place for bars
-    for side, batch in tqdm(missing, desc="answers", unit="batch", dynamic_ncols=True, disable=quiet):
-        replies = answerer.answer(side, [prompts[question.name] for question in batch])
-        for question, reply in zip(batch, replies, strict=True):
-            if (side, question.name) in answers:
-                continue
-            text = answerer.decode(reply)
-            known = {"id": question.name, "category": question.category, "prompt": question.text}
-            lines.append({"policy": side, **known, "answer": text, "tokens": len(reply)})
-            answers[side, question.name] = text
+    with Steps("answers", len(missing), "batches") as steps:
+        for side, batch in missing:
+            replies = answerer.answer(side, [prompts[question.name] for question in batch])
+            for question, reply in zip(batch, replies, strict=True):
+                if (side, question.name) in answers:
+                    continue
+                text = answerer.decode(reply)
+                known = {"id": question.name, "category": question.category, "prompt": question.text}
+                lines.append({"policy": side, **known, "answer": text, "tokens": len(reply)})
+                answers[side, question.name] = text
+            steps()
 
 
 def _device() -> torch.device:
@@ -219,14 +221,13 @@ def _compare(judge: Judge, counts: Counter[str], questions: list[Question], answ
         RunError: the judge does not answer, from the start or any more.
     """
     pairs: list[Pair] = []
-    quiet = not sys.stderr.isatty()  # a log is no place for bars
-    with tqdm(total=len(questions), desc="judgements", unit="pair", dynamic_ncols=True, disable=quiet) as bar:
+    with Steps("judgements", len(questions), "pairs") as steps:
         for start in range(0, len(questions), PAIRS_AT_ONCE):
             some = questions[start : start + PAIRS_AT_ONCE]
             told = [(one.text, answers["left", one.name], answers["right", one.name]) for one in some]
             for question, (_, left, right), verdict in zip(some, told, judge.compare(told), strict=True):
                 pairs.append(Pair(question, left, right, verdict))
-            bar.update(len(some))
+            steps(len(some))
             asked = [pair for pair in pairs if pair.left != pair.right]
             silent = not any(pair.judged for pair in asked[-SILENCE:])
             if silent and (len(asked) >= SILENCE or (asked and len(pairs) == len(questions))):

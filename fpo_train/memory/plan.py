@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fpo_train.config import RunConfig
 from fpo_train.config.units import parse_bytes, show_bytes
+from fpo_train.data.adapters import base_model, settle
 from fpo_train.errors import RunError
 
 from .architecture import Architecture, architecture, from_config, scorer
@@ -221,17 +222,20 @@ def plan_command(config: RunConfig, device: str | None = None) -> int:
     that are to run there are.
 
     Raises:
-        RunError: as `make_plan`, or replies that leave no room for a prompt.
+        RunError: as `make_plan`, replies that leave no room for a prompt, or an adapter that no policy can begin on.
     """
     if device is None:
         device = "cuda" if config.policy.quantization != "none" or config.policy.dtype == "bfloat16" else "cpu"
-    policy = architecture(config.policy.model)
+    config, base = settle(config), base_model(config.policy.model)
+    policy = architecture(base)
     room = policy.context - config.rollout.max_new_tokens - 1
     if room < 1:
         longest = config.rollout.max_new_tokens
         raise RunError(f"rollout.max_new_tokens: {longest} leave no prompt in a context of {policy.context} tokens")
     plan = make_plan(config, policy, min(config.data.max_tokens or USUAL_PROMPT, room), device)
-    print(f"{config.policy.model}: {policy.parameters / 1e9:.2f} billion parameters")
+    print(f"{base}: {policy.parameters / 1e9:.2f} billion parameters")
+    if base != config.policy.model:
+        print(f"the policy begins on the adapter {config.policy.model}, of rank {config.policy.lora_rank}")
     print(format_table(plan))
     if plan.fits:
         return 0

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fpo_train.config import RunConfig
+from fpo_train.data.adapters import same_model
 from fpo_train.data.limits import alike, check_tokens, context_of, oversized, rows_of
 from fpo_train.data.prompts import Serves, chat
 from fpo_train.data.sources import load_sequence_classifier
@@ -39,8 +40,10 @@ class HeadOracle(UtilityOracle):
         super().__init__(config.oracle.temperature)
         folder = Path(config.oracle.model).expanduser()
         base = _description(folder)["base"]
-        if base != config.policy.model:
-            raise RunError(f"oracle.model: {folder} sits on {base}, but policy.model is {config.policy.model}")
+        if not same_model(base, policy.base_name):
+            given = config.policy.model
+            own = f"policy.model is {given}" if given == policy.base_name else f"{given} sits on {policy.base_name}"
+            raise RunError(f"oracle.model: {folder} sits on {base}, but {own}")
         width = policy.lm.config.hidden_size
         try:
             weight = load_file(folder / "head.safetensors")["score.weight"]

@@ -83,5 +83,7 @@ def _second_copy(policy: Policy, config: RunConfig) -> Policy:
     """The base once more in 8 bits. Its adapter is never switched on, so it is as small as can be."""
     if find_spec("bitsandbytes") is None:
         raise RunError("oracle.quantization: int8 needs bitsandbytes, which is not installed")
-    asked = dataclasses.replace(config.policy, quantization="int8", lora_rank=1, gradient_checkpointing=False)
+    asked = dataclasses.replace(
+        config.policy, model=policy.base_name, quantization="int8", lora_rank=1, gradient_checkpointing=False
+    )
     return load_policy(asked, config.seed, policy.device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fpo_train.data.weights import listed
 from fpo_train.errors import RunError
 
 POLICY, REWARD = "default", "reward"
@@ -90,6 +92,45 @@ def refuse_unmatched(model: nn.Module, adapter: str, targets: Sequence[str], set
         known = linear - beneath | layers.keys()
         there = ", ".join(sorted({path.rpartition(".")[2] for path in known}))
         raise RunError(f"{setting}: {', '.join(map(repr, lost))} names no layer of the model; its layers are {there}")
+
+
+def of_base(lm: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the weights of `lm` that an adapter's file brings too, under the file's names.
+
+    PEFT saves an embedding or output projection whole where it carries an adapter, or was resized.
+    """
+    plain = {name.removeprefix("base_model.model."): weight for name, weight in lm.state_dict().items()}
+    own = {f"base_model.model.{name.replace('.base_layer.', '.')}": weight for name, weight in plain.items()}
+    there = {name: name.replace(".base_layer.", ".") for name in given if ".lora_" not in name}
+    return {name: own[short].clone() for name, short in there.items() if short in own}
+
+
+def refuse_unfit(model: Any, adapter: str, given: Mapping[str, Tensor], base: Mapping[str, Tensor], where: str) -> None:
+    """See that an adapter's file holds the weights of `adapter` as it sits on the model, and nothing else.
+
+    Args:
+        given: the file's tensors. base: `of_base` of them, from before any was loaded.
+        where: what the complaint begins with.
+
+    Raises:
+        RunError: weights that are missing, that have another shape or no place, or base weights that are not the
+            base's.
+    """
+    from peft import get_peft_model_state_dict
+
+    wanted = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    if missing := sorted(wanted.keys() - given.keys()):  # PEFT draws them and warns
+        raise RunError(f"{where}: {len(missing)} of {len(wanted)} weights are missing from it: {listed(missing)}")
+    if unknown := sorted(given.keys() - wanted.keys() - base.keys()):
+        raise RunError(f"{where}: {len(unknown)} of its weights have no place there: {listed(unknown)}")
+    if reshaped := sorted(name for name, weight in wanted.items() if given[name].shape != weight.shape):
+        shapes = f"{tuple(given[reshaped[0]].shape)} for {tuple(wanted[reshaped[0]].shape)}"
+        raise RunError(f"{where}: {len(reshaped)} of its weights have another shape: {reshaped[0]} {shapes}")
+    trained = sorted(
+        name for name in base.keys() - wanted.keys() if not torch.equal(given[name].to(base[name]), base[name])
+    )
+    if trained:
+        raise RunError(f"{where}: it brings weights of the base that are not the base's: {listed(trained)}")
 
 
 def complaint(error: ValueError) -> str:

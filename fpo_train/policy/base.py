@@ -97,6 +97,11 @@ class Policy:
         own = f".{POLICY}."
         return {name: p for name, p in self.model.named_parameters() if own in name}
 
+    @property
+    def base_name(self) -> str:
+        """The model that the base was loaded from, as it is named."""
+        return str(self.model.peft_config[POLICY].base_model_name_or_path)
+
     def adapter(self, name: str | None) -> AbstractContextManager[None]:
         """Run with the adapter of that name, or with none: the frozen base; see `adapters.active`."""
         return active(self.model, name)

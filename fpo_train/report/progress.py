@@ -1,13 +1,14 @@
 """Progress: a live bar on a terminal, lines in a log; a warning gets a line of its own in both.
 
-What runs before the first iteration, and each phase of one, is named while it runs.
+What runs before the first iteration, and each phase of one, is named while it runs. All of it goes to stderr. A log's
+lines begin with the time, end with what is left, and hold no control codes.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,17 +19,28 @@ from tqdm import tqdm
 from .records import Row
 
 LIVE = True  # whether a terminal is this process's alone, so that bars can be drawn on it
-PATIENCE = 5.0  # seconds after which a log says what it is that lasts
+WHO = ""  # what a log's lines say is going on where several processes write into it
+PATIENCE = 5.0  # seconds after which a log says what it is that lasts, and again how far it is
+SLOW = 1.0  # seconds from which on each step is worth a line
+
+
+def on_terminal(shown: bool = True) -> bool:
+    """Whether bars are drawn."""
+    return shown and LIVE and sys.stderr.isatty()
+
+
+def say(line: str) -> None:
+    """A line of a log, with the time before it."""
+    print(f"{time.strftime('%H:%M:%S')}  {WHO}{line}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def stage(what: str, shown: bool = True) -> Iterator[None]:
     """Say what is going on: on a terminal for as long as it lasts, in a log by a line once it lasts long."""
-    live = shown and LIVE and sys.stderr.isatty()
-    words = functools.partial(print, f"{what} …", end="" if live else "\n", file=sys.stderr, flush=True)
-    later = threading.Timer(PATIENCE, words)
+    live = on_terminal(shown)
+    later = threading.Timer(PATIENCE, say, [f"{what} …"])
     if live:
-        words()
+        print(f"{what} …", end="", file=sys.stderr, flush=True)
     elif shown:
         later.daemon = True
         later.start()
@@ -40,13 +52,65 @@ def stage(what: str, shown: bool = True) -> Iterator[None]:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+class Steps:
+    """How far a piece of work is: a bar on a terminal; in a log a line a step, of quick ones a line every few seconds.
+
+    Work that is done before there was anything to say leaves no line.
+
+    Args:
+        what: the work. unit: of its steps, in the plural. done: of `total` before it began.
+        shown: False: nothing is said (all ranks but the main one).
+        each: False: a log's lines come from `note` alone.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, shown: bool = True, each: bool = True) -> None:
+        self._what, self._total, self._unit, self._done, self._began = what, total, unit, done, done
+        self._first = self._said = self._last = time.monotonic()
+        self._shown, self._lines = shown, shown and each and not on_terminal()
+        self._bar = None
+        if on_terminal(shown):
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", dynamic_ncols=True, leave=False)
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, steps: int = 1) -> None:
+        """So many more are done."""
+        self._done += steps
+        if self._bar is not None:
+            self._bar.update(steps)
+        now = time.monotonic()
+        if self._lines and (now - self._last >= SLOW or now - self._said >= PATIENCE):
+            self.note()
+        self._last = now
+
+    def note(self, more: str = "") -> None:
+        """A line of its own, with `more` behind how far it is."""
+        line = f"{self._what}: {self._done} of {self._total} {self._unit}{self._left()}{more and f' ({more})'}"
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        elif self._shown:
+            say(line)
+        self._said = time.monotonic()
+
+    def _left(self) -> str:
+        done, rest = self._done - self._began, self._total - self._done
+        return f", {duration((time.monotonic() - self._first) / done * rest)} left" if done and rest > 0 else ""
+
+
 class Progress:
     """Call it with each iteration's metrics; with `shown` False (all ranks but the main one) it says nothing."""
 
     def __init__(self, title: str, total: int, done: int, shown: bool = True) -> None:
         self._title, self._total, self._shown = title, total, shown
         self._seconds: list[float] = []  # of the iterations so far
-        live = shown and LIVE and sys.stderr.isatty()
+        live = on_terminal(shown)
         self._bar = tqdm(total=total, initial=done, desc=title, unit="it", dynamic_ncols=True) if live else None
 
     def __enter__(self) -> Progress:
@@ -83,13 +147,19 @@ class Progress:
         """How long the rest takes if its iterations take what the latest ten did."""
         latest = self._seconds[-10:]
         left = (self._total - iteration) * sum(latest) / len(latest)
-        return f", {timedelta(seconds=round(left))} left" if iteration < self._total else ""
+        return f", {duration(left)} left" if iteration < self._total else ""
 
     def _say(self, line: str) -> None:
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)  # above the bar
         elif self._shown:
-            print(line, file=sys.stderr, flush=True)
+            print(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A time as text: 40 s, or 0:12:30."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 100 else str(timedelta(seconds=whole))
 
 
 def number(value: float | None, form: str = "+.3f") -> str:

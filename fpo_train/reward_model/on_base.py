@@ -66,7 +66,7 @@ class HeadRewardModel(RewardModel):
         module = OnBase(policy, self.adapter)
         settings = config.reward_model
         self._policy = policy
-        self._base_name = config.policy.model
+        self._base_name = policy.base_name
         self._texts = None
         if settings.input != "chat":
             longest = min(settings.max_tokens or policy.context, policy.context)

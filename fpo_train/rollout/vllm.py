@@ -45,8 +45,9 @@ class VllmSampler:
         source = resolve(adapter.base_model_name_or_path)
         if source.gguf_file:
             raise RunError("rollout.engine vllm: policy.model is a GGUF file; wanted a folder or a hub id")
-        if adapter.r > RANKS[-1]:
-            raise RunError(f"rollout.engine vllm: policy.lora_rank is {adapter.r}; vLLM takes at most {RANKS[-1]}")
+        most = max([adapter.r, *(adapter.rank_pattern or {}).values()])
+        if most > RANKS[-1]:
+            raise RunError(f"rollout.engine vllm: policy.lora_rank is {most}; vLLM takes at most {RANKS[-1]}")
         if getattr(policy.lm, "is_loaded_in_8bit", False):
             raise RunError("rollout.engine vllm: policy.quantization is int8; vLLM can have a base in nf4 or as it is")
         self._policy, self._settings, self._seed, self._handed = policy, config, seed, 0
@@ -57,7 +58,7 @@ class VllmSampler:
             dtype=str(policy.lm.dtype).removeprefix("torch."),
             quantization="bitsandbytes" if getattr(policy.lm, "is_loaded_in_4bit", False) else None,
             enable_lora=True,
-            max_lora_rank=next(rank for rank in RANKS if rank >= adapter.r),
+            max_lora_rank=next(rank for rank in RANKS if rank >= most),
             max_model_len=policy.context,
             gpu_memory_utilization=MEMORY,
             enable_prefix_caching=True,

@@ -8,9 +8,10 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,25 @@ import yaml
 
 from fpo_train.config import CLASSIFIER, RunConfig
 from fpo_train.data import templates
+from fpo_train.data.adapters import base_model
 from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError
+from fpo_train.processes import TRACKING
 from fpo_train.report import records
 from fpo_train.report.records import CHECKPOINTS, CONFIG, ENVIRONMENT, latest
 
 MODEL = "reward_model.model"
 LATER = (
     "data.date",
+    "data.chat_template",
     "data.column",
     "data.system",
     "data.subset",
     "data.bad_rows",
     "reward_model.fit",
 )  # settings that runs of earlier versions do not have
+
+DESCRIBED = (CONFIG, ENVIRONMENT)  # what a start writes before anything is bought or learnt
 
 Facts = dict[str, Any]  # what `identity` says of a run's models and rendered prompts, and how many people's pairs fit
 
@@ -156,7 +162,10 @@ def check_identity(config: RunConfig, facts: Facts) -> None:
             if now.get(kind) != digest:
                 section = getattr(config, setting.partition(".")[0])
                 name = getattr(section, "classifier", section.model)
-                what = "other weights" if kind == "weights" else "another tokenizer or chat template"
+                what = {"weights": "other weights", "adapter": "other weights in its adapter"}.get(
+                    kind, "another tokenizer or chat template"
+                )
+                name = base_model(name) if setting == "policy.model" and kind == "weights" else name
                 raise RunError(f"resume: {setting} {name} has {what} than when {out} began; put the former model back")
 
 
@@ -173,8 +182,40 @@ def describe(config: RunConfig, prompts: Sequence[tuple[str, Talk]], known: Fact
 
 def describe_like(out: Path, config: RunConfig, prompts: Sequence[tuple[str, Talk]]) -> None:
     """`describe` a comparison that begins on what the run in `out` begins on."""
-    kept = ("rendered_sha256", "models", "score_head", "human_pairs", "rows_skipped")
+    kept = ("rendered_sha256", "models", "begins_on", "score_head", "human_pairs", "rows_skipped")
     describe(config, prompts, {name: fact for name, fact in _facts(out / ENVIRONMENT).items() if name in kept})
+
+
+def unwritten(outs: Iterable[Path]) -> dict[Path, bool]:
+    """Of these folders those in which nothing is yet, and whether they are there."""
+    return {out: out.is_dir() for out in outs if not out.is_dir() or not any(out.iterdir())}
+
+
+@contextlib.contextmanager
+def withdrawing(fresh: dict[Path, bool]) -> Iterator[None]:
+    """A run that fails in here before its first iteration is done leaves no folder.
+
+    One that holds more by then, as answers of a judge that were paid for, stays, to be resumed.
+
+    Args:
+        fresh: see `unwritten`; a folder after those that lie in it.
+    """
+    try:
+        yield
+    except (RunError, OSError):
+        for out, there in fresh.items() if os.environ.get("RANK", "0") == "0" else ():
+            _withdraw(out, there)
+        raise
+
+
+def _withdraw(out: Path, there: bool) -> None:
+    files = [path for path in out.rglob("*") if not path.is_dir()] if out.is_dir() else []
+    if any(path.parent.name != TRACKING and path.name not in DESCRIBED and path.stat().st_size for path in files):
+        return
+    for path in out.iterdir() if out.is_dir() else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if out.is_dir() and not there:
+        out.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

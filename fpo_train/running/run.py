@@ -6,11 +6,13 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fpo_train.config import PenaltyKind, RunConfig
 from fpo_train.data import identity, templates
+from fpo_train.data.adapters import adapter_at, settle, words_in
 from fpo_train.data.limits import rows_of
 from fpo_train.data.prompts import prompts_of, render_prompts
 from fpo_train.data.turns import Talk
@@ -22,11 +24,12 @@ from fpo_train.oracle import load_oracle
 from fpo_train.oracle.human import HumanPairs, human_pairs
 from fpo_train.penalty.base import Penalty
 from fpo_train.policy import load_policy
+from fpo_train.policy.adapters import POLICY
 from fpo_train.policy.trial import beyond_windows
 from fpo_train.processes import Processes
 from fpo_train.report import records
 from fpo_train.report.page import write_report
-from fpo_train.report.progress import Progress, stage
+from fpo_train.report.progress import Progress, Steps, stage
 from fpo_train.report.records import CHECKPOINTS
 from fpo_train.report.watch import collapse
 from fpo_train.reward_model import load_reward_model
@@ -46,10 +49,11 @@ def run(config: RunConfig) -> Path:
 
     Raises:
         RunError: a folder that holds something else, prompts or models that cannot be used, a resumed run
-            whose configuration, prompts or models have changed. Nothing has been written or removed then.
+            whose configuration, prompts or models have changed. Nothing has been written or removed then, and of a
+            run that fails before its first iteration is done no folder is left.
         Stopped: an end was asked for by a signal; the run is saved behind the iteration that it was in.
     """
-    config = folder.dated(dataclasses.replace(config, out=str(Path(config.out).expanduser())))
+    config = settle(folder.dated(dataclasses.replace(config, out=str(Path(config.out).expanduser()))))
     out = Path(config.out)
     configs = [_part(config, kind) for kind in config.compared] or [config]
     skipped: list[str] = []
@@ -58,7 +62,8 @@ def run(config: RunConfig) -> Path:
     for one in configs:
         if one is not config and Path(one.out).is_dir():
             folder.check(one, texts)
-    with listening() as request:
+    fresh = folder.unwritten([*(Path(one.out) for one in configs if one is not config), out])
+    with listening() as request, folder.withdrawing(fresh):
         if config.compared and (n := at_once(config, len(configs))) > 1:
             alone = [_alone(one) for one in configs]
             run_side_by_side(run, alone, n, request, lambda of: folder.describe_like(of, config, texts))
@@ -66,6 +71,7 @@ def run(config: RunConfig) -> Path:
         workshop = Workshop(config, texts, skipped)
         processes = workshop.processes
         try:
+            workshop.refuse_unplanned(configs)
             for one in configs:
                 _run_one(one, workshop, request)
             report = _finish(config) if processes.main else out / "report.html"
@@ -97,11 +103,16 @@ class Workshop:
 
     def __init__(self, config: RunConfig, texts: Sequence[tuple[str, Talk]], skipped: Sequence[str] = ()) -> None:
         """`texts`: ids and what is asked. `skipped`: complaints about rows that were passed by."""
-        self.config, self.texts = folder.dated(config), texts
+        self.config, self.texts = settle(folder.dated(config)), texts
         self.processes = Processes()
         self._date = self.processes.gather_objects([self.config.data.date])[0]  # one moment for all processes
         with stage(f"loading and trying policy.model {config.policy.model}", self.processes.main):
-            self.policy = load_policy(config.policy, config.seed, self.processes.device)
+            self.policy = load_policy(self.config.policy, config.seed, self.processes.device)
+            if self.config.data.chat_template == "none":
+                self.policy.tokenizer.chat_template = None
+            self._base = identity.of_model(self.policy.lm, self.policy.tokenizer)
+        self._begun_on = adapter_at(self.config.policy.model)
+        self._say()
         templates.pin(self.policy.tokenizer, self._date)
         room = self.policy.context - config.rollout.max_new_tokens - 1  # and the closing token
         rows = rows_of(self.policy.lm)
@@ -115,9 +126,38 @@ class Workshop:
         self._human = human_pairs(config, self.policy) if config.oracle.kind == "file" else HumanPairs()
         if self.processes.main and (told := self._human.told()):
             print(told, file=sys.stderr)
-        self._base = identity.of_model(self.policy.lm, self.policy.tokenizer)
         self._adapter = {name: p.detach().clone() for name, p in self.policy.trainable.items()}
         self._fitted: dict[str, Any] | None = None
+
+    def _say(self) -> None:
+        """What a user may take for something else: what the policy begins on, and how it reads its prompts."""
+        said = []
+        if self._begun_on is not None:
+            self._base["adapter"] = identity.of_adapter(self.policy.model, POLICY)
+            said.append(f"policy: goes on with {self._begun_on.told()}; the reference is that base without it")
+        if self.config.data.chat_template == "auto" and self.policy.tokenizer.chat_template is None:
+            said.append(
+                f"policy.model {self.config.policy.model} has no chat template: prompts are read as they are written, "
+                "without turns (data.chat_template none says that this is meant)"
+            )
+        for line in said if self.processes.main else ():
+            print(line, file=sys.stderr)
+
+    def save_policy(self, to: Path) -> None:
+        """Write the policy's adapter as PEFT does, with the tokenizer and template of the adapter that it began on."""
+        self.policy.model.save_pretrained(to, selected_adapters=[POLICY], save_embedding_layers=False)
+        for path in words_in(self._begun_on.folder) if self._begun_on else ():
+            shutil.copyfile(path, to / path.name)
+
+    def refuse_unplanned(self, configs: list[RunConfig]) -> None:
+        """See that the budget holds each run of a comparison, before the first of them begins.
+
+        Raises:
+            RunError: it does not.
+        """
+        for one in configs:
+            if (plan := plan_for(one, self.policy, self.prompts.longest, self.processes.world)) is not None:
+                plan.check()
 
     def parts(
         self, config: RunConfig, resumed: bool = False, ready: Callable[[Parts], None] = lambda parts: None
@@ -130,6 +170,10 @@ class Workshop:
             parameter.data.copy_(self._adapter[name])
         policy, processes = self.policy, self.processes
         plan = plan_for(config, policy, self.prompts.longest, processes.world)
+        with stage("loading the reward model", processes.main):
+            reward_model = load_reward_model(config, policy, processes, policy.device)
+        with stage(f"loading the oracle, {config.oracle.kind}", processes.main):
+            oracle = load_oracle(config, policy, processes)
         parts = Parts(
             config=config,
             processes=processes,
@@ -137,9 +181,9 @@ class Workshop:
             prompts=self.prompts,
             policy=policy,
             sampler=sampler(policy, config.rollout, config.seed, plan is not None and plan.unpacks),
-            reward_model=load_reward_model(config, policy, processes, policy.device),
+            reward_model=reward_model,
             replay=Replay(config.reward_model.buffer),
-            oracle=load_oracle(config, policy, processes),
+            oracle=oracle,
             penalty=Penalty(config.penalty, processes, config.seed, config.reward_model.dropout_when_scoring),
             update=load_update(policy, config, processes),
         )
@@ -163,6 +207,8 @@ class Workshop:
             "models": {"policy.model": self._base, **known},
             "score_head": parts.reward_model.begins(),
         }
+        if self._begun_on is not None:
+            facts["begins_on"] = self._begun_on.told()
         facts |= {"human_pairs": self._human.counts} if self._human.counts else {}
         return facts | ({"rows_skipped": len(self._skipped)} if self._skipped else {})
 
@@ -172,9 +218,9 @@ class Workshop:
             wanted, main = parts.reward_model.to_fit, parts.processes.main
             if main:
                 print(f"reward model: its score head is {parts.reward_model.begins()}", file=sys.stderr)
-            with stage(f"first fit of the reward model, on {wanted} pairs", main and wanted > 0):
-                pairs = (parts.replay.newest(wanted) or first_pairs(parts)) if wanted else []
-                if pairs:
+            pairs = (parts.replay.newest(wanted) or first_pairs(parts)) if wanted else []
+            if pairs:
+                with stage(f"fitting the score head on {len(pairs)} pairs", main):
                     parts.memory("score", lambda rows: parts.reward_model.fit(pairs, rows))
             self._fitted = parts.reward_model.state_dict()
         else:
@@ -188,19 +234,21 @@ def first_pairs(parts: Parts) -> list[Pair]:
     mine = range(count)[processes.rank * count // processes.world : (processes.rank + 1) * count // processes.world]
     prompts = parts.prompts.batch(0, count, stream=1) if count else []
     pairs: list[Pair] = []
-    for start in mine[::at_once]:  # as many prompts as an iteration's: what the plan supposes
 
-        def work(rows: int, start: int = start) -> list[Pair]:
-            some = prompts[start : min(start + at_once, mine.stop)]
-            replies = parts.sampler.base_replies(some, 2, FIT_PLACE, start, rows)
-            rollout = Rollout.of(parts.policy, some, replies, candidates=1)
-            readings = Readings(parts.policy, rollout, rows)
-            reading = parts.reward_model.read(rollout, readings, rows)
-            chosen, references = rollout.pairs()
-            preferences = parts.oracle.preference(rollout, readings, chosen, references)[:, None]
-            return label_pairs(rollout, reading, preferences.isfinite(), preferences, FIT_PLACE)
+    def work(start: int, rows: int) -> list[Pair]:
+        some = prompts[start : min(start + at_once, mine.stop)]
+        replies = parts.sampler.base_replies(some, 2, FIT_PLACE, start, rows)
+        rollout = Rollout.of(parts.policy, some, replies, candidates=1)
+        readings = Readings(parts.policy, rollout, rows)
+        reading = parts.reward_model.read(rollout, readings, rows)
+        chosen, references = rollout.pairs()
+        preferences = parts.oracle.preference(rollout, readings, chosen, references)[:, None]
+        return label_pairs(rollout, reading, preferences.isfinite(), preferences, FIT_PLACE)
 
-        pairs += parts.memory("score", work)
+    with Steps("first fit", len(mine), "pairs", shown=processes.main) as steps:
+        for start in mine[::at_once]:  # as many prompts as an iteration's: what the plan supposes
+            pairs += parts.memory("score", partial(work, start))
+            steps(min(at_once, mine.stop - start))
     return processes.gather_objects(pairs)
 
 
@@ -251,7 +299,7 @@ def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
                 raise Stopped(iteration)
     processes.stop_tracking()
     if main:
-        parts.policy.model.save_pretrained(out / "policy", selected_adapters=["default"], save_embedding_layers=False)
+        workshop.save_policy(out / "policy")
         if config.logging.save == "all":
             parts.reward_model.save(out / "reward_model")
         write_report(out)

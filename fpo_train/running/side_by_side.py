@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fpo_train.config import RunConfig
+from fpo_train.data.adapters import base_model
 from fpo_train.errors import RunError
 from fpo_train.memory.architecture import architecture
 from fpo_train.memory.plan import USUAL_PROMPT, make_plan
@@ -78,7 +79,7 @@ def _iterations(config: RunConfig, runs: int, n: int, threads: int) -> float:
 
 
 def _peak(config: RunConfig) -> int:
-    model = architecture(config.policy.model)
+    model = architecture(base_model(config.policy.model))
     room = max(1, model.context - config.rollout.max_new_tokens - 1)
     plan = make_plan(config, model, min(config.data.max_tokens or USUAL_PROMPT, room))
     return max(phase.total for phase in plan.phases.values())
@@ -174,7 +175,7 @@ def _work(run: Callable[[RunConfig], Any], config: RunConfig, threads: int, pipe
     os.setsid()  # Ctrl-C at the terminal reaches the process that began it, and is passed on once
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    progress.LIVE = False  # bars of several runs would write over each other
+    progress.LIVE, progress.WHO = False, f"{config.penalty.kind}: "  # bars of several runs would write over each other
     try:
         run(config)
         pipe.send(("done", None))

@@ -11,7 +11,7 @@ alone by rounding only, which a run of 60,000 steps may amplify.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fpo_train.penalty.residual import fit
+from fpo_train.report.progress import Steps
 
 from . import mlp
 from .results import Summary, asked, check_folder, write_results
@@ -240,10 +241,13 @@ class Game:
         return found.clamp_min(0.0)
 
 
-def simulate(rows: Sequence[tuple[str, int]], settings: NeuralSettings = DEFAULTS) -> list[Trajectory]:
+def simulate(
+    rows: Sequence[tuple[str, int]], settings: NeuralSettings = DEFAULTS, told: Callable[[], None] = lambda: None
+) -> list[Trajectory]:
     """Runs of (penalty, seed), played together; a point of the trajectory every `settings.kept` iterations.
 
-    Raises ValueError for a penalty that there is none of. On one thread: numbers in the last digits depend on it.
+    `told` is called after each iteration. Raises ValueError for a penalty that there is none of. On one thread: numbers
+    in the last digits depend on it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -252,6 +256,7 @@ def simulate(rows: Sequence[tuple[str, int]], settings: NeuralSettings = DEFAULT
         path, rewards = [game.theta], [_own_reward(game)]
         for iteration in range(settings.iterations):
             game.iterate(iteration)
+            told()
             if (iteration + 1) % settings.kept == 0:
                 path.append(game.theta)
                 rewards.append(_own_reward(game))
@@ -292,7 +297,13 @@ def run(
     penalties, seeds = asked(penalties, seeds, PENALTIES)
     check_folder(out)
     rows = [(penalty, seed) for penalty in penalties for seed in seeds]
-    runs = simulate(rows, settings) if vectorised else [simulate([row], settings)[0] for row in rows]
+    together = [rows] if vectorised else [[row] for row in rows]
+    runs: list[Trajectory] = []
+    with Steps("neural", len(together) * settings.iterations, "iterations") as steps:
+        for some in together:
+            runs += simulate(some, settings, steps)
+            if len(together) > 1:
+                steps.note(f"{some[0][0]}, seed {some[0][1]}: done")
     trajectories: dict[str, dict[int, Trajectory]] = {penalty: {} for penalty in penalties}
     for (penalty, seed), one in zip(rows, runs, strict=True):
         trajectories[penalty][seed] = one

@@ -12,11 +12,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ import yaml
 
 from fpo_train.config import PENALTY_KINDS, PenaltyKind, RunConfig
 from fpo_train.data import templates
+from fpo_train.data.adapters import settle
 from fpo_train.errors import RunError
 from fpo_train.report import records
-from fpo_train.running.folder import plain, write_text
+from fpo_train.report.progress import Steps
+from fpo_train.running.folder import plain, unwritten, write_text
 
 from .figures import draw
 
@@ -34,6 +37,7 @@ FINAL = {"gold": "audit_utility", "proxy": "reward", "gap": "proxy_gap"}  # what
 COLUMNS = (*FINAL.values(), "oracle_utility", "overconfidence", "kl", "reply_tokens", "repetition", "prompts_left_out")
 BASELINE: PenaltyKind = "none"
 STUDY = "study.yaml"
+AFRESH = 2.0  # seconds between two looks at how far the runs are
 QUESTION = {"practical", "relaxed", "residual"}  # kinds that the question of `nearer` is about
 Table = dict[str, dict[int, list[records.Row]]]  # penalty → seed → rows
 Paired = dict[str, Any]  # what `paired` returns
@@ -47,17 +51,19 @@ def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
         jobs: runs at a time, each with its part of the machine's cores.
 
     Raises:
-        RunError: a folder that holds another study, a rehearsal (`dry_run`), or a run that failed; the others are kept.
+        RunError: a folder that holds another study, a rehearsal (`dry_run`), or a run that failed; the others are
+            kept. Where none has begun, no folder is left.
     """
     if config.dry_run:
         raise RunError("study: dry_run leaves no runs to compare; rehearse with `fpo-train run`")
     seeds = list(dict.fromkeys(seeds))
     out = Path(config.out).expanduser()
     kinds = config.compared or PENALTY_KINDS
-    config = _dated(out, config)
+    config = settle(_dated(out, config))
     config = dataclasses.replace(
         config, compare="", resume=False, logging=dataclasses.replace(config.logging, audit=True, controlled=False)
     )
+    fresh = unwritten([out])
     _claim(out, config, seeds, kinds)
     todo = [
         dataclasses.replace(
@@ -70,11 +76,37 @@ def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
         for seed in seeds  # a study that is cut off has whole seeds
         for kind in kinds
     ]
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        failed = [message for message in pool.map(lambda one: _run(one, jobs), todo) if message]
+    failed = _run_all(todo, jobs)
     if failed:
+        if fresh and not any(any(Path(one.out).rglob("*")) for one in todo):
+            shutil.rmtree(out)
+            if fresh[out]:
+                out.mkdir()
         raise RunError(f"study: {len(failed)} of {len(todo)} runs failed, the others are kept; the first: {failed[0]}")
     return write_study(out)
+
+
+def _run_all(todo: Sequence[RunConfig], jobs: int) -> list[str]:
+    """The runs, `jobs` at a time, with how far all of them are; what went wrong with those that failed, in order."""
+    total, done = sum(one.iterations for one in todo), _iterations(todo)
+    with Steps("study", total, "iterations", done, each=False) as steps, ThreadPoolExecutor(max_workers=jobs) as pool:
+        running: dict[Future[str | None], RunConfig] = {pool.submit(_run, one, jobs): one for one in todo}
+        left = set(running)
+        while left:
+            ended, left = wait(left, timeout=AFRESH, return_when=FIRST_COMPLETED)
+            now = _iterations(todo)
+            steps(now - done)
+            done = now
+            for one in ended:
+                told = f"{running[one].penalty.kind}, seed {running[one].seed}: {'failed' if one.result() else 'done'}"
+                steps.note(f"{told}; {len(todo) - len(left)} of {len(todo)} runs")
+    return [message for one in running if (message := one.result())]
+
+
+def _iterations(todo: Sequence[RunConfig]) -> int:
+    """How many have been done by now."""
+    paths = [Path(one.out) / records.METRICS for one in todo]
+    return sum(path.read_bytes().count(b"\n") for path in paths if path.is_file())
 
 
 def _dated(out: Path, config: RunConfig) -> RunConfig:
@@ -139,7 +171,6 @@ def _run(config: RunConfig, jobs: int) -> str | None:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return f"{config.penalty.kind}, seed {config.seed}: {last}"
-    print(f"{config.penalty.kind:>9}, seed {config.seed}: done", file=sys.stderr)
     return None
 
 

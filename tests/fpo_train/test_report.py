@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ import yaml
 from fpo_train.report import progress, records
 from fpo_train.report.page import SHOWN, write_report
 from fpo_train.report.panels import CAPTIONS
-from fpo_train.report.progress import Progress, stage
+from fpo_train.report.progress import Progress, Steps, duration, stage
 
 NASTY = "<script>alert('x')</script> & \"this\""
 PHASES = ("generate", "score", "update", "retrain")
@@ -130,6 +131,9 @@ def test_penalties_are_matched_by_prompt_not_by_place(tmp_path):
     ]  # fmt: skip
 
 
+TIME = r"^\d\d:\d\d:\d\d  "
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_shows_rows_and_warnings(capsys, shown):
     with Progress("relaxed", 20, 0, shown) as shows:
@@ -139,9 +143,10 @@ def test_progress_shows_rows_and_warnings(capsys, shown):
     if not shown:
         assert lines == []
         return
-    assert lines == [
-        "relaxed    4/20  reward +0.400, oracle –, gap +0.300, kl 0.0100, 2.0 s, 0:00:32 left",
-        "relaxed    5/20  reward +0.500, oracle -3.000, gap +0.300, kl 0.0100, 2.0 s, 0:00:30 left",
+    assert all(re.match(TIME, line) for line in lines)
+    assert [re.sub(TIME, "", line) for line in lines] == [
+        "relaxed    4/20  reward +0.400, oracle –, gap +0.300, kl 0.0100, 2.0 s, 32 s left",
+        "relaxed    5/20  reward +0.500, oracle -3.000, gap +0.300, kl 0.0100, 2.0 s, 30 s left",
         "relaxed    5/20  warning: possible collapse",
     ]
 
@@ -153,7 +158,7 @@ def test_what_takes_long_before_the_first_iteration_is_named(capsys, monkeypatch
     with stage("loading"):
         assert capsys.readouterr().err == ("loading …" if live else "")
         time.sleep(0.5)
-        assert capsys.readouterr().err == ("" if live else "loading …\n")
+        assert re.fullmatch("" if live else TIME + "loading …\n", capsys.readouterr().err)
     assert capsys.readouterr().err == ("\r\x1b[K" if live else "")
     with stage("loading", shown=False):
         time.sleep(0.2)
@@ -161,4 +166,72 @@ def test_what_takes_long_before_the_first_iteration_is_named(capsys, monkeypatch
     with stage("loading"):
         pass  # what is soon done is not worth a line
     time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, in a list, that progress is told."""
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime))
+    return now
+
+
+def counted(clock, took, total=12, each=3, **more):
+    with Steps("first fit", total, "pairs", **more) as steps:
+        for _ in range(0, total, each):
+            clock[0] += took
+            steps(each)
+
+
+def test_slow_steps_are_a_line_each_and_quick_ones_a_line_now_and_then(capsys, clock):
+    counted(clock, 2.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(TIME, "", line) for line in lines] == [
+        "first fit: 3 of 12 pairs, 6 s left",
+        "first fit: 6 of 12 pairs, 4 s left",
+        "first fit: 9 of 12 pairs, 2 s left",
+        "first fit: 12 of 12 pairs",
+    ]
+    assert all(re.match(TIME, line) for line in lines)
+    counted(clock, 0.25, total=100, each=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(TIME, "", line) for line in lines] == [
+        f"first fit: {n} of 100 pairs, {25 - n // 4} s left" if n < 100 else "first fit: 100 of 100 pairs"
+        for n in (20, 40, 60, 80, 100)
+    ]
+    counted(clock, 0.25)  # what is soon done is not worth a line
+    counted(clock, 2.0, shown=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_of_notes_alone_and_of_work_that_is_gone_on_with(capsys, clock, monkeypatch):
+    monkeypatch.setattr(progress, "WHO", "none: ")
+    with Steps("study", 40, "iterations", done=20, each=False) as steps:
+        clock[0] += 600
+        steps(10)
+        assert capsys.readouterr().err == ""
+        steps.note("none, seed 1: done")
+    line = capsys.readouterr().err
+    assert re.sub(TIME, "", line) == "none: study: 30 of 40 iterations, 0:10:00 left (none, seed 1: done)\n"
+    assert [duration(seconds) for seconds in (0.4, 99.4, 100, 3661)] == ["0 s", "99 s", "0:01:40", "1:01:01"]
+
+
+def test_on_a_terminal_it_is_a_bar(capsys, clock, monkeypatch):
+    drawn = []
+
+    class Bar:
+        def __init__(self, **options):
+            drawn.append((options["desc"], options["initial"], options["total"]))
+
+        def update(self, steps):
+            drawn.append(steps)
+
+        def close(self):
+            drawn.append("closed")
+
+    monkeypatch.setattr(progress, "tqdm", Bar)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    counted(clock, 2.0, total=6)
+    assert drawn == [("first fit", 0, 6), 3, 3, "closed"]
     assert capsys.readouterr().err == ""

@@ -308,7 +308,7 @@ def test_a_rehearsal_of_the_published_run(tmp_path, capsys):
     assert config["data"]["limit"] == 500
     assert "stands in: policy.model 'smollm2' for 'meta-llama/Llama-3.2-1B-Instruct'" in told
     assert "stands in: reward_model.model 'minilm' for 'OpenAssistant/reward-model-deberta-v3-base'" in told
-    assert "rehearsed: 3 iterations, 3 policy steps, 3 reward model steps, one resume" in told
+    assert "rehearsed: 2 iterations, 2 policy steps, 2 reward model steps, one resume" in told
     assert not out.exists()
 
 
@@ -317,7 +317,35 @@ def test_a_rehearsal_where_the_learning_rates_fall(tiny, tmp_path, capfd):
     more = "--dry_run", "true", "--update.schedule", "cosine", "--compare", "none,practical"
     assert main(arguments(tiny, tmp_path / "out", *more)) == 0
     told = capfd.readouterr().out
-    assert told.count("rehearsed: 3 iterations, 3 policy steps, 3 reward model steps, one resume") == 2
+    assert told.count("rehearsed: 2 iterations, 2 policy steps, 2 reward model steps, one resume") == 2
+
+
+def test_a_rehearsal_is_small_by_itself_and_touches_every_phase(tiny, tmp_path, monkeypatch, capfd):
+    from fpo_train.running import rehearsal
+
+    asked = []
+    monkeypatch.setattr(rehearsal, "run", lambda config, run=rehearsal.run: (asked.append(config), run(config)))
+    more = ["--rollout.prompts", 16, "--rollout.candidates", 12, "--rollout.max_new_tokens", 200, "--iterations", 500]
+    more += ["--rollout.min_new_tokens", 20, "--reward_model.every", 7, "--reward_model.fit_pairs", 300, "--dry_run"]
+    assert main(arguments(tiny, tmp_path / "out", *more)) == 0
+    said = capfd.readouterr().out
+    for one in asked:
+        rollout = one.rollout
+        assert (rollout.prompts, rollout.candidates, rollout.max_new_tokens, rollout.min_new_tokens) == (2, 4, 8, 8)
+        assert (one.iterations, one.reward_model.fit_pairs, one.reward_model.every) == (2, 4, 1)
+        assert (one.policy.model, one.policy.lora_rank) == (str(tiny), 4)
+    assert [one.resume for one in asked] == [False, True]
+    assert "for the rehearsal: rollout.max_new_tokens 8 for 200" in said
+    assert "rehearsed: 2 iterations, 2 policy steps, 2 reward model steps, one resume" in said
+    assert "what the sizes asked for take of memory is not measured here; `fpo-train plan` says it" in said
+
+
+def test_a_rehearsal_holds_the_budget_to_the_sizes_asked_for(tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("fpo_train.running.rehearsal.stand_ins", lambda config: (config, []))  # the budget is kept
+    monkeypatch.setattr("fpo_train.running.rehearsal.run", None)
+    more = ["--rollout.prompts", 64, "--memory.generate_rows", 576, "--memory.budget", "20MiB", "--dry_run"]
+    assert main(arguments(tiny, tmp_path / "out", *more)) == 1
+    assert "memory.budget 20.0 MiB: generate takes" in capfd.readouterr().err
 
 
 def test_what_a_rehearsal_has_at_hand(tmp_path, monkeypatch):
