@@ -21,7 +21,7 @@ from fpo_train.oracle.preferences import FileOracle, read_preferences
 from fpo_train.reward_model.inputs import TextInputs
 
 from .conftest import TEMPLATE
-from .runs import arguments
+from .runs import arguments, contents, rows
 
 ROWS = [
     {"prompt": 'What is "tea", and why?', "note": "a,b"},
@@ -342,3 +342,16 @@ def test_unlabelled_turns_come_back_as_they_were_asked(tmp_path):
     again.preference(Rollout, None, *rows)
     assert len(waiting.read_text().splitlines()) == 1
     assert float(FileOracle(waiting, tmp_path / "other.jsonl", "Rhyme.").preference(Rollout, None, *rows)) == 1.0
+
+
+def test_a_run_on_turns_that_was_cut_off_goes_on_to_the_bit(tiny, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}) + "\n" + json.dumps({"prompt": "Hello"}) + "\n")
+    words = ("--data.prompts", path, "--data.system", "Rhyme.", "--reward_model.replay_pairs", "2")
+    assert main(arguments(tiny, tmp_path / "whole", *words, "--iterations", "2")) == 0
+    assert main(arguments(tiny, tmp_path / "cut", *words, "--iterations", "1")) == 0
+    assert main(arguments(tiny, tmp_path / "cut", *words, "--iterations", "2", "--resume")) == 0
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert contents(tmp_path / "cut" / "policy") == contents(tmp_path / "whole" / "policy")
+    told = main(arguments(tiny, tmp_path / "cut", "--data.prompts", path, "--iterations", "3", "--resume"))
+    assert told == 1  # without the system prompt
