@@ -6,6 +6,6 @@ models step.
 """
 
 from .base import NO_STATES, Encoded, Policy, Sequences, offsets_of, wide
-from .load import add_adapter, load_policy
+from .load import STEPS, add_adapter, load_policy
 
-__all__ = ["NO_STATES", "Encoded", "Policy", "Sequences", "add_adapter", "load_policy", "offsets_of", "wide"]
+__all__ = ["NO_STATES", "STEPS", "Encoded", "Policy", "Sequences", "add_adapter", "load_policy", "offsets_of", "wide"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,15 @@ from .decoding import group_heads
 from .embedding import keep_in_host
 from .trial import cache_serves, examine
 
+STEPS = 3  # that `load_policy` tells of
 
-def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy:
+
+def load_policy(
+    config: PolicyConfig, seed: int, device: torch.device, told: Callable[[str], None] = lambda step: None
+) -> Policy:
     """Load the base once and put an adapter on it: that of `config.model`, or a fresh one, drawn from `seed`.
+
+    `told` is called with each of `STEPS` steps, when it is done.
 
     Raises:
         RunError: the model cannot be loaded, `trial.examine` refuses it, its logits are not a plain projection of
@@ -34,6 +41,7 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy
         lm.to(device)
     lm.eval().requires_grad_(False)
     base = adapter.base if adapter else config.model
+    told("read")
     if config.input_embedding == "host":
         keep_in_host(lm, base)
     if config.gradient_checkpointing:  # transformers checkpoints in train mode alone: while the policy learns
@@ -42,10 +50,12 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy
     where = f"policy.model {base}"
     examine(lm, where)
     _check_projection(lm, where)
+    told("rows compared")
     torch.manual_seed(seed)
     model = take_up(lm, adapter) if adapter else add_adapter(lm, config)
     policy = Policy(model, tokenizer)
     policy.caches = cache_serves(lm, where, policy)
+    told("cache compared")
     return policy
 
 

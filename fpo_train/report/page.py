@@ -106,9 +106,13 @@ def _summary(runs: Runs) -> str:
 
 
 def _began(out: Path) -> list[str]:
-    """What became of the score head before the first iteration; runs of earlier versions do not say."""
-    told = json.loads((out / "environment.json").read_text(encoding="utf-8")).get("score_head")
-    return [f"<p>The reward model's score head before the first iteration: {escape(told)}.</p>"] if told else []
+    """What the policy and the score head were before the first iteration; runs of earlier versions do not say."""
+    facts = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+    said = {
+        "begins_on": "The policy began on",
+        "score_head": "The reward model's score head before the first iteration:",
+    }
+    return [f"<p>{words} {escape(facts[key])}.</p>" for key, words in said.items() if facts.get(key)]
 
 
 def _change(rows: Rows, key: str) -> str:

@@ -55,7 +55,7 @@ def stage(what: str, shown: bool = True) -> Iterator[None]:
 class Steps:
     """How far a piece of work is: a bar on a terminal; in a log a line a step, of quick ones a line every few seconds.
 
-    Work that is done before there was anything to say leaves no line.
+    Work that is done before there was anything to say leaves no line; a first step that lasts is told of meanwhile.
 
     Args:
         what: the work. unit: of its steps, in the plural. done: of `total` before it began.
@@ -67,6 +67,10 @@ class Steps:
         self._what, self._total, self._unit, self._done, self._began = what, total, unit, done, done
         self._first = self._said = self._last = time.monotonic()
         self._shown, self._lines = shown, shown and each and not on_terminal()
+        self._meanwhile = threading.Timer(PATIENCE, self.note)
+        self._meanwhile.daemon = True
+        if self._lines:
+            self._meanwhile.start()
         self._bar = None
         if on_terminal(shown):
             self._bar = tqdm(total=total, initial=done, desc=what, unit=f" {unit}", dynamic_ncols=True, leave=False)
@@ -79,15 +83,17 @@ class Steps:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+        self._meanwhile.cancel()
 
-    def __call__(self, steps: int = 1) -> None:
-        """So many more are done."""
+    def __call__(self, steps: int = 1, more: str = "") -> None:
+        """So many more are done; `more` is said behind them in a log."""
+        self._meanwhile.cancel()
         self._done += steps
         if self._bar is not None:
             self._bar.update(steps)
         now = time.monotonic()
         if self._lines and (now - self._last >= SLOW or now - self._said >= PATIENCE):
-            self.note()
+            self.note(more)
         self._last = now
 
     def note(self, more: str = "") -> None:

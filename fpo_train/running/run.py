@@ -23,7 +23,7 @@ from fpo_train.memory.plan import plan_for
 from fpo_train.oracle import load_oracle
 from fpo_train.oracle.human import HumanPairs, human_pairs
 from fpo_train.penalty.base import Penalty
-from fpo_train.policy import load_policy
+from fpo_train.policy import STEPS, load_policy
 from fpo_train.policy.adapters import POLICY
 from fpo_train.policy.trial import beyond_windows
 from fpo_train.processes import Processes
@@ -106,11 +106,13 @@ class Workshop:
         self.config, self.texts = settle(folder.dated(config)), texts
         self.processes = Processes()
         self._date = self.processes.gather_objects([self.config.data.date])[0]  # one moment for all processes
-        with stage(f"loading and trying policy.model {config.policy.model}", self.processes.main):
-            self.policy = load_policy(self.config.policy, config.seed, self.processes.device)
+        loading = Steps(f"loading policy.model {config.policy.model}", STEPS + 1, "steps", shown=self.processes.main)
+        with loading as step:
+            self.policy = load_policy(self.config.policy, config.seed, self.processes.device, partial(step, 1))
             if self.config.data.chat_template == "none":
                 self.policy.tokenizer.chat_template = None
             self._base = identity.of_model(self.policy.lm, self.policy.tokenizer)
+            step(1, "fingerprint taken")
         self._begun_on = adapter_at(self.config.policy.model)
         self._say()
         templates.pin(self.policy.tokenizer, self._date)

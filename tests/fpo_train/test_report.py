@@ -205,6 +205,19 @@ def test_slow_steps_are_a_line_each_and_quick_ones_a_line_now_and_then(capsys, c
     assert capsys.readouterr().err == ""
 
 
+def test_a_first_step_that_lasts_is_told_of_meanwhile(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+    with Steps("loading", 3, "steps") as step:
+        time.sleep(0.5)
+        assert re.sub(TIME, "", capsys.readouterr().err) == "loading: 0 of 3 steps\n"
+        monkeypatch.setattr(progress, "SLOW", 0.0)
+        step(1, "read")
+        assert re.fullmatch(TIME + r"loading: 1 of 3 steps, \d+ s left \(read\)\n", capsys.readouterr().err)
+    with Steps("loading", 3, "steps", shown=False):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+
+
 def test_of_notes_alone_and_of_work_that_is_gone_on_with(capsys, clock, monkeypatch):
     monkeypatch.setattr(progress, "WHO", "none: ")
     with Steps("study", 40, "iterations", done=20, each=False) as steps:
