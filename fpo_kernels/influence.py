@@ -117,7 +117,10 @@ class Influence:
         return [row if row.reason else row._replace(reason=eager) for row in self._passes.coverage()]
 
     def norms(self, batch: Batch) -> Tensor:
-        """‖g_i‖² of every example, (B,), fp32 or float64 (accumulated so). Raises as `gram` does."""
+        """‖g_i‖² of every example, the norm squared: `gram`'s diagonal, (B,), fp32 or float64 (accumulated so).
+
+        Raises: as `gram`.
+        """
 
         def one(rows: slice) -> Tensor:
             part = take(batch, rows)

@@ -215,7 +215,11 @@ def _study(options: Any) -> int:
     seeds = _whole_numbers("--seeds", options.seeds)
     if options.jobs < 1:
         raise UsageError(f"--jobs: wanted 1 or more, got {options.jobs}")
-    print(f"results: {study(config, seeds, options.jobs)}")
+    try:
+        print(f"results: {study(config, seeds, options.jobs)}")
+    except KeyboardInterrupt:
+        print("fpo-train study: stopped; the same command goes on", file=sys.stderr)
+        return STOPPED
     return DONE
 
 

@@ -218,7 +218,7 @@ def _compare(judge: Judge, counts: Counter[str], questions: list[Question], answ
     """All pairs with their verdicts; the judge's answers are on disk as they come.
 
     Raises:
-        RunError: the judge does not answer, from the start or any more.
+        RunError: the judge does not answer, or not so that it can be read, from the start or any more.
     """
     pairs: list[Pair] = []
     with Steps("judgements", len(questions), "pairs") as steps:
@@ -231,8 +231,8 @@ def _compare(judge: Judge, counts: Counter[str], questions: list[Question], answ
             asked = [pair for pair in pairs if pair.left != pair.right]
             silent = not any(pair.judged for pair in asked[-SILENCE:])
             if silent and (len(asked) >= SILENCE or (asked and len(pairs) == len(questions))):
-                counted = _counted(counts)
-                raise RunError(f"judge: not one of the last {len(asked[-SILENCE:])} pairs could be judged ({counted})")
+                why = f"{_counted(counts)}{'; the first answer of no use: ' * bool(judge.unread)}{judge.unread}"
+                raise RunError(f"judge: not one of the last {len(asked[-SILENCE:])} pairs could be judged ({why})")
     return pairs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,9 @@ T = TypeVar("T")
 FIRST_WAIT = 1.0  # seconds before the first repetition; each later wait is twice the one before
 LONGEST_WAIT = 600.0  # seconds; an endpoint that wants to be left alone for longer has failed this question
 LONGEST_ANSWER = 1 << 20  # bytes
+SHOWN = 120  # characters of an answer that a message quotes
+FIRST_ANSWERS = 8  # where so many come before one that can be read, the judge does not know the form
+COMPLETION = "a chat completion, its text under choices[0].message.content"
 # What a question put once more may mend; other statuses say that the question itself is wrong.
 PASSING = {408, 409, 425, 429, *range(500, 600)}
 REFUSED = {
@@ -47,6 +51,14 @@ class RequestError(Exception):
     def __init__(self, cause: str, again: bool = True, wait: float = 0.0) -> None:
         super().__init__(cause)
         self.cause, self.again, self.wait = cause, again, wait
+
+
+class UnreadableError(RequestError):
+    """An answer that came and says nothing in the form that is `wanted`."""
+
+    def __init__(self, cause: str, answer: str, wanted: str) -> None:
+        super().__init__(cause)
+        self.answer, self.wanted = answer, wanted
 
 
 class Bucket:
@@ -78,6 +90,12 @@ class Endpoint:
 
     `counts` holds requests, retried (requests that repeat a failed one) and, by cause, the requests that failed:
     http_<status>, timeout, connect, disconnect, network, too_long, wrong_json, wrong_answer.
+
+    The first answer that cannot be read is told on stderr, once. One that comes now and then is a request that failed;
+    where the first `FIRST_ANSWERS` answers are all of that kind, there is no use in asking on.
+
+    Attributes:
+        unread: the first answer that could not be read, shortened, and the form wanted; empty while there is none.
     """
 
     def __init__(
@@ -97,6 +115,8 @@ class Endpoint:
         self._config = config
         self._section = section
         self._counts = counts
+        self.unread = ""
+        self._understood, self._unreadable = False, 0
         self._lock = threading.Lock()
         self._seed = seed
         self._time = time
@@ -120,22 +140,52 @@ class Endpoint:
         that depends on the seed and the question alone, and are never shorter than the endpoint's Retry-After.
 
         Raises:
-            RunError: the endpoint refuses the key, the address or the model: no repetition mends that.
+            RunError: the endpoint refuses the key, the address or the model, or not one of its first answers can be
+                read: no repetition mends that.
         """
         jitter = random.Random(f"{self._seed} {json.dumps(messages)}")
         for repetition in range(self._config.retries + 1):
+            if self._hopeless:  # another thread has said so while this one waited
+                return None
             self._bucket.take()
             self._count("requests", *["retried"] * (repetition > 0))
             try:
-                return read(self._request(messages))
+                found = read(self._request(messages))
+                self._understood = True
+                return found
             except RequestError as failure:
                 self._count(failure.cause)
+                if isinstance(failure, UnreadableError):
+                    self._tell(failure)
                 if not failure.again or failure.wait > LONGEST_WAIT or repetition == self._config.retries:
                     return None
                 if failure.wait:
                     self._bucket.hold(failure.wait)  # for all: it is the endpoint that wants rest, not this question
                 self._time.sleep(FIRST_WAIT * 2**repetition * (0.5 + jitter.random()))
         return None
+
+    @property
+    def _hopeless(self) -> bool:
+        return not self._understood and self._unreadable >= FIRST_ANSWERS
+
+    def _tell(self, failure: UnreadableError) -> None:
+        """Quote the first answer that cannot be read; give up where none of the first ones can."""
+        with self._lock:
+            self._unreadable += 1
+            first = not self.unread
+            self.unread = self.unread or self._quoted(failure)
+        judge = f"{self._section}.model {self._config.model}"
+        if first:
+            print(f"{judge}: an answer that cannot be read: {self.unread}", file=sys.stderr, flush=True)
+        if self._hopeless:
+            told = f"not one of its first {FIRST_ANSWERS} answers can be read"
+            raise RunError(f"{judge}: {told}; the first: {self.unread}")
+
+    def _quoted(self, failure: UnreadableError) -> str:
+        words = " ".join(failure.answer.split())
+        if key := self._client.headers.get("Authorization", "").removeprefix("Bearer "):
+            words = words.replace(key, "…")
+        return f"got {words[:SHOWN]!r}{' …' * (len(words) > SHOWN)}, wanted {failure.wanted}"
 
     def _count(self, *names: str) -> None:
         with self._lock:
@@ -182,16 +232,17 @@ class Endpoint:
 
 def _content(body: bytes) -> str:
     """The text of the first choice."""
+    told = body.decode("utf-8", errors="replace")
     try:
         answer: Any = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RequestError("wrong_json") from error
+        raise UnreadableError("wrong_json", told, COMPLETION) from error
     try:
         text = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError) as error:
-        raise RequestError("wrong_answer") from error
+        raise UnreadableError("wrong_answer", told, COMPLETION) from error
     if not isinstance(text, str):
-        raise RequestError("wrong_answer")
+        raise UnreadableError("wrong_answer", told, COMPLETION)
     return text
 
 

@@ -91,7 +91,7 @@ def check(config: RunConfig, prompts: Sequence[tuple[str, Talk]]) -> None:
 def _stored(out: Path) -> dict[str, Any]:
     """The settings that a run began with, flat."""
     try:
-        return _flat(yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")))
+        return flat(yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         raise RunError(
             f"resume: {out / CONFIG} is no run's configuration; put the whole file back, or begin a new run"
@@ -99,7 +99,7 @@ def _stored(out: Path) -> dict[str, Any]:
 
 
 def _check_settings(out: Path, config: RunConfig) -> None:
-    before, now = _stored(out), _flat(plain(config))
+    before, now = _stored(out), flat(plain(config))
     free: tuple[str, ...] = ("out", "resume", "logging.", "memory.")
     if config.update.schedule == config.reward_model.schedule == "constant":  # the others fall over a known number
         free += ("iterations",)
@@ -238,11 +238,12 @@ def plain(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings as one mapping, names joined by dots."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def _facts(path: Path) -> dict[str, Any]:

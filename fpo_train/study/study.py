@@ -1,8 +1,8 @@
 """The collapse study: every penalty from the same starts, over seeds, a process a run, and what can be said of them.
 
 A study's folder holds `<penalty>/seed-<n>/`, a run each. Finished runs are kept and a broken one goes on, so a study
-that was cut off is asked for again. Runs of one seed share prompts, first adapter, first reward model and the random
-stream of each reply: penalties are compared within a seed.
+that was cut off is asked for again, and one that is done can be given more seeds. Runs of one seed share prompts, first
+adapter, first reward model and the random stream of each reply: penalties are compared within a seed.
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +24,16 @@ from fpo_train.data import templates
 from fpo_train.data.adapters import settle
 from fpo_train.errors import RunError
 from fpo_train.report import records
-from fpo_train.report.progress import Steps
-from fpo_train.running.folder import plain, unwritten, write_text
+from fpo_train.running.folder import LATER, flat, plain, unwritten, write_text
+from fpo_train.running.stopping import listening
 
 from .figures import draw
+from .runs import run_all
 
 FINAL = {"gold": "audit_utility", "proxy": "reward", "gap": "proxy_gap"}  # what a run ends at → its key in the metrics
 COLUMNS = (*FINAL.values(), "oracle_utility", "overconfidence", "kl", "reply_tokens", "repetition", "prompts_left_out")
 BASELINE: PenaltyKind = "none"
 STUDY = "study.yaml"
-AFRESH = 2.0  # seconds between two looks at how far the runs are
 QUESTION = {"practical", "relaxed", "residual"}  # kinds that the question of `nearer` is about
 Table = dict[str, dict[int, list[records.Row]]]  # penalty → seed → rows
 Paired = dict[str, Any]  # what `paired` returns
@@ -47,24 +43,26 @@ def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
     """Run `config` with each penalty of `config.compare` (empty: all) at each seed; returns the page it writes.
 
     Args:
-        config: what all runs share. `out` is the study's folder.
+        config: what all runs share. `out` is the study's folder; with `resume` one that is there may be given more
+            seeds than it has, and the result is over all.
         jobs: runs at a time, each with its part of the machine's cores.
 
     Raises:
-        RunError: a folder that holds another study, a rehearsal (`dry_run`), or a run that failed; the others are
-            kept. Where none has begun, no folder is left.
+        RunError: a folder that holds another study, no study to resume, a rehearsal (`dry_run`), or a run that failed;
+            the others are kept. Where none has begun, no folder is left.
+        KeyboardInterrupt: an end was asked for by a signal; runs under way have finished their iteration and are saved.
     """
     if config.dry_run:
         raise RunError("study: dry_run leaves no runs to compare; rehearse with `fpo-train run`")
     seeds = list(dict.fromkeys(seeds))
     out = Path(config.out).expanduser()
     kinds = config.compared or PENALTY_KINDS
-    config = settle(_dated(out, config))
+    config, resume = settle(_dated(out, config)), config.resume
     config = dataclasses.replace(
         config, compare="", resume=False, logging=dataclasses.replace(config.logging, audit=True, controlled=False)
     )
     fresh = unwritten([out])
-    _claim(out, config, seeds, kinds)
+    seeds = _claim(out, config, seeds, kinds, resume)
     todo = [
         dataclasses.replace(
             config,
@@ -76,7 +74,8 @@ def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
         for seed in seeds  # a study that is cut off has whole seeds
         for kind in kinds
     ]
-    failed = _run_all(todo, jobs)
+    with listening() as request:
+        failed = run_all(todo, jobs, request)
     if failed:
         if fresh and not any(any(Path(one.out).rglob("*")) for one in todo):
             shutil.rmtree(out)
@@ -84,29 +83,6 @@ def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
                 out.mkdir()
         raise RunError(f"study: {len(failed)} of {len(todo)} runs failed, the others are kept; the first: {failed[0]}")
     return write_study(out)
-
-
-def _run_all(todo: Sequence[RunConfig], jobs: int) -> list[str]:
-    """The runs, `jobs` at a time, with how far all of them are; what went wrong with those that failed, in order."""
-    total, done = sum(one.iterations for one in todo), _iterations(todo)
-    with Steps("study", total, "iterations", done, each=False) as steps, ThreadPoolExecutor(max_workers=jobs) as pool:
-        running: dict[Future[str | None], RunConfig] = {pool.submit(_run, one, jobs): one for one in todo}
-        left = set(running)
-        while left:
-            ended, left = wait(left, timeout=AFRESH, return_when=FIRST_COMPLETED)
-            now = _iterations(todo)
-            steps(now - done)
-            done = now
-            for one in ended:
-                told = f"{running[one].penalty.kind}, seed {running[one].seed}: {'failed' if one.result() else 'done'}"
-                steps.note(f"{told}; {len(todo) - len(left)} of {len(todo)} runs")
-    return [message for one in running if (message := one.result())]
-
-
-def _iterations(todo: Sequence[RunConfig]) -> int:
-    """How many have been done by now."""
-    paths = [Path(one.out) / records.METRICS for one in todo]
-    return sum(path.read_bytes().count(b"\n") for path in paths if path.is_file())
 
 
 def _dated(out: Path, config: RunConfig) -> RunConfig:
@@ -130,48 +106,47 @@ def _asked(path: Path) -> dict[str, Any]:
     return found
 
 
-def _claim(out: Path, config: RunConfig, seeds: Sequence[int], kinds: Sequence[str]) -> None:
-    """Write what the study is, or see that it is this one that the folder holds."""
-    wanted = {
-        "seeds": list(seeds),
-        "penalties": list(kinds),
-        "run": plain(dataclasses.replace(config, out="-", seed=0)),
-    }
-    path = out / STUDY
+def _claim(out: Path, config: RunConfig, seeds: Sequence[int], kinds: Sequence[str], resume: bool) -> list[int]:
+    """Write what the study is, or see that it is this one that the folder holds; the seeds that it has now."""
+    path, before = out / STUDY, []
+    run = plain(dataclasses.replace(config, out="-", seed=0))
     if path.is_file():
-        if _asked(path) != wanted:
-            raise RunError(f"study: {out} holds a study of other settings; choose another folder")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        asked = _asked(path)
+        before = asked["seeds"]
+        if told := _changed(asked, {"penalties": list(kinds), "run": run}):
+            raise RunError(f"study: {out} holds a study of other settings ({told}); choose another folder")
+        held = f"study: {out} holds the seeds {','.join(map(str, before))}"
+        if gone := [seed for seed in before if seed not in seeds]:
+            raise RunError(f"{held}; ask for all of them, {gone[0]} too, and for any more")
+        if len(seeds) > len(before) and not resume:
+            raise RunError(f"{held}; --resume adds those that are missing")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"out: {out} is not an empty folder and holds no study")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+    elif resume and not out.exists():
+        raise RunError(f"out: there is no study to resume in {out}")
+    every = [*before, *(seed for seed in seeds if seed not in before)]
+    if every != before:
+        out.mkdir(parents=True, exist_ok=True)
+        wanted = {"seeds": every, "penalties": list(kinds), "run": run}
+        write_text(path, yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+    return every
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first setting that is another than the study began with, in words; empty where all are as they were.
+
+    A study of an earlier version does not have those that came later.
+    """
+    old, new = (flat({"penalties": one.get("penalties"), **(one.get("run") or {})}) for one in (before, now))
+    later = {key for key in LATER if key not in old}
+    for key in dict.fromkeys([*new, *old]):
+        if key not in later and old.get(key) != new.get(key):
+            return f"{key} was {old.get(key)!r} and is {new.get(key)!r} now"
+    return ""
 
 
 def _folder(out: Path, kind: str, seed: int) -> Path:
     return out / kind / f"seed-{seed}"
-
-
-def _run(config: RunConfig, jobs: int) -> str | None:
-    """One run in a process of its own, unless it is done; what went wrong, if something did."""
-    out = Path(config.out)
-    if records.finished(out, config.iterations):
-        return None
-    out.mkdir(parents=True, exist_ok=True)
-    settings = out.with_name(out.name + ".yaml")
-    write_text(settings, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    done = subprocess.run(
-        [sys.executable, "-m", "fpo_train.cli", "run", "--config", str(settings)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return f"{config.penalty.kind}, seed {config.seed}: {last}"
-    return None
 
 
 def read_table(out: Path) -> Table:

@@ -1,6 +1,7 @@
 """Small runs on the tiny model, and what they leave behind."""
 
 import json
+from pathlib import Path
 
 
 def arguments(tiny, out, *more):
@@ -19,3 +20,24 @@ def rows(folder, drop=("seconds", "peak_memory_bytes")):
 
 def contents(folder, pattern="*"):
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob(pattern)) if p.is_file()}
+
+
+def children(parent):
+    """The processes that a process has begun."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        except OSError:
+            continue
+        if fields["PPid"].strip() == str(parent):
+            found.append(int(fields["Pid"]))
+    return found
+
+
+def is_running(pid):
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

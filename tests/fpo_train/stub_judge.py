@@ -107,6 +107,9 @@ class Handler(BaseHTTPRequestHandler):
     def prose(self):
         self.reply(200, chat("I think that A is better."))
 
+    def echo(self):
+        self.reply(200, chat(f"You are {self.headers.get('Authorization')}."))
+
     def bare_letter_in_json(self):
         self.reply(200, chat('"A"'))
 

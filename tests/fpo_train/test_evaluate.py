@@ -243,15 +243,29 @@ def test_a_failure_is_no_tie_and_is_asked_for_again(runs, answered, tmp_path, ca
     assert [row["prompt"] for row in judgements(out)] == list(left)
 
 
-@pytest.mark.parametrize("fault", ["http_500", "prose", "hang_up"])
-def test_a_judge_that_never_answers_is_an_error(runs, answered, tmp_path, capfd, fault):
+@pytest.mark.parametrize(
+    ("fault", "limit", "says"),
+    [
+        ("http_500", COUNT, "pairs could be judged ("),
+        ("hang_up", COUNT, "pairs could be judged ("),
+        ("prose", COUNT, "judge.model m: not one of its first 8 answers can be read; the first: got 'I think that"),
+        (
+            "prose",
+            2,
+            "pairs could be judged (failed 2, pairs 2, requests 4, wrong_json 4; the first answer of no use: got",
+        ),
+    ],
+)
+def test_a_judge_that_never_answers_is_an_error(runs, answered, tmp_path, capfd, fault, limit, says):
     out = tmp_path / "eval"
     shutil.copytree(answered, out)
     with StubJudge(lambda *_: "tie", always=fault) as stub:
-        assert main(words(out, *asking(stub), left=runs / "none", right=runs / "relaxed")) == 1
-    message = capfd.readouterr().err.strip()
-    assert "pairs could be judged (" in message
-    assert "\n" not in message
+        assert main(words(out, *asking(stub), left=runs / "none", right=runs / "relaxed", limit=limit)) == 1
+    *first, message = capfd.readouterr().err.strip().splitlines()
+    assert says in message
+    assert ["judge.model m: an answer that cannot be read: got 'I think" in line for line in first] == [True] * (
+        fault == "prose"
+    )
     assert not (out / "judgements.csv").exists()
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import huggingface_hub
@@ -12,6 +13,8 @@ from fpo_train.cli import main
 from fpo_train.data import sources
 from fpo_train.data.places import look_on_hub, rows_at
 from fpo_train.errors import RunError
+
+MODELS = (Path(__file__).parent.parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 class Hub:
@@ -57,6 +60,7 @@ def test_a_model_that_the_hub_does_not_give_is_one_sentence_after_one_question(h
     told = capfd.readouterr().err
     assert "policy.model someone/something: " in told
     assert says in told
+    assert told.strip().split("something: ")[1].replace("(no way there)", "(…)") in MODELS
     assert one.asked == 1
     assert not (tmp_path / "run").exists()
 

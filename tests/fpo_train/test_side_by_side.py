@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from fpo_train.config import MemoryConfig, OracleConfig, PolicyConfig, RunConfig
 from fpo_train.errors import RunError
 from fpo_train.running import side_by_side
 from fpo_train.running.side_by_side import at_once
-from tests.fpo_train.runs import arguments, rows
+from tests.fpo_train.runs import arguments, children, is_running, rows
 
 KINDS = ("none", "practical")
 TOGETHER = ("--compare", ",".join(KINDS), "--memory.runs_at_once", 2)
@@ -30,25 +29,6 @@ def started(tiny, out, *more):
         time.sleep(0.05)
     time.sleep(0.3)
     return process, children(process.pid)
-
-
-def children(parent):
-    found = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-        except OSError:
-            continue
-        if fields["PPid"].strip() == str(parent):
-            found.append(int(fields["Pid"]))
-    return found
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_each_gives_what_it_gives_by_turns(tiny, tmp_path, capsys):

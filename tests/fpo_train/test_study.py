@@ -4,12 +4,17 @@ import csv
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import yaml
 
 from fpo_train.cli import main
 from fpo_train.study.study import _page, nearer, paired, student, student_quantile, summarise, write_study
-from tests.fpo_train.runs import arguments
+from tests.fpo_train.runs import arguments, children, contents, is_running
 
 
 def words(tiny, out, *more):
@@ -65,9 +70,81 @@ def test_finished_runs_are_kept_and_broken_ones_go_on(folder, tiny, tmp_path):
     assert (out / "study.md").read_text() == page
 
 
+def test_a_study_grows_by_seeds(folder, tiny, tmp_path, capfd):
+    out = tmp_path / "s"
+    shutil.copytree(folder, out)
+    before = {name: bytes_ for name, bytes_ in contents(out).items() if len(name.parts) > 1 and "seed" in name.parts[1]}
+    more = "--seeds", "7,0,3"
+    assert main(words(tiny, out, *more)) == 1
+    assert "holds the seeds 0,3; --resume adds those that are missing" in capfd.readouterr().err
+    assert main(words(tiny, out, "--seeds", "0,7", "--resume")) == 1
+    assert "holds the seeds 0,3; ask for all of them, 3 too" in capfd.readouterr().err
+    assert main(words(tiny, out, *more, "--penalty.gamma", "3", "--resume")) == 1
+    assert "penalty.gamma was 1.0 and is 3.0 now" in capfd.readouterr().err
+    assert contents(out) == contents(folder)
+
+    assert main(words(tiny, out, *more, "--resume", "--jobs", "2")) == 0
+    assert "seed 7: done" in capfd.readouterr().err
+    after = contents(out)
+    assert {name: after[name] for name in before} == before
+    asked = yaml.safe_load((out / "study.yaml").read_text())
+    assert asked["seeds"] == [0, 3, 7]
+    assert asked["run"] == yaml.safe_load((folder / "study.yaml").read_text())["run"]
+    summary = json.loads((out / "study.json").read_text())
+    assert set(summary["residual"]["final"]) == {"0", "3", "7"}
+    assert summary["residual"]["against"]["none"]["gold"]["pairs"] == 3
+    assert "over 3 seeds" in (out / "study.md").read_text()
+    with (out / "curves.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * 3 * 3
+    assert main(words(tiny, out, *more)) == 0  # all there: nothing to add
+    assert contents(out) == after
+
+
+def test_a_study_of_an_earlier_version_grows(folder, tiny, tmp_path):
+    out = tmp_path / "s"
+    shutil.copytree(folder, out)
+    asked = yaml.safe_load((out / "study.yaml").read_text())
+    del asked["run"]["reward_model"]["fit"]
+    (out / "study.yaml").write_text(yaml.safe_dump(asked))
+    assert main(words(tiny, out)) == 0
+    del asked["run"]["penalty"]["gamma"]
+    (out / "study.yaml").write_text(yaml.safe_dump(asked))
+    assert main(words(tiny, out)) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_study_that_is_ended_ends_its_runs(tiny, tmp_path, number):
+    out = tmp_path / "s"
+    long = "--iterations", "10000", "--logging.checkpoint_every", "5000"
+    command = [sys.executable, "-m", "fpo_train.cli", *words(tiny, out, "--compare", "none", *long)]
+    rows = out / "none" / "seed-0" / "metrics.jsonl"
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not rows.exists():
+        time.sleep(0.05)
+    pids = children(process.pid)
+    assert len(pids) == 1
+    process.send_signal(number)
+    told = process.communicate(timeout=60)[1]
+    end = time.monotonic() + 30
+    while any(map(is_running, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(is_running, pids))
+    if number == signal.SIGTERM:
+        assert process.returncode == 3
+        assert told.strip().splitlines()[-1] == "fpo-train study: stopped; the same command goes on"
+        last = json.loads(rows.read_text().splitlines()[-1])["iteration"]
+        assert (rows.parent / "checkpoints" / str(last) / "state.pt").is_file()
+    assert not (out / "none" / "seed-3").exists()  # none is begun once an end was asked for
+    assert not (out / "study.json").exists()
+
+
 def test_other_settings_and_other_folders_are_refused(folder, tiny, tmp_path, capfd):
     assert main([*words(tiny, folder), "--penalty.gamma", "3"]) == 1
-    assert "holds a study of other settings" in capfd.readouterr().err
+    assert "holds a study of other settings (penalty.gamma was 1.0 and is 3.0 now)" in capfd.readouterr().err
+    assert main(words(tiny, folder, "--compare", "none")) == 1
+    assert "(penalties was ['none', 'residual'] and is ['none'] now)" in capfd.readouterr().err
+    assert main(words(tiny, tmp_path / "a", "--resume")) == 1
+    assert "there is no study to resume in" in capfd.readouterr().err
     (tmp_path / "mine.txt").write_text("x")
     assert main(words(tiny, tmp_path)) == 1
     assert "is not an empty folder" in capfd.readouterr().err
