@@ -32,7 +32,7 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy
     if config.input_embedding == "host":
         keep_in_host(lm, config.model)
     if config.gradient_checkpointing:  # transformers checkpoints in train mode alone: while the policy learns
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(lm)
     group_heads(lm)
     where = f"policy.model {config.model}"
     examine(lm, where)
@@ -41,6 +41,14 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device) -> Policy
     policy = Policy(add_adapter(lm, config), tokenizer)
     policy.caches = cache_serves(lm, where, policy)
     return policy
+
+
+def checkpoint_layers(lm: Any) -> None:
+    """Let a model compute its layers again in the backward pass, by the name that its transformers has for it."""
+    if hasattr(lm, "activation_checkpointing_enable"):
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def add_adapter(lm: Any, config: PolicyConfig) -> Any:
