@@ -5,13 +5,24 @@ STAMP := .venv/.ready
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
 FLOOR := .floor/bin
+NEWEST := .newest/bin
+# of the training layer, what stands on transformers and peft
+ON_TRANSFORMERS := $(addprefix tests/fpo_train/test_,policy.py generation.py decoding.py trial.py loop.py reward_model.py)
 # a native build that fails ends the target; 0 goes on without, as plain pip does
 FPO_REQUIRE_NATIVE ?= 1
 
 export TOKENIZERS_PARALLELISM := false
 export FPO_REQUIRE_NATIVE
 
-.PHONY: help setup demo test slow floor lint bench clean
+.PHONY: help setup demo test slow floor newest lint bench clean
+
+# a copy of the tree in $(1): its libraries are built against the torch there, and not in place of those of .venv
+define copy
+mkdir -p $(1)/tree
+cd $(1)/tree && rm -rf csrc fpo_kernels fpo_train benchmarks tests
+cp -rp csrc fpo_kernels fpo_train benchmarks tests setup.py pyproject.toml README.md LICENSE $(1)/tree
+rm -f $(1)/tree/fpo_kernels/_native*
+endef
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -36,19 +47,26 @@ test: $(STAMP) ## run the tests, but for those on the real model
 slow: $(STAMP) ## run the tests on the real model (SmolLM2), some minutes
 	$(BIN)/python -m pytest tests -m slow
 
-# in a copy of the tree: its libraries are built against the oldest torch, and not in place of those of .venv
 # 900 s: compiling every Triton kernel anew takes minutes where the machine is busy
-floor: ## build and test the kernels with the oldest versions served (constraints-floor.txt), in .floor: about ten minutes
+floor: ## build and test with the oldest versions served (constraints-floor.txt), in .floor: about a quarter of an hour
 	test -x $(FLOOR)/python || $(PYTHON) -m venv .floor
 	$(FLOOR)/python -m pip install --quiet --disable-pip-version-check -c constraints-floor.txt torch setuptools numpy
-	mkdir -p .floor/tree
-	cd .floor/tree && rm -rf csrc fpo_kernels fpo_train benchmarks tests
-	cp -rp csrc fpo_kernels fpo_train benchmarks tests setup.py pyproject.toml README.md LICENSE .floor/tree
-	rm -f .floor/tree/fpo_kernels/_native*
+	$(call copy,.floor)
 	$(FLOOR)/python -m pip install --quiet --disable-pip-version-check -c constraints-floor.txt --no-build-isolation \
 		-e '.floor/tree[triton]' hypothesis pytest pytest-benchmark pytest-timeout pytest-xdist
 	cd .floor/tree && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile --timeout 900 -p no:cacheprovider \
-		tests/fpo_kernels tests/compile_only tests/gpu tests/test_sanitizers.py
+		tests/fpo_kernels tests/compile_only tests/gpu tests/test_sanitizers.py $(ON_TRANSFORMERS)
+
+# torch is the pinned one, all else as new as the bounds of pyproject.toml let it be; peft itself asks for the old name
+newest: ## test what stands on transformers and peft with their newest releases, in .newest: a few minutes
+	test -x $(NEWEST)/python || $(PYTHON) -m venv .newest
+	grep '^torch==' constraints.txt > .newest/torch.txt
+	$(NEWEST)/python -m pip install --quiet --disable-pip-version-check -c .newest/torch.txt torch setuptools numpy
+	$(call copy,.newest)
+	$(NEWEST)/python -m pip install --quiet --disable-pip-version-check -c .newest/torch.txt --no-build-isolation \
+		--upgrade --upgrade-strategy eager -e .newest/tree hypothesis pytest pytest-benchmark pytest-timeout pytest-xdist
+	cd .newest/tree && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider \
+		-W error::FutureWarning -W 'ignore:`is_gradient_checkpointing` is deprecated:FutureWarning' $(ON_TRANSFORMERS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
@@ -58,5 +76,5 @@ lint: $(STAMP) ## check style, format and types
 bench: $(STAMP) ## run every benchmark case and write benchmarks/results/<device>/
 	$(BIN)/python -m benchmarks run all
 
-clean: ## remove what make built (.venv, .floor, native libraries, caches), never runs/
-	rm -rf .venv .floor build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fpo_kernels/_native*
+clean: ## remove what make built (.venv, .floor, .newest, native libraries, caches), never runs/
+	rm -rf .venv .floor .newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fpo_kernels/_native*

@@ -15,6 +15,7 @@ from fpo_train.oracle import load_oracle
 from fpo_train.penalty.base import Penalty
 from fpo_train.policy import Policy, add_adapter
 from fpo_train.policy.decoding import group_heads
+from fpo_train.policy.load import checkpoint_layers
 from fpo_train.processes import Processes
 from fpo_train.reward_model import load_reward_model
 from fpo_train.reward_model.replay import Replay
@@ -33,7 +34,7 @@ class Bench:
         lm.requires_grad_(False).eval()
         group_heads(lm)
         if config.policy.gradient_checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(lm)
         tokenizer = SimpleNamespace(eos_token_id=EOS, decode=lambda reply, skip_special_tokens: WORDS)
         policy, processes = Policy(add_adapter(lm, config.policy), tokenizer), Processes()
         generator = torch.Generator().manual_seed(0)

@@ -87,7 +87,9 @@ def build(profile: str = "sound") -> Parser:
         sub.add_class_arguments(RunConfig, None, fail_untyped=True)
         sub.set_defaults(PROFILES[profile])
         if name == "study":
-            sub.add_argument("--seeds", type=str, default="0,1,2,3,4", help="comma-separated whole numbers")
+            sub.add_argument(
+                "--seeds", type=str, default="0,1,2,3,4", help="comma-separated whole numbers; --resume adds some"
+            )
             sub.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its part of the cores")
 
     simulate = command("simulate", "Run a controlled environment of the paper")

@@ -8,8 +8,10 @@ small launches that the device waits for them: all its tensors stay where they a
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+RENAMED = "cache" in {field.name for field in fields(BaseModelOutputWithPast)}  # it was past_key_values
 GROUPED = "sdpa_grouped"
 AHEAD = "cuda"  # the device that the host runs ahead of: there steps are recorded, and looks are rare
 LOOK = 8  # tokens between two looks at what has ended on a GPU, where each look waits for the device
@@ -26,6 +30,21 @@ FEWER = 8  # one row in so many has to have ended for the others to be moved tog
 FEWER_RECORDED = (
     2  # where a step is recorded: for fewer rows it has to be recorded again, which takes some tokens' time
 )
+
+
+def cache_name(body: Any) -> str:
+    """The argument by which a model's forward takes a cache: `cache`, or `past_key_values` as it was called before.
+
+    One whose forward names neither takes what transformers' own models take.
+    """
+    takes = inspect.signature(body.forward).parameters
+    named = [name for name in ("past_key_values", "cache") if name in takes]
+    return named[0] if named else "cache" if RENAMED else "past_key_values"
+
+
+def cache_of(out: Any) -> Any:
+    """The cache that a model returns; None where it returns none."""
+    return getattr(out, "cache", None) if RENAMED else getattr(out, "past_key_values", None)
 
 
 class Roomy(DynamicLayer):
@@ -159,14 +178,12 @@ class Growing:
     def __init__(self, lm: Any, cache: Any, mask: Tensor, speech: Speech, choose: Any, takes_positions: bool) -> None:
         self._lm, self._cache, self._speech, self._choose = lm, cache, speech, choose
         self._seen = torch.cat([mask, mask.new_ones(len(mask), speech.said.shape[1])], 1)  # a step sees its part
-        self._width, self._takes = mask.shape[1], takes_positions
+        self._width, self._takes, self._named = mask.shape[1], takes_positions, cache_name(lm)
 
     def __call__(self) -> None:
-        where = {"position_ids": self._speech.place} if self._takes else {}
+        known = {self._named: self._cache} | ({"position_ids": self._speech.place} if self._takes else {})
         seen = self._seen[:, : self._width]
-        out = self._lm(
-            input_ids=self._speech.last, attention_mask=seen, past_key_values=self._cache, use_cache=True, **where
-        )
+        out = self._lm(input_ids=self._speech.last, attention_mask=seen, use_cache=True, **known)
         self._speech.take(out.logits[:, -1].float(), self._choose)
         self._width += 1
 
@@ -192,7 +209,7 @@ class Steady:
         self._at = torch.tensor([mask.shape[1] - 1], device=mask.device)
         for layer in cache.layers:
             layer.write_at(self._at)
-        self._begun = False
+        self._begun, self._named = False, cache_name(lm)
         self._graph: Any = None
         self._records = mask.device.type == AHEAD
 
@@ -212,8 +229,8 @@ class Steady:
             input_ids=self._speech.last,
             attention_mask=self._seen,
             position_ids=self._speech.place,
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._named: self._cache},
         )
         self._speech.take(out.logits[:, -1].float(), self._choose)
         self._at += 1

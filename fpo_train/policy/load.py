@@ -45,7 +45,7 @@ def load_policy(
     if config.input_embedding == "host":
         keep_in_host(lm, base)
     if config.gradient_checkpointing:  # transformers checkpoints in train mode alone: while the policy learns
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(lm)
     group_heads(lm)
     where = f"policy.model {base}"
     examine(lm, where)
@@ -69,6 +69,14 @@ def _load(config: PolicyConfig, adapter: Adapter | None) -> tuple[Any, Any]:
     except RunError as error:
         raise RunError(f"model {config.model}: its base, {error}") from error
     return lm, closing(config.model, tokenizer_of(adapter, tokenizer), rows_of(lm))
+
+
+def checkpoint_layers(lm: Any) -> None:
+    """Let a model compute its layers again in the backward pass, by the name that its transformers has for it."""
+    if hasattr(lm, "activation_checkpointing_enable"):
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def add_adapter(lm: Any, config: PolicyConfig) -> Any:

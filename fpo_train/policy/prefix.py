@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .decoding import Roomy, cache_name, cache_of
 from .generation import positions
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ def cache(parts: Sequence[tuple[Prefix, Tensor]], tokens: int, more: int) -> Any
     """
     from transformers import DynamicCache
 
-    from .decoding import Roomy
-
     fresh = DynamicCache()
     layers = [prefix.layers for prefix, _ in parts]
     for each in zip(*[layer or () for layer in layers], strict=True):
@@ -63,7 +62,7 @@ def read(policy: Policy, prompts: list[Prompt]) -> Prefix:
     ids, mask = ids.to(policy.device), mask.to(policy.device)
     body = policy.lm.base_model
     out = body(input_ids=ids, attention_mask=mask, use_cache=policy.caches, **positions(body, mask))
-    kept = getattr(out, "past_key_values", None) if policy.caches else None
+    kept = cache_of(out) if policy.caches else None
     return Prefix(ids, mask, out.last_hidden_state[:, -1], _layers(kept, width))
 
 
@@ -80,8 +79,8 @@ def go_on(policy: Policy, known: Prefix, owners: Tensor, ids: Tensor, within: Te
     return body(
         input_ids=ids,
         attention_mask=mask,
-        past_key_values=cache([(known, owners)], known.ids.shape[1], width),
         use_cache=True,
+        **{cache_name(body): cache([(known, owners)], known.ids.shape[1], width)},
         **({"position_ids": places} if positions(body, mask) else {}),
     ).last_hidden_state
 

@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fpo_train.config import RolloutConfig
 from fpo_train.policy import decoding, prefix
-from fpo_train.policy.decoding import GROUPED, Roomy, attend, group_heads
+from fpo_train.policy.decoding import GROUPED, Roomy, attend, cache_name, group_heads
 from fpo_train.policy.generation import Greedy, generate
 from fpo_train.rollout import TransformersSampler
 from tests.fpo_train import recording
@@ -70,7 +70,7 @@ def test_a_model_of_grouped_heads_says_the_same(policy):
                 input_ids=ids[:, t : t + 1],
                 attention_mask=mask[:, : t + 1],
                 position_ids=positions[:, t : t + 1],
-                past_key_values=cache,
+                **{cache_name(lm): cache},
             )
             said.append(out.logits)
         other = copy.deepcopy(lm)

@@ -16,6 +16,7 @@ from fpo_train.rollout import Readings
 
 from .variants import PROMPTS, TOKENS, by_hand, loaded, says_what_it_thinks, variant
 
+CACHES = ("cache", "past_key_values")  # as transformers names it now, and as it did
 PROJECTED = {"lora_targets": ("in_proj",)}
 
 
@@ -79,14 +80,19 @@ def test_logits_that_are_capped_are_compared_as_they_are(tiny, tmp_path, capsys)
     assert capsys.readouterr().err == ""
 
 
+def goes_on(given):
+    """The name of a cache that holds something among what a forward is given; empty where there is none."""
+    return next((name for name in CACHES if given.get(name) is not None and given[name].get_seq_length()), "")
+
+
 def misplaced(inner):
     """What follows a cache is read as if it stood one token further on."""
 
     @functools.wraps(inner)
-    def forward(*args, past_key_values=None, position_ids=None, **more):
-        if past_key_values is not None and past_key_values.get_seq_length():
+    def forward(*args, position_ids=None, **more):
+        if goes_on(more):
             position_ids = position_ids + 1
-        return inner(*args, past_key_values=past_key_values, position_ids=position_ids, **more)
+        return inner(*args, position_ids=position_ids, **more)
 
     return forward
 
@@ -95,11 +101,11 @@ def forgetful(inner):
     """Each call begins with an empty cache."""
 
     @functools.wraps(inner)
-    def forward(*args, past_key_values=None, **more):
-        if past_key_values is not None and past_key_values.get_seq_length():
-            past_key_values = DynamicCache()
+    def forward(*args, **more):
+        if name := goes_on(more):
+            more[name] = DynamicCache()
             more["attention_mask"] = more["attention_mask"][:, -more["input_ids"].shape[1] :]
-        return inner(*args, past_key_values=past_key_values, **more)
+        return inner(*args, **more)
 
     return forward
 
@@ -108,8 +114,9 @@ def ignorant(inner):
     """It knows of no cache."""
 
     @functools.wraps(inner)
-    def forward(*args, past_key_values=None, use_cache=None, **more):
-        return inner(*args, **more, use_cache=False)
+    def forward(*args, **more):
+        known = {name: value for name, value in more.items() if name not in (*CACHES, "use_cache")}
+        return inner(*args, **known, use_cache=False)
 
     return forward
 
