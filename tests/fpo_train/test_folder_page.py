@@ -34,7 +34,7 @@ def keys(row):
 
 @pytest.fixture(scope="module")
 def folders(tiny, tmp_path_factory):
-    """A run of models of their own with an audit, and one of people's preferences."""
+    """A run of models of their own with an audit, and one of people's preferences that goes on with its adapter."""
     folder = tmp_path_factory.mktemp("page")
     scorer = variant(tiny, folder / "scorer", model="LlamaForSequenceClassification", num_labels=1, pad_token_id=2)
     people = folder / "people.jsonl"
@@ -42,8 +42,10 @@ def folders(tiny, tmp_path_factory):
     models = "--reward_model.kind", "classifier", "--reward_model.model", scorer
     gold = "--oracle.kind", "gold", "--oracle.model", scorer, "--logging.audit", "true"
     file = "--oracle.kind", "file", "--oracle.file", people
-    for out, more in (("models", (*models, *gold)), ("people", file)):
-        assert main(arguments(tiny, folder / out, "--iterations", 1, *more)) == 0
+    (folder / "asked.csv").write_text("prompt\nName a river.\n \nWhy?\n")
+    data = "--data.prompts", folder / "asked.csv", "--data.bad_rows", "skip"
+    for base, out, more in ((tiny, "models", (*models, *gold)), (folder / "models/policy", "people", (*file, *data))):
+        assert main(arguments(base, folder / out, "--iterations", 1, *more)) == 0
     return folder / "models", folder / "people"
 
 
