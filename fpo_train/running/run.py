@@ -166,6 +166,8 @@ class Workshop:
             parameter.data.copy_(self._adapter[name])
         policy, processes = self.policy, self.processes
         plan = plan_for(config, policy, self.prompts.longest, processes.world)
+        memory = Guard(plan, policy.device)
+        samples = sampler(policy, config.rollout, config.seed, plan is not None and plan.unpacks)
         with stage("loading the reward model", processes.main):
             reward_model = load_reward_model(config, policy, processes, policy.device)
         with stage(f"loading the oracle, {config.oracle.kind}", processes.main):
@@ -173,10 +175,10 @@ class Workshop:
         parts = Parts(
             config=config,
             processes=processes,
-            memory=Guard(plan, policy.device),
+            memory=memory,
             prompts=self.prompts,
             policy=policy,
-            sampler=sampler(policy, config.rollout, config.seed, plan is not None and plan.unpacks),
+            sampler=samples,
             reward_model=reward_model,
             replay=Replay(config.reward_model.buffer),
             oracle=oracle,
