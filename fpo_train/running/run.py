@@ -105,8 +105,8 @@ class Workshop:
         self.config, self.texts = settle(folder.dated(config)), texts
         self.processes = Processes()
         self._date = self.processes.gather_objects([self.config.data.date])[0]  # one moment for all processes
-        loading = Steps(f"loading policy.model {config.policy.model}", STEPS + 1, "steps", shown=self.processes.main)
-        with loading as step:
+        what, main = f"loading policy.model {config.policy.model}", self.processes.main
+        with Steps(what, STEPS + 1, "steps", shown=main, even=False) as step:
             self.policy = load_policy(self.config.policy, config.seed, self.processes.device, partial(step, 1))
             if self.config.data.chat_template == "none":
                 self.policy.tokenizer.chat_template = None

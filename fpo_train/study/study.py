@@ -88,8 +88,11 @@ def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
 
 def _run_all(todo: Sequence[RunConfig], jobs: int) -> list[str]:
     """The runs, `jobs` at a time, with how far all of them are; what went wrong with those that failed, in order."""
-    total, done = sum(one.iterations for one in todo), _iterations(todo)
-    with Steps("study", total, "iterations", done, each=False) as steps, ThreadPoolExecutor(max_workers=jobs) as pool:
+    total, done, over = sum(one.iterations for one in todo), _iterations(todo), 0
+    with (
+        Steps("study", total, "iterations", done=done, each=False) as steps,
+        ThreadPoolExecutor(max_workers=jobs) as pool,
+    ):
         running: dict[Future[str | None], RunConfig] = {pool.submit(_run, one, jobs): one for one in todo}
         left = set(running)
         while left:
@@ -97,9 +100,10 @@ def _run_all(todo: Sequence[RunConfig], jobs: int) -> list[str]:
             now = _iterations(todo)
             steps(now - done)
             done = now
-            for one in ended:
+            for one in (one for one in running if one in ended):
+                over += 1
                 told = f"{running[one].penalty.kind}, seed {running[one].seed}: {'failed' if one.result() else 'done'}"
-                steps.note(f"{told}; {len(todo) - len(left)} of {len(todo)} runs")
+                steps.note(f"{told}; {over} of {len(todo)} runs")
     return [message for one in running if (message := one.result())]
 
 
