@@ -60,12 +60,15 @@ class Steps:
     Args:
         what: the work. unit: of its steps, in the plural. done: of `total` before it began.
         shown: False: nothing is said (all ranks but the main one).
-        each: False: a log's lines come from `note` alone.
+        each: False: a log's lines come from `note` alone. even: False: steps take unlike times, and none is foretold.
     """
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0, shown: bool = True, each: bool = True) -> None:
+    def __init__(
+        self, what: str, total: int, unit: str, done: int = 0, shown: bool = True, each: bool = True, even: bool = True
+    ) -> None:
         self._what, self._total, self._unit, self._done, self._began = what, total, unit, done, done
         self._first = self._said = self._last = time.monotonic()
+        self._even = even
         self._shown, self._lines = shown, shown and each and not on_terminal()
         self._meanwhile = threading.Timer(PATIENCE, self.note)
         self._meanwhile.daemon = True
@@ -107,7 +110,8 @@ class Steps:
 
     def _left(self) -> str:
         done, rest = self._done - self._began, self._total - self._done
-        return f", {duration((time.monotonic() - self._first) / done * rest)} left" if done and rest > 0 else ""
+        foretold = self._even and done and rest > 0
+        return f", {duration((time.monotonic() - self._first) / done * rest)} left" if foretold else ""
 
 
 class Progress:

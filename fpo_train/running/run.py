@@ -106,8 +106,8 @@ class Workshop:
         self.config, self.texts = settle(folder.dated(config)), texts
         self.processes = Processes()
         self._date = self.processes.gather_objects([self.config.data.date])[0]  # one moment for all processes
-        loading = Steps(f"loading policy.model {config.policy.model}", STEPS + 1, "steps", shown=self.processes.main)
-        with loading as step:
+        what, main = f"loading policy.model {config.policy.model}", self.processes.main
+        with Steps(what, STEPS + 1, "steps", shown=main, even=False) as step:
             self.policy = load_policy(self.config.policy, config.seed, self.processes.device, partial(step, 1))
             if self.config.data.chat_template == "none":
                 self.policy.tokenizer.chat_template = None
@@ -172,6 +172,8 @@ class Workshop:
             parameter.data.copy_(self._adapter[name])
         policy, processes = self.policy, self.processes
         plan = plan_for(config, policy, self.prompts.longest, processes.world)
+        memory = Guard(plan, policy.device)
+        samples = sampler(policy, config.rollout, config.seed, plan is not None and plan.unpacks)
         with stage("loading the reward model", processes.main):
             reward_model = load_reward_model(config, policy, processes, policy.device)
         with stage(f"loading the oracle, {config.oracle.kind}", processes.main):
@@ -179,10 +181,10 @@ class Workshop:
         parts = Parts(
             config=config,
             processes=processes,
-            memory=Guard(plan, policy.device),
+            memory=memory,
             prompts=self.prompts,
             policy=policy,
-            sampler=sampler(policy, config.rollout, config.seed, plan is not None and plan.unpacks),
+            sampler=samples,
             reward_model=reward_model,
             replay=Replay(config.reward_model.buffer),
             oracle=oracle,

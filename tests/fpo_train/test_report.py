@@ -9,10 +9,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from fpo_train.cli import main
 from fpo_train.report import progress, records
 from fpo_train.report.page import SHOWN, write_report
 from fpo_train.report.panels import CAPTIONS
 from fpo_train.report.progress import Progress, Steps, duration, stage
+
+from .runs import arguments
 
 NASTY = "<script>alert('x')</script> & \"this\""
 PHASES = ("generate", "score", "update", "retrain")
@@ -207,12 +210,12 @@ def test_slow_steps_are_a_line_each_and_quick_ones_a_line_now_and_then(capsys, c
 
 def test_a_first_step_that_lasts_is_told_of_meanwhile(capsys, monkeypatch):
     monkeypatch.setattr(progress, "PATIENCE", 0.05)
-    with Steps("loading", 3, "steps") as step:
+    with Steps("loading", 3, "steps", even=False) as step:
         time.sleep(0.5)
         assert re.sub(TIME, "", capsys.readouterr().err) == "loading: 0 of 3 steps\n"
         monkeypatch.setattr(progress, "SLOW", 0.0)
         step(1, "read")
-        assert re.fullmatch(TIME + r"loading: 1 of 3 steps, \d+ s left \(read\)\n", capsys.readouterr().err)
+        assert re.sub(TIME, "", capsys.readouterr().err) == "loading: 1 of 3 steps (read)\n"
     with Steps("loading", 3, "steps", shown=False):
         time.sleep(0.2)
     assert capsys.readouterr().err == ""
@@ -248,3 +251,20 @@ def test_on_a_terminal_it_is_a_bar(capsys, clock, monkeypatch):
     counted(clock, 2.0, total=6)
     assert drawn == [("first fit", 0, 6), 3, 3, "closed"]
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_says_how_far_its_start_is_and_nothing_of_it_on_stdout(tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(progress, "SLOW", 0.0)  # each step is worth a line
+    assert main(arguments(tiny, tmp_path / "run", "--iterations", 1)) == 0
+    said = capfd.readouterr()
+    lines = [re.sub(TIME, "", line) for line in said.err.splitlines() if re.match(TIME, line)]
+    steps = ("read", "rows compared", "cache compared", "fingerprint taken")
+    assert lines[:4] == [
+        f"loading policy.model {tiny}: {n} of 4 steps ({step})" for n, step in enumerate(steps, start=1)
+    ]
+    assert [re.sub(r", \d+ s left", "", line) for line in lines[4:7]] == [
+        f"first fit: {n} of 6 pairs" for n in (2, 4, 6)
+    ]
+    assert lines[7].startswith("practical    1/1  reward ")
+    assert said.out == f"report: {tmp_path / 'run' / 'report.html'}\n"
+    assert not set("\r\x1b") & set(said.err)

@@ -221,7 +221,7 @@ def test_the_runs_of_a_comparison_begin_on_one_model(tiny, tmp_path, capfd):
     for folder in (out, out / "none"):  # of a version that knew nothing of models, days and heads that are kept
         (folder / "environment.json").write_text(json.dumps({"prompts_sha256": facts["prompts_sha256"]}))
         asked = yaml.safe_load((folder / "config.yaml").read_text())
-        del asked["data"]["date"], asked["reward_model"]["fit"]
+        del asked["data"]["date"], asked["data"]["chat_template"], asked["reward_model"]["fit"]
         asked["reward_model"]["model"] = "minilm"
         (folder / "config.yaml").write_text(yaml.safe_dump(asked))
     assert main(arguments(model, out, *more, "--resume", "true")) == 0

@@ -1,5 +1,7 @@
 """The neural environment against a plain loop of autograd, the published figures, and itself played together."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -159,6 +161,17 @@ def test_wrong_penalties_and_settings(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="iterations must be a multiple of kept=10; got 15"):
         neural.NeuralSettings(iterations=15)
+
+
+def test_runs_by_turns_are_counted(tmp_path, capfd):
+    neural.run(["none", "practical"], [0], tmp_path / "out", SHORT)
+    said = capfd.readouterr()
+    lines = [re.sub(r"^\d\d:\d\d:\d\d  |, \d+ s left", "", line) for line in said.err.splitlines()]
+    assert [line for line in lines if "done" in line] == [
+        "neural: 20 of 40 iterations (none, seed 0: done)",
+        "neural: 40 of 40 iterations (practical, seed 0: done)",
+    ]
+    assert said.out == ""
 
 
 def test_what_a_run_leaves(tmp_path):
