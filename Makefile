@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 FLOOR := .floor/bin
 NEWEST := .newest/bin
 # of the training layer, what stands on transformers and peft
-ON_TRANSFORMERS := $(addprefix tests/fpo_train/test_,policy.py generation.py decoding.py trial.py loop.py reward_model.py)
+ON_TRANSFORMERS := $(addprefix tests/fpo_train/test_,policy.py generation.py decoding.py trial.py loop.py reward_model.py weights.py)
 # a native build that fails ends the target; 0 goes on without, as plain pip does
 FPO_REQUIRE_NATIVE ?= 1
 

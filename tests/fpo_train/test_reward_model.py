@@ -306,7 +306,7 @@ def test_what_cannot_be(policy, models):
     with pytest.raises(RunError, match="cannot train float16"):
         load(policy, models, kind="classifier", model="bert", dtype="float16")
     for kind in ({"kind": "lora"}, {"kind": "classifier", "model": "bert", "train": "lora"}):
-        with pytest.raises(RunError, match=r"reward_model.lora_targets \['nothing'\]"):
+        with pytest.raises(RunError, match=r"reward_model\.lora_targets\W+'nothing'"):
             load(policy, models, **kind, lora_targets=("nothing",))
 
 
