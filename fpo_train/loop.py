@@ -87,7 +87,7 @@ def iterate(parts: Parts, iteration: int) -> tuple[Row, list[Sample]]:
         memory_measured=parts.memory.measured,
         audit=config.logging.audit,
     )
-    return row, samples_of(rollout, judged, best, iteration, processes)
+    return row, samples_of(rollout, judged, best, iteration, processes, labels)
 
 
 def judge(parts: Parts, rollout: Rollout, rows: int) -> tuple[Readings, Labels, Reading, Judged]:

@@ -10,7 +10,7 @@ import yaml
 
 from fpo_train.config import PENALTY_KINDS, RunConfig
 from fpo_train.config.profiles import PROFILES
-from fpo_train.study.study import paired
+from fpo_train.report.verdicts import paired
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -304,11 +304,15 @@ class LoggingConfig:
     window: int = 10
     """Iterations over which the reward must rise while the oracle's utility falls for a warning of collapse."""
     audit: bool = False
-    """Ask the oracle about every candidate, for the metrics alone: `audit_utility`; counted as `audit_calls`."""
+    """Ask the oracle about every candidate, for the metrics alone (`audit_utility`, `audit_gain`), whatever it takes;
+    without it that is done where it takes no question. Counted as `audit_calls`."""
+    watched: int = 3
+    """Questions that the policy is asked again after iterations 1, 4, 16, 64, … and the last, greedily; 0: none."""
     controlled: bool = False
     """Show the paper's linear environment (a second of work) in the report, beside the language model."""
 
     def __post_init__(self) -> None:
+        not_negative("logging", watched=self.watched)
         positive("logging", checkpoint_every=self.checkpoint_every, checkpoint_keep=self.checkpoint_keep)
         if self.window < 4:
             raise ValueError(f"logging.window: wanted 4 iterations or more, got {self.window}")

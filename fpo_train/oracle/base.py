@@ -24,6 +24,10 @@ class Oracle(ABC):
     """Whether there is a number U for a reply alone; then the oracle is a `UtilityOracle`."""
     may_be_silent = False
     """Whether an iteration without a single label is as it should be (people who have not labelled yet)."""
+    local = False
+    """Whether it is a model of this process: nobody else is asked, and nothing is paid."""
+    from_readings = False
+    """Whether it says U of a row from the base's reading of it, without a pass of its own."""
     loaded: tuple[nn.Module, Any] | None = None
     """Model of its own and that one's tokenizer (None where it reads no text), where it has one."""
 

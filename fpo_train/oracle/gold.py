@@ -35,6 +35,8 @@ class HeadOracle(UtilityOracle):
     h is the base's last hidden state at the reply's closing token, as the head was trained on.
     """
 
+    local = from_readings = True
+
     def __init__(self, policy: Policy, config: RunConfig) -> None:
         """Raises: RunError: the head is damaged, or sits on another base than the policy's."""
         super().__init__(config.oracle.temperature)
@@ -69,6 +71,8 @@ class ClassifierOracle(UtilityOracle):
     or both as a pair of texts where there is no template. A pair that it cannot read has no utility (NaN): one that
     is too long for it, or holds a token that its embedding has no row for.
     """
+
+    local = True
 
     def __init__(self, policy: Policy, config: RunConfig) -> None:
         """Raises: RunError: the model cannot be loaded, has not exactly one output, or no trained head."""

@@ -59,6 +59,18 @@ class Labels:
         known = self._utility.masked_fill(~_with_reference(wanted), NAN)
         return known[:, :-1], known[:, -1:]
 
+    def covers(self, wanted: Tensor) -> bool:
+        """Whether those labels, wanted (B, N) bool, take no more than has been asked or read already."""
+        at_hand = self._oracle.from_readings and self._readings.complete
+        return at_hand or not bool((wanted & ~self._asked).any())
+
+    def known(self) -> tuple[Tensor, Tensor]:
+        """U of candidates (B, N) and references (B, 1) as far as it has been asked, or p* and NaN where there is no
+        such thing; fp32, NaN where not known. It asks nothing."""
+        if self._oracle.has_utilities:
+            return self._utility[:, :-1], self._utility[:, -1:]
+        return self._preference, torch.full_like(self._preference[:, :1], NAN)
+
     def check(self, processes: Processes) -> None:
         """See that the labels asked for are not all missing, and gather what the oracle has counted.
 

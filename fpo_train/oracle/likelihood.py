@@ -32,6 +32,8 @@ class BaseOracle(UtilityOracle):
     A reply without tokens has no utility (NaN).
     """
 
+    local = True
+
     def __init__(self, policy: Policy, config: RunConfig) -> None:
         """Raises: RunError: an 8-bit copy is wanted where bitsandbytes is not installed."""
         super().__init__(config.oracle.temperature)
@@ -39,6 +41,7 @@ class BaseOracle(UtilityOracle):
         self._at_once = config.update.logits_at_once
         self._shared = config.oracle.quantization in ("none", config.policy.quantization)
         self._model = policy if self._shared else _second_copy(policy, config)
+        self.from_readings = self._shared and config.oracle.mean_over != "padded"
 
     @torch.no_grad()
     def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """What is seen of a run: its metrics, warnings and progress, and the page and figures made of its files.
 
-`metrics` measures an iteration, `records` is what lies in a run's folder, `watch` warns of collapse; `page` is
-`report.html`, from `panels` in the one style of `figures`.
+`metrics` measures an iteration, `records` is what lies in a run's folder, `watch` warns of collapse, `verdicts` says
+what the numbers allow to say; `page` is `report.html`, of parts from `markup`, with `panels` in `figures`' style.
 """

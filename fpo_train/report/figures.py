@@ -1,4 +1,4 @@
-"""The one style of all figures: a fixed colour and line style per penalty, PNG output, no global state.
+"""The one style of all figures: a fixed colour and line style per penalty, one size of type, no global state.
 
 Figures are built on `matplotlib.figure.Figure` with an Agg canvas, never through pyplot, so importing or
 calling this module leaves the caller's backend, rcParams and open figures as they were.
@@ -7,8 +7,12 @@ calling this module leaves the caller's backend, rcParams and open figures as th
 from __future__ import annotations
 
 import base64
+import io
+import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +32,23 @@ PENALTY_STYLES: dict[str, dict[str, Any]] = {
     "residual": {"color": "#009E73", "linestyle": (0, (8, 2))},
 }
 
+INK, FAINT = "#222222", "#d8d8d8"  # of text and lines; an inline figure takes the page's own for them
+PANEL = 4.2, 3.5  # inches of a page's figures: all alike, so that their type is of one size
+
 RC_PARAMS: dict[str, Any] = {
     "font.size": 11,
-    "axes.titlesize": 12,
+    "axes.titlesize": 11,
     "axes.labelsize": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#E3E3E3",
+    "grid.color": FAINT,
     "grid.linewidth": 0.8,
     "lines.linewidth": 2.2,
     "legend.frameon": False,
@@ -71,6 +83,28 @@ def new_figure(columns: int = 1, *, width: float = 6.4, height: float = 4.8) -> 
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
+def new_panel() -> tuple[Figure, Axes]:
+    """A figure of `PANEL`'s size whose axes leave room for labels of two lines and a legend of two rows; call it inside
+    `style()`. Nothing is laid out: that would take most of the time."""
+    figure = Figure(figsize=PANEL)
+    return figure, figure.add_axes((0.28, 0.32, 0.68, 0.57))
+
+
+def panel_legend(figure: Figure, axes: Axes) -> None:
+    """One legend for a `new_panel`, along rows of three."""
+    entries = list(zip(*axes.get_legend_handles_labels(), strict=True))
+    if entries:
+        handles, labels = zip(*(entry for first in range(3) for entry in entries[first::3]), strict=True)
+        figure.legend(handles, labels, loc="lower center", ncols=3, handlelength=2.4, columnspacing=1.2)
+
+
+def wrap(axes: Axes) -> None:
+    """Break title and axis labels into lines that fit a figure of `PANEL`."""
+    axes.set_title("\n".join(textwrap.wrap(axes.get_title(), 42)))
+    axes.set_xlabel("\n".join(textwrap.wrap(axes.get_xlabel(), 42)))
+    axes.set_ylabel("\n".join(textwrap.wrap(axes.get_ylabel(), 24)))
+
+
 def legend_below(figure: Figure, axes: Axes, *, columns: int = 5) -> None:
     """One legend for the figure, of the entries of `axes`, under the panels where it covers no data.
 
@@ -101,6 +135,31 @@ def save(figure: Figure, folder: str | Path, name: str, pdf: bool = False) -> Pa
             stamps = dict.fromkeys(("Creator", "Producer", "CreationDate"))
             figure.savefig(path.with_suffix(".pdf"), format="pdf", metadata=stamps)
     return path
+
+
+def save_svg(figure: Figure, folder: str | Path, name: str) -> Path:
+    """Writes `folder/name.svg` and returns its path: see-through, its text as text; the same figure, the same bytes.
+
+    Ink, and the black of a line, are the variables `--ink` and `--line` of the page that it is put in, and by itself
+    what they are here.
+    """
+    path = Path(folder) / f"{name}.svg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn, stamps = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with style(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(drawn, format="svg", metadata=stamps, transparent=True)
+    text = re.sub(f"{INK}|#000000", "var(--ink,\\g<0>)", drawn.getvalue())
+    path.write_text(text.replace(FAINT, f"var(--line,{FAINT})"), encoding="utf-8")
+    return path
+
+
+def inline_svg(path: str | Path, name: str) -> str:
+    """The SVG file as an element of a page, said to be `name`; its ids are its own."""
+    text = Path(path).read_text(encoding="utf-8")
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])  # HTML knows them
+    wanted = set(re.findall(r"#([\w.-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in wanted else "", text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1)
 
 
 def inline_png(path: str | Path) -> str:

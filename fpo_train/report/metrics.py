@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fpo_train.penalty.base import within
+
 from .records import Row, Sample, tidy
 
 if TYPE_CHECKING:
@@ -78,15 +80,23 @@ def measure(
     """The figures of one iteration, over the prompts of all ranks; what is no finite number is None.
 
     reward, penalty and effective_reward are means over the candidates that could be judged (effective > −∞), so that
-    effective_reward = reward − γ · penalty; reply_tokens and repetition over all candidates. What needs the oracle is
-    a mean over the learnt pairs (best, reference), whose labels every penalty buys, those aside whose label failed:
+    effective_reward = reward − γ · penalty; reply_tokens and repetition over all candidates. The standard deviation of
+    γ · penalty within prompts, over that of the reward, is scaled_penalty_to_reward_std. What needs the oracle is a
+    mean over the learnt pairs (best, reference), whose labels every penalty buys, those aside whose label failed:
 
         oracle_utility  = U(best)                                    or p* where the oracle has no utilities
         proxy_gap       = [r(best) − r(ref)] − [U(best) − U(ref)]    or σ(r(best) − r(ref)) − p*
         oracle_scale    = "utility"                                  or "preference"
         overconfidence  = c(best) = σ(r(best) − r(ref)) − p*
         steering        = c(best) · ⟨ḡ, u(best)⟩, None where the penalty had no use for ḡ
-        audit_utility   = U, or p*, of the candidates that could be judged, with `audit`: the policy's own worth
+        oracle_gain     = U(best) − U(ref)                           or p* − ½
+
+    The learnt pairs are the penalty's choice. The policy's own worth, which can be compared between penalties, takes
+    the labels of all candidates that could be judged, a mean over prompts of their means. It is there with `audit`,
+    and without it where it takes no question: the labels are bought already, or read off what the base has read:
+
+        audit_utility   = U(z)                                       or p*
+        audit_gain      = U(z) − U(ref)                              or p* − ½
 
     Prompts without a candidate that could be judged are learnt from by nothing: they are counted as prompts_left_out.
     oracle_calls and oracle_failures are sums over ranks; seconds and the bytes of memory are the largest of any rank's.
@@ -95,7 +105,9 @@ def measure(
         best: (B,) int64, the candidate of each of this rank's prompts that was learnt.
         learnt, grad_norm, learning_rate, reward_model_loss, reward_model_drift: the same on all ranks already.
         seconds, memory_planned, memory_measured: by phase. peak: bytes. They are this rank's own.
-        audit: ask the oracle about all candidates; what that takes beyond the labels bought is audit_calls.
+        audit: ask the oracle about all candidates whatever it takes.
+
+    What is asked for the metrics beyond the labels bought is audit_calls, and its time seconds["audit"].
     """
     own: dict[str, Any] = {
         "calls": labels.calls,  # before this function asks: labels not bought for the learning would be audits
@@ -106,9 +118,11 @@ def measure(
         "peak": max([peak, *(memory_measured or {}).values()]),
     }
     columns, scale = _columns(judged, labels, best, rollout)
-    if audit:
-        columns["audit"] = _audit(judged, labels)
-        own["audit"] = labels.calls - own["calls"]
+    if audit or all(processes.gather_objects([labels.covers(judged.effective.isfinite())])):
+        clock = Clock(judged.effective.device)
+        with clock("audit"):
+            columns |= _audit(judged, labels)
+        own["audit"], own["seconds"] = labels.calls - own["calls"], {**own["seconds"], **clock.seconds}
     ranks = processes.gather_objects([own])
     table = dict(zip(columns, processes.gather(torch.stack(list(columns.values()), 1)).T.cpu(), strict=True))
     counted, candidates = table["counted"].sum(), len(table["counted"]) * rollout.candidates
@@ -120,6 +134,7 @@ def measure(
         **{key: table[key].nanmean() for key in PAIRED},
         "oracle_scale": scale,
         "penalty_to_reward_std": judged.spread,
+        "scaled_penalty_to_reward_std": (table["penalty_square"].sum() / table["reward_square"].sum()).sqrt(),
         "kl": learnt.kl if learnt else None,
         "policy_loss": learnt.loss if learnt else None,
         "grad_norm": grad_norm,
@@ -141,7 +156,7 @@ def measure(
     return tidy(row)
 
 
-PAIRED = ("chosen_reward", "oracle_utility", "proxy_gap", "overconfidence", "steering")
+PAIRED = ("chosen_reward", "oracle_utility", "proxy_gap", "overconfidence", "steering", "oracle_gain")
 
 
 def _columns(judged: Judged, labels: Labels, best: Tensor, rollout: Rollout) -> tuple[dict[str, Tensor], str]:
@@ -163,10 +178,11 @@ def _columns(judged: Judged, labels: Labels, best: Tensor, rollout: Rollout) -> 
     utilities = labels.utilities(wanted)
     overconfidence = torch.sigmoid(margin) - preference
     if utilities is None:
-        utility, gap, scale = preference, overconfidence, "preference"
+        utility, gap, gain, scale = preference, overconfidence, preference - 0.5, "preference"
     else:
         utility, scale = of_best(utilities[0]), "utility"
-        gap = margin - (utility - utilities[1][:, 0].double())
+        gain = utility - utilities[1][:, 0].double()
+        gap = margin - gain
     steering = torch.full_like(chosen, torch.nan)
     if judged.mean_product is not None:
         steering = overconfidence * of_best(judged.mean_product)
@@ -177,23 +193,29 @@ def _columns(judged: Judged, labels: Labels, best: Tensor, rollout: Rollout) -> 
         "reward": over_candidates(judged.reward),
         "penalty": over_candidates(judged.penalty),
         "effective": over_candidates(judged.effective),
+        "reward_square": within(judged.reward.double(), counted).square().sum(1),
+        "penalty_square": within((judged.reward - judged.effective).double(), counted).square().sum(1),
         "tokens": chosen.new_tensor([sum(map(len, some)) for some in replies]),
         "repetition": chosen.new_tensor([sum(map(repetition, some)) for some in replies]),
     }
-    return columns | dict(zip(PAIRED, (chosen, utility, gap, overconfidence, steering), strict=True)), scale
+    paired = (chosen, utility, gap, overconfidence, steering, gain)
+    return columns | dict(zip(PAIRED, paired, strict=True)), scale
 
 
-def _audit(judged: Judged, labels: Labels) -> Tensor:
-    """Mean U, or p*, of each prompt's judged candidates whose label could be had, (B,) float64; NaN without any."""
+def _audit(judged: Judged, labels: Labels) -> dict[str, Tensor]:
+    """Of each prompt's judged candidates whose label could be had, means (B,) float64; NaN without any."""
     counted = judged.effective.isfinite()
     utilities = labels.utilities(counted)
-    return (labels.preferences(counted) if utilities is None else utilities[0]).double().nanmean(1)
+    worth = (labels.preferences(counted) if utilities is None else utilities[0]).double().nanmean(1)
+    base = 0.5 if utilities is None else utilities[1][:, 0].double()
+    return {"audit_utility": worth, "audit_gain": worth - base}
 
 
 def _audited(table: dict[str, Tensor], ranks: list[dict[str, Any]]) -> Row:
-    if "audit" not in table:
+    if "audit_utility" not in table:
         return {}
-    return {"audit_utility": table["audit"].nanmean(), "audit_calls": sum(rank["audit"] for rank in ranks)}
+    means = {key: table[key].nanmean() for key in ("audit_utility", "audit_gain")}
+    return {**means, "audit_calls": sum(rank["audit"] for rank in ranks)}
 
 
 def repetition(reply: Sequence[int]) -> float:
@@ -207,17 +229,26 @@ def _largest(dictionaries: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: max(one[key] for one in dictionaries if key in one) for key in keys}
 
 
-def samples_of(rollout: Rollout, judged: Judged, best: Tensor, iteration: int, processes: Processes) -> list[Sample]:
+def samples_of(
+    rollout: Rollout,
+    judged: Judged,
+    best: Tensor,
+    iteration: int,
+    processes: Processes,
+    labels: Labels | None = None,
+) -> list[Sample]:
     """The best reply and the reference of each prompt as text, with the numbers that chose it; of all ranks' prompts.
 
     `unpenalised_reply` is the candidate of the highest reward, which the reward model alone would have chosen, or None
-    where that reads the same as the best. Prompts without a candidate that could be judged are left out.
+    where that reads the same as the best. With `labels`, each reply's utility (or p*) is beside it as far as it is
+    known, and the other replies' reward and penalty. Prompts without a candidate that could be judged are left out.
     """
     reward, penalty, effective = torch.stack([judged.reward, judged.penalty, judged.effective]).cpu()
     best, usable = best.cpu(), rollout.usable.cpu() & reward.isfinite()
     alone = reward.masked_fill(~usable, -torch.inf).argmax(1)
     texts = [[rollout.texts[row] for row in rows] for rows in map(rollout.chosen, (best, alone))]
     references = [rollout.texts[row] for row in rollout.references(best)]
+    utility, base = (known.cpu() for known in labels.known()) if labels else (None, None)
     samples = []
     for b, (prompt, reply, unpenalised, reference) in enumerate(zip(rollout.prompts, *texts, references, strict=True)):
         if not effective[b, best[b]].isfinite():
@@ -233,5 +264,11 @@ def samples_of(rollout: Rollout, judged: Judged, best: Tensor, iteration: int, p
             "penalty": penalty[b, best[b]],
             "effective_reward": effective[b, best[b]],
         }
+        if utility is not None and base is not None:
+            sample["utility"] = utility[b, best[b]]
+            sample["reference_reward"], sample["reference_utility"] = judged.reference_reward[b, 0], base[b, 0]
+            if unpenalised != reply:
+                sample["unpenalised_reward"], sample["unpenalised_penalty"] = reward[b, alone[b]], penalty[b, alone[b]]
+                sample["unpenalised_utility"] = utility[b, alone[b]]
         samples.append(tidy(sample))
     return processes.gather_objects(samples)

@@ -1,35 +1,48 @@
-"""One self-contained `report.html` for a run, or for several penalties side by side, from the files on disk."""
+"""One self-contained `report.html` for a run, or for several penalties side by side, from the files on disk.
+
+A page of several leads to each run's own.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
+from fpo_train.config import LoggingConfig
 from fpo_train.config.units import show_bytes
 from fpo_train.errors import RunError
 
-from . import figures, panels, records
+from . import figures, panels, records, verdicts
+from .markup import STYLE, Html, Prose, details, figure, items, named, table
 from .panels import Rows, Runs, mean
 from .progress import number
 from .records import CHECKPOINTS
 from .tables import format_table
+from .watch import could_warn
 
 SHOWN = 12  # prompts whose replies are printed, so that a page of a large run can still be opened
+BASELINE = "none"
+INTERVALS = (
+    "Changes are from the mean over the first quarter of a run's iterations to that over the last, with 95 % intervals "
+    "by Welch's t over the iterations' values; two penalties are compared over the last quarter, an iteration less the "
+    "same iteration on the same questions, by Student's t. Each iteration has questions and draws of its own, so what "
+    "differs within a quarter is chance, and the policy's drift, which widens the interval. A quarter of fewer than "
+    f"{verdicts.LEAST} iterations gives none. Intervals speak of this run, not of another seed (fpo-train study does), "
+    "and are not widened for their number."
+)
 
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.2rem;border-bottom:1px solid #ddd}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
-th,td{padding:.3rem .7rem;border-bottom:1px solid #e3e3e3;text-align:right;vertical-align:top}
-th:first-child,td:first-child,.text td{text-align:left}.text td:first-child{white-space:nowrap;color:#555}
-figure{margin:1rem 0}img{max-width:100%}figcaption{color:#555;font-size:.9rem}
-pre{background:#f6f6f6;padding:.8rem;overflow:auto;font-size:.8rem}
-"""
+
+class Oracle(NamedTuple):
+    """How the page speaks of the oracle's answers."""
+
+    unit: str
+    headline: str | None
+    """See `verdicts.headline`."""
 
 
 def write_report(out: Path) -> Path:
@@ -40,23 +53,33 @@ def write_report(out: Path) -> Path:
     config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     folders = _run_folders(out, config)
     runs: Runs = {kind: records.read_run(folder) for kind, folder in folders.items()}
-    drawn = panels.draw(runs, out / "figures", config.get("oracle", {}).get("kind", "base"))
+    kind = config.get("oracle", {}).get("kind", "base")
+    oracle = Oracle(panels.unit_of(kind, panels.is_preference(runs)), verdicts.headline(runs))
+    watched = {kind: records.read(folder / records.WATCHED) for kind, folder in folders.items()}
+    audits = {kind: sum(row.get("audit_calls") or 0 for row in [*rows, *watched[kind]]) for kind, rows in runs.items()}
+    drawn = panels.draw(runs, out / "figures", kind)
+    began = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+    on_cpu = began.get("device") == "cpu"
     sections = [
-        _summary(runs),
-        *_began(out),
-        _warnings(runs),
-        *[_figure(out / "figures" / f"{name}.png", panels.CAPTIONS[name]) for name in drawn],
-        *_memory(runs),
-        *_oracle(folders),
-        *_said(folders, config.get("logging", {}).get("checkpoint_every", 1)),
+        *_said_of(runs, folders, out, oracle),
+        _summary(runs, oracle, audits, on_cpu),
+        *_began(began),
+        _warnings(runs, config.get("logging", {}).get("window", LoggingConfig().window)),
+        "<h2>Over the iterations</h2><div class='figures'>",
+        *[_drawn(out / "figures", name, panels.CAPTIONS[name]) for name in drawn],
+        "</div>",
+        *_replies(folders, watched),
+        *_memory(runs, on_cpu),
+        _oracle(runs, folders, audits),
         *_controlled(out),
         "<h2>How it was run</h2>",
-        _details("config.yaml", (out / "config.yaml").read_text(encoding="utf-8")),
-        _details("environment.json", (out / "environment.json").read_text(encoding="utf-8")),
+        details("config.yaml", (out / "config.yaml").read_text(encoding="utf-8")),
+        details("environment.json", (out / "environment.json").read_text(encoding="utf-8")),
     ]
     title = escape("Foresighted Policy Optimization: " + " / ".join(runs))
     page = (
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
+        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
         f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n" + "\n".join(sections) + "\n</body></html>\n"
     )
     path = out / "report.html"
@@ -69,72 +92,127 @@ def _run_folders(out: Path, config: dict[str, Any]) -> dict[str, Path]:
     return {kind: out / kind for kind in kinds} or {config["penalty"]["kind"]: out}
 
 
-def _summary(runs: Runs) -> str:
-    head = (
-        "penalty",
-        "iterations",
-        "reward, first → last quarter",
-        "oracle utility, first → last quarter",
-        "last KL (nats/token)",
-        "penalty ÷ reward spread",
-        "oracle calls (failed)",
-        "warnings",
-        "s / iteration",
-        "peak memory",
-    )
-    body = []
+def _said_of(runs: Runs, folders: dict[str, Path], out: Path, oracle: Oracle) -> list[str]:
+    """A verdict a penalty, with what it goes by."""
+    key, lines = oracle.headline, []
     for kind, rows in runs.items():
-        if not rows:
-            continue
-        seconds = mean(sum(row["seconds"].values()) for row in rows if row.get("seconds"))
-        calls, failures = (sum(row.get(key) or 0 for row in rows) for key in ("oracle_calls", "oracle_failures"))
-        body.append(
-            (
-                kind,
-                str(len(rows)),
-                _change(rows, "reward"),
-                _change(rows, "oracle_utility"),
-                number(rows[-1].get("kl"), ".4f"),
-                number(mean(row.get("penalty_to_reward_std") for row in rows), ".3g"),
-                f"{calls} ({failures})",
-                str(sum(bool(row.get("warning")) for row in rows)),
-                number(seconds, ".1f"),
-                show_bytes(max(row.get("peak_memory_bytes") or 0 for row in rows)),
-            )
-        )
-    return "<h2>At a glance</h2>" + _table(head, body)
+        path = folders[kind] / "report.html"
+        led = folders[kind] != out and path.is_file()
+        name = f"<a href='{escape(path.relative_to(out).as_posix())}'>{escape(kind)}</a>" if led else escape(kind)
+        said = verdicts.verdict(rows, key, oracle.unit)
+        if key and rows and kind != BASELINE and runs.get(BASELINE):
+            said += f" At the end, against {BASELINE}: {verdicts.against(rows, runs[BASELINE], key, oracle.unit)}."
+        lines.append(Html(f"<b>{name}</b>. {escape(said)}"))
+    return ["<h2>What can be said</h2>", items(lines), *_over_which(runs, key), f"<p><small>{INTERVALS}</small></p>"]
 
 
-def _began(out: Path) -> list[str]:
+def _over_which(runs: Runs, key: str | None) -> list[str]:
+    """Which replies the verdict is over."""
+    if key in ("audit_gain", "audit_utility"):
+        return ["<p>Judged are all candidates of an iteration, none of them chosen by a penalty.</p>"]
+    if key is None:
+        return []
+    several = " They are each penalty's own choice, so penalties are not to be compared by them." * (len(runs) > 1)
+    return [
+        f"<p>Judged are the learnt replies alone, whose labels were bought.{several} logging.audit asks the oracle "
+        "about all candidates.</p>"
+    ]
+
+
+class Quantity(NamedTuple):
+    """A row of the summary."""
+
+    name: str
+    note: str
+    """Which way is good, and its key in metrics.jsonl."""
+    of: Callable[[Rows], str]
+
+
+def _summary(runs: Runs, oracle: Oracle, audits: dict[str, int], on_cpu: bool) -> str:
+    def change(key: str) -> Callable[[Rows], str]:
+        return lambda rows: _change(rows, key)
+
+    def average(key: str) -> Callable[[Rows], str]:
+        return lambda rows: number(mean(row.get(key) for row in rows), ".3g")
+
+    def total(key: str) -> Callable[[Rows], str]:
+        return lambda rows: str(sum(row.get(key) or 0 for row in rows))
+
+    def seconds(rows: Rows) -> str:
+        return number(mean(sum(row["seconds"].values()) for row in rows if row.get("seconds")), ".1f")
+
+    def kl(rows: Rows) -> str:
+        return number(rows[-1].get("kl"), ".4f")
+
+    def peak(rows: Rows) -> str:
+        return show_bytes(max(row.get("peak_memory_bytes") or 0 for row in rows))
+
+    better, gain = f"higher is better, {oracle.unit}", "U − U_ref" if oracle.unit != "probability" else "p* − ½"
+    size = "process's size at most" if on_cpu else "live tensors at most"
+    quantities = (
+        Quantity("iterations", "", lambda rows: str(len(rows))),
+        Quantity(f"oracle on all candidates: {gain}", f"{better} · audit_gain", change("audit_gain")),
+        Quantity("oracle on all candidates", f"{better} · audit_utility", change("audit_utility")),
+        Quantity("oracle on the learnt reply", f"{better}, but chosen · oracle_utility", change("oracle_utility")),
+        Quantity("reward model on all candidates", "no way is good by itself, log-odds · reward", change("reward")),
+        Quantity("gap of the learnt reply", "nearer to 0 is better · proxy_gap", change("proxy_gap")),
+        Quantity("KL at the end", "smaller is nearer to the base, nats/token · kl", kl),
+        Quantity("penalty ÷ reward spread, raw", "mean · penalty_to_reward_std", average("penalty_to_reward_std")),
+        Quantity(
+            "penalty ÷ reward spread, scaled",
+            "about γ with reward_std · scaled_penalty_to_reward_std",
+            average("scaled_penalty_to_reward_std"),
+        ),
+        Quantity("labels bought to learn from", "pairs · oracle_calls", total("oracle_calls")),
+        Quantity("labels for this page alone", "pairs · audit_calls", lambda rows: next(audited)),
+        Quantity("warnings of collapse", "", lambda rows: str(sum(bool(row.get("warning")) for row in rows))),
+        Quantity("time of an iteration", "seconds", seconds),
+        Quantity(size, "peak_memory_bytes", peak),
+    )
+    kinds = {kind: rows for kind, rows in runs.items() if rows}
+    audited = (str(audits[kind]) for kind in kinds)
+    body = [(named(one.name, one.note), *map(one.of, kinds.values())) for one in quantities if kinds]
+    told = "An arrow leads from the mean over the first quarter of the iterations to that over the last."
+    return f"<h2>At a glance</h2>{table(('', *kinds), body)}<p><small>{told}</small></p>"
+
+
+def _began(environment: dict[str, Any]) -> list[str]:
     """What the policy and the score head were before the first iteration; runs of earlier versions do not say."""
-    facts = json.loads((out / "environment.json").read_text(encoding="utf-8"))
     said = {
         "begins_on": "The policy began on",
         "score_head": "The reward model's score head before the first iteration:",
+        "rows_skipped": "Rows of the prompts that could not be used and were skipped:",
     }
-    return [f"<p>{words} {escape(facts[key])}.</p>" for key, words in said.items() if facts.get(key)]
+    return [f"<p>{words} {escape(str(environment[key]))}.</p>" for key, words in said.items() if environment.get(key)]
 
 
 def _change(rows: Rows, key: str) -> str:
-    quarter = max(1, len(rows) // 4)
-    first, last = (mean(row.get(key) for row in some) for some in (rows[:quarter], rows[-quarter:]))
-    return f"{number(first)} → {number(last)}"
+    found = verdicts.change(rows, key)
+    return f"{number(found.first)} → {number(found.last)}"
 
 
-def _warnings(runs: Runs) -> str:
+def _warnings(runs: Runs, window: int) -> str:
     found = [
-        (kind, str(row["iteration"]), row["warning"])
+        (kind, str(row["iteration"]), Prose(row["warning"]))
         for kind, rows in runs.items()
         for row in rows
         if row.get("warning")
     ]
-    body = _table(("penalty", "iteration", "warning"), found, css="text") if found else "<p>None.</p>"
-    return "<h2>Warnings of collapse</h2>" + body
+    body = table(("penalty", "iteration", "warning"), found) if found else "<p>None.</p>"
+    told = []
+    for kind, rows in runs.items():
+        could, n = could_warn(rows, window), len(rows)
+        told.append(
+            f"{kind}: a warning could have been given at {could} of {n} iterations."
+            if could
+            else f"{kind}: none could have been given in {n} iterations; a warning looks back over {window} with "
+            "numbers (logging.window)."
+        )
+    return "<h2>Warnings of collapse</h2>" + body + items(told)
 
 
-def _memory(runs: Runs) -> list[str]:
-    """The plan's peak of each phase beside the largest that was measured, for runs that have either."""
-    head = ("penalty", "phase", "planned peak", "measured peak", "measured ÷ planned")
+def _memory(runs: Runs, on_cpu: bool) -> list[str]:
+    """The plan's peak of each phase beside what was measured, for runs that have either."""
     body = []
     for kind, rows in runs.items():
         planned: dict[str, int] = next(
@@ -145,56 +223,108 @@ def _memory(runs: Runs) -> list[str]:
             most = max((one.get(phase) or 0 for one in seen), default=0)
             plan = planned.get(phase) or 0
             if most or plan:
-                sizes = (show_bytes(size) if size else "–" for size in (plan, most))
-                body.append((kind, phase, *sizes, number(most / plan if most and plan else None, ".2f")))
-    told = (
-        "<p>Measured is on CUDA the most that live tensors took, on a CPU the process's resident set, Python and the "
-        "libraries included; planned is what tensors take.</p>"
-    )
-    return ["<h2>Memory</h2>" + _table(head, body) + told] if body else []
+                sizes = [show_bytes(size) if size else "–" for size in (plan, most)]
+                ratio = [] if on_cpu else [number(most / plan if most and plan else None, ".2f")]
+                body.append((kind, phase, *sizes, *ratio))
+    if not body:
+        return []
+    if on_cpu:
+        head: tuple[str, ...] = ("penalty", "phase", "planned: live tensors", "process's size")
+        told = (
+            "Planned is what live tensors take at the phase's fullest. The process's size is its resident set at most, "
+            "with Python, the libraries and what malloc keeps: what the tensors alone took is not measured on a CPU."
+        )
+    else:
+        head = ("penalty", "phase", "planned: live tensors", "measured: live tensors", "measured ÷ planned")
+        told = "Live tensors at the phase's fullest, as planned and as measured on the device."
+    return ["<h2>Memory</h2>", table(head, body), f"<p><small>{told}</small></p>"]
 
 
-def _oracle(folders: dict[str, Path]) -> list[str]:
-    """What became of the questions put to the oracle, failures by cause and repetitions with them."""
+def _oracle(runs: Runs, folders: dict[str, Path], audits: dict[str, int]) -> str:
+    """What was asked of the oracle, and what became of it: failures by cause and repetitions with them."""
     body = []
-    for kind, folder in folders.items():
-        counted = records.counts(folder / CHECKPOINTS)
-        if counted:
-            body.append((kind, ", ".join(f"{name} {count}" for name, count in sorted(counted.items()))))
-    return ["<h2>The oracle</h2>" + _table(("penalty", "counted"), body, css="text")] if body else []
+    for kind, rows in runs.items():
+        bought, failed = (sum(row.get(key) or 0 for row in rows) for key in ("oracle_calls", "oracle_failures"))
+        counted = records.counts(folders[kind] / CHECKPOINTS)
+        told = ", ".join(f"{name} {count}" for name, count in sorted(counted.items())) or "–"
+        body.append((kind, str(bought), str(failed), str(audits[kind]), told))
+    head = (
+        "penalty",
+        "labels bought to learn from",
+        "of them failed",
+        "labels for this page alone",
+        "the oracle counted",
+    )
+    told = (
+        "Labels are counted in pairs of a reply and the base model's reply, the first fit's left out. The oracle "
+        "counts what it did itself, with all of these and the first fit, which a comparison makes once: scored is "
+        "single replies that it gave a utility to."
+    )
+    return f"<h2>The oracle</h2>{table(head, body)}<p><small>{told}</small></p>"
 
 
-def _said(folders: dict[str, Path], every: int) -> list[str]:
-    """Samples of the last iteration, and before them those of the first checkpoint where that was earlier."""
+def _replies(folders: dict[str, Path], watched: Runs) -> list[str]:
+    """What the policies say to the same questions over time, and what they learnt last."""
     samples = {kind: records.read(folder / records.SAMPLES) for kind, folder in folders.items()}
+    told = "Greedy replies after these iterations, to questions of the run's own that are put to every policy."
+    if not any(watched.values()):
+        watched = {kind: _asked_again(rows) for kind, rows in samples.items()}
+        told = "What was learnt of questions that came more than once."
+    if not any(watched.values()):
+        told = "No question was put to the policy more than once (logging.watched puts some)."
+    parts = ["<h2>What the policies say</h2>", "<h3>The same questions over time</h3>", f"<p>{told}</p>"]
+    parts += _questions(watched, "after")
     last = max((row["iteration"] for rows in samples.values() for row in rows), default=0)
-    places = [("At the first checkpoint", every)] if every < last else []
-    parts = ["<h2>What the policies say</h2>"]
-    for title, iteration in [*places, ("At the end", last)]:
-        chosen = {kind: [r for r in rows if r["iteration"] == iteration] for kind, rows in samples.items()}
-        if any(chosen.values()):
-            parts += [f"<h3>{title}: iteration {iteration}</h3>", *_side_by_side(chosen)]
-    return parts
+    if last:
+        chosen = {kind: [row for row in rows if row["iteration"] == last] for kind, rows in samples.items()}
+        parts += [f"<h3>What was learnt last: iteration {last}</h3>", *_questions(chosen, "")]
+    numbers = (
+        "Beside a reply: the reward model's score and, in brackets, that of the base model's reply (log-odds); the "
+        "penalty in the units of γ; the oracle's utility, or p* where it has none. A dash: not known."
+    )
+    return [*parts, f"<p><small>{numbers}</small></p>"]
 
 
-def _side_by_side(samples: Runs) -> list[str]:
-    """A table a prompt: the base model's reply, what each policy learnt, what its reward model would have learnt."""
-    prompts: dict[str, dict[str, dict[str, Any]]] = {}  # prompt id → penalty → sample
+def _asked_again(rows: list[records.Sample]) -> list[records.Sample]:
+    """The samples of questions that came in more than one iteration."""
+    places: dict[str, set[int]] = {}
+    for row in rows:
+        places.setdefault(row["id"], set()).add(row["iteration"])
+    return [row for row in rows if len(places[row["id"]]) > 1]
+
+
+def _questions(samples: Runs, after: str) -> list[str]:
+    """A table a question: the base model's reply and each policy's, in order, with what its reward model alone would
+    have learnt. With `after`, each is named by its iteration."""
+    questions: dict[str, dict[str, list[records.Sample]]] = {}  # id → penalty → samples
     for kind, rows in samples.items():
         for row in rows:
-            prompts.setdefault(row["id"], {})[kind] = row
+            questions.setdefault(row["id"], {}).setdefault(kind, []).append(row)
     parts = []
-    for alike in list(prompts.values())[:SHOWN]:
-        first = next(iter(alike.values()))
-        body = [("base model", first["reference"])]
-        for kind, row in alike.items():
-            body.append((kind, row["reply"]))
-            if row.get("unpenalised_reply") is not None:
-                body.append((f"{kind}, by reward alone", row["unpenalised_reply"]))
-        parts.append(f"<h4>{escape(first['prompt'])}</h4>" + _table((), body, css="text"))
-    if len(prompts) > SHOWN:
-        parts.append(f"<p>{SHOWN} of {len(prompts)} prompts; {records.SAMPLES} has them all.</p>")
+    for by_kind in list(questions.values())[:SHOWN]:
+        first = next(iter(by_kind.values()))[0]
+        base = ("base model", Prose(first["reference"]), "–", "–", number(first.get("reference_utility")))
+        body: list[tuple[str, ...]] = [base]
+        for kind, rows in by_kind.items():
+            for row in sorted(rows, key=lambda row: int(row["iteration"])):
+                name = f"{kind}, {after} {row['iteration']}" if after else kind
+                body.append(_reply(name, row, ""))
+                if row.get("unpenalised_reply") is not None:
+                    body.append(_reply(f"{name}, by reward alone", row, "unpenalised_"))
+        parts.append(f"<h4>{escape(first['prompt'])}</h4>" + table(REPLY, body))
+    if len(questions) > SHOWN:
+        parts.append(f"<p>{SHOWN} of {len(questions)} prompts; {records.SAMPLES} has them all.</p>")
     return parts
+
+
+REPLY = ("who", "reply", "reward (base's)", "penalty", "utility")
+
+
+def _reply(name: str, row: records.Sample, which: str) -> tuple[str, ...]:
+    base = f" ({number(row['reference_reward'])})" if row.get("reference_reward") is not None else ""
+    text = Prose(row[f"{which}reply"])
+    reward, penalty, utility = (number(row.get(which + key)) for key in ("reward", "penalty", "utility"))
+    return name, text, reward + base, penalty, utility
 
 
 def _controlled(out: Path) -> list[str]:
@@ -208,25 +338,21 @@ def _controlled(out: Path) -> list[str]:
     return [
         "<h2>The paper's linear environment</h2>",
         f"<pre>{escape(format_table(summary))}</pre>",
-        _figure(
-            folder / "figures" / "phase.png",
-            "Actions over iterations, by their norm on the axes that matter "
-            "and on those that do not, over the contours of the true utility.",
-        ),
-        _figure(folder / "figures" / "utility.png", "True utility and noise over iterations."),
+        "<div class='figures'>",
+        *[_drawn(folder / "figures", name, caption) for name, caption in CONTROLLED.items()],
+        "</div>",
     ]
 
 
-def _figure(path: Path, caption: str) -> str:
-    source = figures.inline_png(path)
-    return f"<figure><img src='{source}' alt='{escape(path.stem)}'><figcaption>{escape(caption)}</figcaption></figure>"
+CONTROLLED = {
+    "phase": "Actions over iterations, by their norm on the axes that matter and on those that do not, over the "
+    "contours of the true utility.",
+    "utility": "True utility of the policy's action over iterations. Higher is better.",
+    "noise": "Its norm on the axes that earn nothing. Lower is better.",
+}
 
 
-def _table(head: tuple[str, ...], body: Sequence[tuple[str, ...]], css: str = "") -> str:
-    top = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>" if head else ""
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    return f"<table class='{css}'>{top}{rows}</table>"
-
-
-def _details(name: str, text: str) -> str:
-    return f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
+def _drawn(folder: Path, name: str, caption: str) -> str:
+    """A figure on file, or nothing: figures of earlier versions are not all there."""
+    path = folder / f"{name}.svg"
+    return figure(figures.inline_svg(path, name), caption) if path.is_file() else ""

@@ -14,41 +14,84 @@ from . import figures
 Rows = list[dict[str, Any]]
 Runs = dict[str, Rows]  # penalty → metrics rows
 
-# figure → panels: key in metrics.jsonl, title, axis label with unit ({utility} and {gap}: those of the run's oracle)
+# figure, a key in metrics.jsonl → title, axis label with unit ({utility} and {gap}: those of the run's oracle), caption
 PANELS = {
-    "reward": [
-        ("reward", "The proxy: reward model's score", "mean reward of candidates (log-odds)"),
-        ("oracle_utility", "The oracle", "{utility}"),
-    ],
-    "overconfidence": [
-        ("proxy_gap", "Gap between proxy and oracle", "{gap}"),
-        ("overconfidence", "Overconfidence", "c = σ(r − r_ref) − p*\nof the best reply (probability)"),
-    ],
-    "steering": [
-        ("steering", "Steering that is left", "c·⟨ḡ, u⟩ of the best reply\n(squared norm of ∇r)"),
-        ("penalty_to_reward_std", "Weight of the penalty", "spread of the raw penalty\n÷ spread of the reward"),
-    ],
-    "movement": [
-        ("kl", "Policy's distance from the base model", "KL(policy ‖ base) (nats/token)"),
-        ("reward_model_drift", "Reward model's drift", "‖φ − φ₀‖ ÷ ‖φ₀‖"),
-    ],
-    "replies": [
-        ("reply_tokens", "Length of replies", "mean length of candidates (tokens)"),
-        ("repetition", "Repetition", "repeated 3-grams of a reply (share)"),
-    ],
+    "audit_gain": (
+        "The oracle, of all candidates",
+        "{gain}",
+        "What the oracle says of all that the policy says, over what it says of the base model's replies to the same "
+        "questions: the same for every penalty. Higher is better. A dotted line is a warning of collapse.",
+    ),
+    "reward": (
+        "The proxy: reward model's score",
+        "mean reward of candidates (log-odds)",
+        "What the reward model says of all candidates. No way is good by itself: collapse is a score that rises while "
+        "the oracle's utility falls. A dotted line is a warning of it.",
+    ),
+    "oracle_utility": (
+        "The oracle, of the learnt reply",
+        "{utility}",
+        "What the oracle says of the reply that was learnt. Higher is better, but the penalty chose that reply, some "
+        "penalties with the oracle's help: penalties are not compared by it.",
+    ),
+    "proxy_gap": (
+        "Gap between proxy and oracle",
+        "{gap}",
+        "How far the reward model's preference for the learnt reply runs ahead of the oracle's. Nearer to 0 is better.",
+    ),
+    "overconfidence": (
+        "Overconfidence",
+        "σ(r − r_ref) − p* of the best (probability)",
+        "The same as a probability. Nearer to 0 is better.",
+    ),
+    "steering": (
+        "Steering that is left",
+        "c·⟨ḡ, u⟩ of the best (squared norm of ∇r)",
+        "What retraining on a learnt reply takes off the mean reward of all candidates, per unit of learning rate; a "
+        "foresighted policy keeps it small.",
+    ),
+    "penalty_to_reward_std": (
+        "Weight of the raw penalty",
+        "its spread ÷ the reward's (ratio)",
+        "Before it is scaled. A raw γ has no meaning without this ratio.",
+    ),
+    "scaled_penalty_to_reward_std": (
+        "Weight of the penalty in use",
+        "γ · its spread ÷ the reward's (ratio)",
+        "As it is taken off the reward, within an iteration's prompts: about γ where gamma_units is reward_std.",
+    ),
+    "kl": (
+        "Policy's distance from the base",
+        "KL(policy ‖ base) (nats/token)",
+        "How far the policy has moved from where it began. Smaller is nearer.",
+    ),
+    "reward_model_drift": (
+        "Reward model's drift",
+        "‖φ − φ₀‖ ÷ ‖φ₀‖ (ratio)",
+        "How far the reward model has moved from where it began.",
+    ),
+    "reply_tokens": ("Length of replies", "mean length of candidates (tokens)", "How long the candidates are."),
+    "repetition": (
+        "Repetition",
+        "repeated 3-grams of a reply (share)",
+        "How much of a candidate repeats itself. Lower is better.",
+    ),
 }
-CAPTIONS = {
-    "reward": "Left: what the reward model says of all candidates. Right: what the oracle says of the reply that "
-    "was learnt. Collapse is a left panel that rises while the right one falls; a dotted line is a warning of it.",
-    "overconfidence": "How far the reward model's preference for the learnt reply runs ahead of the oracle's.",
-    "steering": "Left: what retraining on a learnt reply takes off the mean reward of all candidates, per unit of "
-    "learning rate; a foresighted policy keeps it small. Right: γ has no meaning without this ratio.",
-    "movement": "How far the policy and the reward model have moved from where they began.",
-    "replies": "How long the candidates are, and how much of them repeats itself.",
-    "seconds": "Wall-clock time of an iteration by phase, mean over the run.",
-}
+SECONDS = "Wall-clock time of an iteration by phase, mean over the run; audit is what the report alone asks for."
+CAPTIONS = {**{key: caption for key, (_, _, caption) in PANELS.items()}, "seconds": SECONDS}
+WARNED = ("audit_gain", "reward", "oracle_utility")  # figures that mark the warnings
 UNITS = {"base": "nats/token", "gold": "log-odds", "function": "its own units"}
-PHASES = {"generate": "#999999", "score": "#56B4E9", "update": "#E69F00", "retrain": "#009E73"}
+PHASES = {"generate": "#999999", "score": "#56B4E9", "update": "#E69F00", "retrain": "#009E73", "audit": "#CC79A7"}
+
+
+def unit_of(oracle: str, preference: bool) -> str:
+    """The unit of what the oracle says, by `oracle.kind`; `preference`: it has no utilities."""
+    return "probability" if preference else UNITS.get(oracle, "its own units")
+
+
+def is_preference(runs: Runs) -> bool:
+    """Whether the oracle of these runs says p* alone."""
+    return any(row.get("oracle_scale") == "preference" for rows in runs.values() for row in rows)
 
 
 def draw(runs: Runs, folder: Path, oracle: str) -> list[str]:
@@ -57,15 +100,12 @@ def draw(runs: Runs, folder: Path, oracle: str) -> list[str]:
     Args:
         oracle: `oracle.kind`, which gives the utility its unit.
     """
-    preference = any(row.get("oracle_scale") == "preference" for rows in runs.values() for row in rows)
-    unit = UNITS.get(oracle, "its own units")
+    preference = is_preference(runs)
+    unit = unit_of(oracle, preference)
     labels = {
-        "utility": "p* of the best reply\nagainst the base model's"
-        if preference
-        else f"utility of the best reply ({unit})",
-        "gap": "σ(r − r_ref) − p*\nof the best reply (probability)"
-        if preference
-        else "(r − r_ref) − (U − U_ref)\nof the best reply (log-odds)",
+        "gain": "p* − ½ of candidates (probability)" if preference else f"U − U_ref of candidates ({unit})",
+        "utility": "p* of the best reply (probability)" if preference else f"utility of the best reply ({unit})",
+        "gap": "σ(r − r_ref) − p* of the best (probability)" if preference else "(r − r_ref) − (U − U_ref) (log-odds)",
     }
     drawn = [name for name in PANELS if _curves(runs, folder, name, labels)]
     if any(row.get("seconds") for rows in runs.values() for row in rows):
@@ -74,27 +114,24 @@ def draw(runs: Runs, folder: Path, oracle: str) -> list[str]:
     return drawn
 
 
-def _curves(runs: Runs, folder: Path, name: str, labels: dict[str, str]) -> bool:
-    """One figure of `PANELS`; False where no run has a number for any of its panels."""
-    keys = [key for key, _, _ in PANELS[name]]
-    if not any(row.get(key) is not None for rows in runs.values() for row in rows for key in keys):
+def _curves(runs: Runs, folder: Path, key: str, labels: dict[str, str]) -> bool:
+    """One figure of `PANELS`; False where no run has a number for it."""
+    if not any(row.get(key) is not None for rows in runs.values() for row in rows):
         return False
+    title, label, _ = PANELS[key]
     with figures.style():
-        figure, axes = figures.new_figure(len(keys), width=10, height=4)
-        for panel, (key, title, label) in zip(axes, PANELS[name], strict=True):
-            for kind, rows in runs.items():
-                _line(panel, kind, rows, key)
-                if name == "reward":
-                    for row in rows:
-                        if row.get("warning"):
-                            colour = figures.penalty_style(kind)["color"]
-                            panel.axvline(row["iteration"], color=colour, linestyle=":", linewidth=1.2)
-            if not panel.get_legend_handles_labels()[0]:
-                panel.text(0.5, 0.5, "not measured in this run", ha="center", transform=panel.transAxes)
-            panel.set(title=title, xlabel="iteration", ylabel=label.format(**labels))
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figures.legend_below(figure, max(axes, key=lambda panel: len(panel.get_legend_handles_labels()[0])))
-        figures.save(figure, folder, name)
+        figure, panel = figures.new_panel()
+        for kind, rows in runs.items():
+            _line(panel, kind, rows, key)
+            for row in rows if key in WARNED else ():
+                if row.get("warning"):
+                    colour = figures.penalty_style(kind)["color"]
+                    panel.axvline(row["iteration"], color=colour, linestyle=":", linewidth=1.2)
+        panel.set(title=title, xlabel="iteration", ylabel=label.format(**labels))
+        figures.wrap(panel)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figures.panel_legend(figure, panel)
+        figures.save_svg(figure, folder, key)
     return True
 
 
@@ -103,23 +140,25 @@ def _line(panel: Axes, kind: str, rows: Rows, key: str) -> None:
     y = [float("nan") if row.get(key) is None else row[key] for row in rows]
     if any(value == value for value in y):
         x = [row["iteration"] for row in rows]
-        panel.plot(x, y, label=kind, marker="o", markersize=3, **figures.penalty_style(kind))
+        marker = "o" if len(x) <= 20 else None  # more would cover the dashes
+        panel.plot(x, y, label=kind, marker=marker, markersize=3, **figures.penalty_style(kind))
 
 
 def _seconds(runs: Runs, folder: Path) -> None:
     """Stacked bars: seconds of an iteration by phase, a bar a penalty."""
     with figures.style():
-        figure, (panel,) = figures.new_figure(1, width=7, height=1.4 + 0.5 * len(runs))
+        figure, panel = figures.new_panel()
         left = dict.fromkeys(runs, 0.0)
-        for phase, colour in PHASES.items():
+        seen = {phase for rows in runs.values() for row in rows for phase in row.get("seconds", {})}
+        for phase, colour in ((phase, colour) for phase, colour in PHASES.items() if phase in seen):
             spent = {kind: mean(row.get("seconds", {}).get(phase) for row in rows) for kind, rows in runs.items()}
             length = {kind: value or 0.0 for kind, value in spent.items()}
             panel.barh(list(runs), list(length.values()), left=list(left.values()), color=colour, label=phase)
             left = {kind: left[kind] + length[kind] for kind in runs}
-        panel.set(title="Where the time goes", xlabel="seconds an iteration", ylabel="penalty")
+        panel.set(title="Where the time goes", xlabel="time of an iteration (seconds)")
         panel.invert_yaxis()
-        figures.legend_below(figure, panel)
-        figures.save(figure, folder, "seconds")
+        figures.panel_legend(figure, panel)
+        figures.save_svg(figure, folder, "seconds")
 
 
 def mean(values: Iterable[float | None]) -> float | None:

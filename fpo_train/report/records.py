@@ -16,6 +16,7 @@ Row = dict[str, Any]
 Sample = dict[str, Any]
 CONFIG, ENVIRONMENT, CHECKPOINTS = "config.yaml", "environment.json", "checkpoints"
 METRICS, SAMPLES, MEMORY = "metrics.jsonl", "samples.jsonl", "memory.jsonl"
+WATCHED = "watched.jsonl"  # what the policy says to the same questions over time
 STATE, COUNTS = "state.pt", "oracle.json"  # of a checkpoint
 
 

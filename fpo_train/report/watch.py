@@ -26,6 +26,21 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return b, math.sqrt(rest / (len(x) - 2) / square)
 
 
+def could_warn(rows: Sequence[dict[str, Any]], window: int) -> int:
+    """At how many of a run's iterations `collapse` had enough to go by, and no warning just before, to give one."""
+    return sum(bool(_told(rows[max(0, end - window) : end], window)) for end in range(1, len(rows) + 1))
+
+
+def _told(rows: Sequence[dict[str, Any]], window: int) -> list[dict[str, Any]]:
+    """The rows that the newest one's warning goes by; none where there is too little, or was a warning just before."""
+    newest = rows[-1]["iteration"]
+    recent = [row for row in rows if row["iteration"] > newest - window]
+    if any(row.get("warning") for row in recent[:-1]) or rows[0]["iteration"] > newest - window + 1:
+        return []
+    known = [row for row in recent if row.get(PROXY) is not None and row.get(ORACLE) is not None]
+    return [] if len(known) < 4 or 2 * len(known) <= window else known
+
+
 def collapse(rows: Sequence[dict[str, Any]], window: int) -> str | None:
     """The warning that the last row of a run deserves, or None.
 
@@ -55,12 +70,8 @@ def collapse(rows: Sequence[dict[str, Any]], window: int) -> str | None:
             the two numbers, and the `warning` of earlier rows, so that a resumed run is warned as an uninterrupted one.
         window: iterations, 4 or more.
     """
-    newest = rows[-1]["iteration"]
-    recent = [row for row in rows if row["iteration"] > newest - window]
-    if any(row.get("warning") for row in recent[:-1]) or rows[0]["iteration"] > newest - window + 1:
-        return None
-    known = [row for row in recent if row.get(PROXY) is not None and row.get(ORACLE) is not None]
-    if len(known) < 4 or 2 * len(known) <= window:
+    known = _told(rows, window)
+    if not known:
         return None
     x = [float(row["iteration"]) for row in known]
     proxy, proxy_error = slope(x, [row[PROXY] for row in known])

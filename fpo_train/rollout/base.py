@@ -75,11 +75,16 @@ class Readings:
         self.rows_at_once = rows_at_once
         self._some: dict[int, tuple[Tensor, Tensor]] = {}  # row → its closing state and the predicting ones
 
+    @property
+    def complete(self) -> bool:
+        """Whether all rows have been read."""
+        return "_all" in self.__dict__
+
     def of(self, rows: Tensor | None = None) -> Encoded:
         """All rows, or some: these alone are read if nobody has asked for all. What was read is kept."""
         if rows is None:
             return self._all
-        if "_all" in self.__dict__:
+        if self.complete:
             return self._all.rows(rows)
         wanted = rows.tolist()
         new = [row for row in dict.fromkeys(wanted) if row not in self._some]

@@ -40,6 +40,7 @@ from fpo_train.update import load_update
 from . import checkpoint, folder
 from .side_by_side import at_once, run_side_by_side
 from .stopping import Request, Stopped, listening
+from .watched import Watched, cut
 
 ANY_REPLY = "Yes."  # stands for the replies to a prompt where what reads both is tried
 
@@ -276,23 +277,28 @@ def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
     if main:
         for name in (records.METRICS, records.SAMPLES, records.MEMORY):
             records.cut(out / name, done)
+        cut(out / records.WATCHED, done, config.iterations)
     processes = parts.processes
     processes.barrier()
     processes.start_tracking(config, done)
-    rows = records.read(out / records.METRICS)
+    rows, watched = records.read(out / records.METRICS), Watched(parts)
     with Progress(f"{config.penalty.kind:>9}", config.iterations, done, main) as progress, request.finishing():
         parts.memory.told = progress.phase
         for iteration in range(done + 1, config.iterations + 1):
             try:
                 row, samples = iterate(parts, iteration)
+                again = watched(iteration, row) if watched.due(iteration) else []
             except NotFinite as error:
                 raise RunError(f"iteration {iteration}: {error}") from error
+            parts.oracle.gather(processes)  # what was asked for the metrics alone too
             row, memory = records.split_memory(row)
             row["warning"] = collapse([*rows, row], config.logging.window)
             rows.append(row)
             stop = processes.broadcast_flag(request.made)
             if main:
                 records.append(out / records.SAMPLES, samples)
+                if again:
+                    records.append(out / records.WATCHED, again)
                 records.append(out / records.MEMORY, [memory])
                 records.append(out / records.METRICS, [row])
                 if stop or iteration % config.logging.checkpoint_every == 0 or iteration == config.iterations:

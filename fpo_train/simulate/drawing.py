@@ -16,15 +16,34 @@ from .trajectories import Array, Landscape, Trajectories, Trajectory
 
 
 def draw_all(trajectories: Trajectories, landscape: Landscape, folder: Path) -> None:
-    """`phase`, `utility` and `pca`, each as PNG and PDF."""
+    """`phase`, `utility` and `pca`, each as PNG and PDF, and the `draw_panels`."""
     with figures.style():
         for name, draw in (("phase", draw_phase), ("utility", draw_utility), ("pca", draw_pca)):
             figures.save(draw(trajectories, landscape), folder, name, pdf=True)
+    draw_panels(trajectories, landscape, folder)
 
 
-def draw_phase(trajectories: Trajectories, landscape: Landscape) -> Figure:
-    """Noise norm over signal norm on contours of utility, starts and ends marked."""
-    figure, (axes,) = figures.new_figure(width=7.2, height=5.2)
+def draw_panels(trajectories: Trajectories, landscape: Landscape, folder: Path) -> None:
+    """`phase`, `utility` and `noise` as SVG, each of the size of a page's figures."""
+    with figures.style():
+        phase = draw_phase(trajectories, landscape, figures.PANEL, named=False)
+        figures.wrap(phase.axes[0])
+        figures.save_svg(phase, folder, "phase")
+        for name, draw in (("utility", _utility), ("noise", _noise)):
+            figure, axes = figures.new_panel()
+            draw(axes, trajectories, landscape)
+            axes.set_xlabel("iteration")
+            figures.wrap(axes)
+            figures.panel_legend(figure, axes)
+            figures.save_svg(figure, folder, name)
+
+
+def draw_phase(
+    trajectories: Trajectories, landscape: Landscape, size: tuple[float, float] = (7.2, 5.2), named: bool = True
+) -> Figure:
+    """Noise norm over signal norm on contours of utility, starts and ends marked, with `named` by their penalties;
+    `size` in inches."""
+    figure, (axes,) = figures.new_figure(width=size[0], height=size[1])
     runs = list(_runs(trajectories))
     right = 1.08 * max(landscape.optimum, *(float(run.signal.max()) for run in runs))
     top = 1.1 * max(1.0, *(float(run.noise.max()) for run in runs))
@@ -37,7 +56,7 @@ def draw_phase(trajectories: Trajectories, landscape: Landscape) -> Figure:
     figure.colorbar(filled, ax=axes, label="utility U (oracle's score)", ticks=levels[::2])
     for penalty, by_seed in trajectories.items():
         _lines(axes, penalty, [(run.signal, run.noise) for run in by_seed.values()])
-        if len(by_seed) == 1:  # the ends of several seeds lie too close to name each
+        if named and len(by_seed) == 1:  # the ends of several seeds lie too close to name each
             _name_end(axes, penalty, next(iter(by_seed.values())))
     first = runs[0]
     mark: dict[str, Any] = {"linestyle": "none", "markeredgecolor": "black", "clip_on": False, "zorder": 6}
@@ -59,21 +78,35 @@ def draw_phase(trajectories: Trajectories, landscape: Landscape) -> Figure:
 def draw_utility(trajectories: Trajectories, landscape: Landscape) -> Figure:
     """Utility and noise norm over the iterations, side by side: a line a run; of several seeds, median and range."""
     figure, (left, right) = figures.new_figure(2, width=10, height=4.2)
-    for penalty, by_seed in trajectories.items():
-        runs = list(by_seed.values())
-        _band(left, penalty, runs[0].iterations, np.stack([run.utility for run in runs]))
-        _band(right, penalty, runs[0].iterations, np.stack([run.noise for run in runs]))
-    left.axhline(landscape.peak, color="#777777", linewidth=1, linestyle=":", label="best action")
-    left.set(
-        ylim=(0, 1.05 * landscape.peak), ylabel="utility U (oracle's score)", title="Utility of the policy's action"
-    )
-    right.set(ylabel="noise norm (action units)", title="Drift along axes that earn no utility")
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.set_xlabel("iteration (policy update, then reward-model update)")
-        axes.margins(x=0.01)
+    _utility(left, trajectories, landscape)
+    _noise(right, trajectories, landscape)
     figures.legend_below(figure, left)
     return figure
+
+
+def _utility(axes: Axes, trajectories: Trajectories, landscape: Landscape) -> None:
+    for penalty, by_seed in trajectories.items():
+        runs = list(by_seed.values())
+        _band(axes, penalty, runs[0].iterations, np.stack([run.utility for run in runs]))
+    axes.axhline(landscape.peak, color="#777777", linewidth=1, linestyle=":", label="best action")
+    axes.set(
+        ylim=(0, 1.05 * landscape.peak), ylabel="utility U (oracle's score)", title="Utility of the policy's action"
+    )
+    _over_iterations(axes)
+
+
+def _noise(axes: Axes, trajectories: Trajectories, landscape: Landscape) -> None:
+    for penalty, by_seed in trajectories.items():
+        runs = list(by_seed.values())
+        _band(axes, penalty, runs[0].iterations, np.stack([run.noise for run in runs]))
+    axes.set(ylabel="noise norm (action units)", title="Drift along axes that earn no utility")
+    axes.set_ylim(bottom=0)
+    _over_iterations(axes)
+
+
+def _over_iterations(axes: Axes) -> None:
+    axes.set_xlabel("iteration (policy update, then reward-model update)")
+    axes.margins(x=0.01)
 
 
 def draw_pca(trajectories: Trajectories, landscape: Landscape) -> Figure:

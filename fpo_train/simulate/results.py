@@ -35,7 +35,8 @@ def check_folder(out: str | Path) -> Path:
 
 
 def write_results(environment: str, trajectories: Trajectories, landscape: Landscape, out: str | Path) -> Summary:
-    """Writes `summary.json`, `curves.csv` and `figures/{phase,utility,pca}.{png,pdf}`; returns the summary.
+    """Writes `summary.json`, `curves.csv` and `figures/{phase,utility,pca}.{png,pdf}` and
+    `figures/{phase,utility,noise}.svg`; returns the summary.
 
     Raises FileExistsError, with nothing touched, when `out` is not a new or empty folder.
     """

@@ -24,6 +24,7 @@ from fpo_train.data import templates
 from fpo_train.data.adapters import settle
 from fpo_train.errors import RunError
 from fpo_train.report import records
+from fpo_train.report.verdicts import Paired, paired
 from fpo_train.running.folder import LATER, flat, plain, unwritten, write_text
 from fpo_train.running.stopping import listening
 
@@ -36,7 +37,6 @@ BASELINE: PenaltyKind = "none"
 STUDY = "study.yaml"
 QUESTION = {"practical", "relaxed", "residual"}  # kinds that the question of `nearer` is about
 Table = dict[str, dict[int, list[records.Row]]]  # penalty → seed → rows
-Paired = dict[str, Any]  # what `paired` returns
 
 
 def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
@@ -138,7 +138,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     A study of an earlier version does not have those that came later.
     """
     old, new = (flat({"penalties": one.get("penalties"), **(one.get("run") or {})}) for one in (before, now))
-    later = {key for key in LATER if key not in old}
+    later = {key for key in new if key not in old and (key in LATER or key.startswith("logging."))}
     for key in dict.fromkeys([*new, *old]):
         if key not in later and old.get(key) != new.get(key):
             return f"{key} was {old.get(key)!r} and is {new.get(key)!r} now"
@@ -171,7 +171,7 @@ def write_study(out: Path) -> Path:
                 writer.writerows([kind, seed, row["iteration"], *(row.get(key) for key in COLUMNS)] for row in rows)
     draw(table, out / "figures", FINAL)
     page = out / "study.md"
-    write_text(page, _page(summary))
+    write_text(page, _page(summary) + _pages(out, table))
     return page
 
 
@@ -220,44 +220,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def paired(differences: Sequence[float]) -> Paired:
-    """Mean of paired differences, its 95 % interval and two-sided p by Student's t with n − 1 degrees of freedom.
-
-    {pairs: n, mean, low, high, p}; of one pair there is no interval and no p, of none no mean: they are None.
-    """
-    n = len(differences)
-    if n < 2:
-        return {"pairs": n, "mean": _mean(differences), "low": None, "high": None, "p": None}
-    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(n)
-    reach = student_quantile(0.975, n - 1) * error
-    p = 2 * student(-abs(mean) / error, n - 1) if error else float(mean == 0)
-    return {"pairs": n, "mean": mean, "low": mean - reach, "high": mean + reach, "p": max(p, 0.0)}
-
-
-def student(t: float, degrees: int) -> float:
-    """P(T ≤ t) of Student's distribution with whole degrees of freedom ν.
-
-    In closed form, with θ = atan(t/√ν): Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
-    """
-    theta = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    term, total = (cosine if degrees % 2 else 1.0), 0.0
-    for k in range(1 + degrees % 2, degrees, 2):
-        total += term
-        term *= cosine**2 * k / (k + 1)
-    inside = 2 / math.pi * (theta + sine * total) if degrees % 2 else sine * total
-    return 0.5 + inside / 2
-
-
-def student_quantile(p: float, degrees: int) -> float:
-    """t with `student`(t, ν) = p, for p > ½, by bisection."""
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student(middle, degrees) < p else (low, middle)
-    return high
-
-
 def _page(summary: dict[str, Any]) -> str:
     """Tables of final values and differences, and in words which differences are told apart from chance."""
     seeds = len(next(iter(summary.values()))["final"])
@@ -297,6 +259,16 @@ def _page(summary: dict[str, Any]) -> str:
     if said:
         lines += ["", "## What can be said of the gold utility", "", *said]
     return "\n".join([*lines, ""])
+
+
+def _pages(out: Path, table: Table) -> str:
+    """Where each run's own page is, for those that have one."""
+    lines = []
+    for kind, by_seed in table.items():
+        pages = {seed: _folder(out, kind, seed).relative_to(out) / "report.html" for seed in by_seed}
+        led = [f"[seed {seed}]({page.as_posix()})" for seed, page in pages.items() if (out / page).is_file()]
+        lines += [f"- `{kind}`: {', '.join(led)}"] if led else []
+    return "\n".join(["", "## Each run's own page", "", *lines, ""]) if lines else ""
 
 
 def _number(value: float | None) -> str:

@@ -88,7 +88,12 @@ def test_the_iteration(config, workshop, monkeypatch):
     assert row["chosen_reward"] == pytest.approx(float(chosen.mean()), abs=1e-5)
     assert row["reward"] == pytest.approx(float(judged.reward.mean()), abs=1e-5)
     assert row["oracle_calls"] == 3
+    assert row["audit_utility"] == pytest.approx(float(utility[:, :N].mean()), abs=1e-5)  # the base has read them all
+    assert row["audit_gain"] == pytest.approx(float((utility[:, :N] - utility[:, N:]).mean()), abs=1e-5)
+    assert row["audit_calls"] == 3 * (N - 1)
     assert [s["reward"] for s in samples] == pytest.approx(chosen.tolist())
+    assert [s["utility"] for s in samples] == pytest.approx(utility[b, worst].tolist(), abs=1e-5)
+    assert [s["reference_utility"] for s in samples] == pytest.approx(utility[:, N].tolist(), abs=1e-5)
 
 
 def test_the_first_head_agrees_with_the_oracle(config, workshop):

@@ -43,11 +43,19 @@ class Rollout:
 
 
 class Labels:
-    """All labels are there; only those wanted are given."""
+    """All labels are there; only those wanted are given, and each that was not before is a call."""
+
+    at_hand = False
 
     def __init__(self, preference, utility, reference_utility, has_utilities, calls):
         self._preference, self._utility, self._reference = preference, utility, reference_utility
         self._has, self.calls, self.failures = has_utilities, calls, int(preference.isnan().sum())
+
+    def covers(self, wanted):
+        return self.at_hand
+
+    def known(self):
+        return self._utility, self._reference
 
     def preferences(self, wanted):
         return self._preference.masked_fill(~wanted, NAN)
@@ -87,6 +95,15 @@ def part(made, rows):
     return cut, some, best[rows], Rollout(rollout.prompts[rows], replies, rollout.usable[rows])
 
 
+def spread_of(penalties, rewards):
+    """The one's standard deviation around each prompt's mean over the other's."""
+
+    def square(rows):
+        return sum((x - sum(row) / len(row)) ** 2 for row in rows for x in row)
+
+    return math.sqrt(square(penalties) / square(rewards)) if square(rewards) else None
+
+
 def by_hand(made):
     """The row by a loop over prompts and candidates."""
     judged, labels, best, rollout = made
@@ -112,6 +129,16 @@ def by_hand(made):
         "effective_reward": mean(judged.effective[b, n] for b, n in kept),
         "chosen_reward": mean(judged.reward[b, n] for b, n in learnt),
         "oracle_utility": mean(utility),
+        "oracle_gain": mean(
+            labels._utility[b, n] - labels._reference[b, 0] if labels._has else labels._preference[b, n] - 0.5
+            for b, n in learnt
+        ),
+        "scaled_penalty_to_reward_std": spread_of(
+            *(
+                [[float(values[b, n]) for n in range(N) if (b, n) in kept] for b in range(len(best))]
+                for values in (0.5 * judged.penalty, judged.reward)
+            )
+        ),
         "proxy_gap": mean(gap if labels._has else [c(b, n) for b, n in learnt]),
         "overconfidence": mean(c(b, n) for b, n in learnt),
         "steering": None
@@ -142,6 +169,29 @@ def test_the_row_is_what_a_loop_gives(processes, seed, prompts, has, product, fa
     assert (row["iteration"], row["oracle_calls"]) == (7, 10 + prompts)
     assert row["oracle_failures"] == made[1].failures
     assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+@pytest.mark.parametrize("has_utilities", [True, False])
+@pytest.mark.parametrize(("audit", "at_hand"), [(True, False), (False, True), (False, False)])
+def test_the_policy_s_own_worth_where_it_is_asked_for_or_takes_no_question(processes, has_utilities, audit, at_hand):
+    made = judged, labels, _, _ = iteration_of(4, 5, has_utilities)
+    labels.at_hand = at_hand
+    row = measure(1, *made, processes, seconds={"score": 1.0}, audit=audit)
+    if not (audit or at_hand):
+        assert not {"audit_utility", "audit_gain", "audit_calls"} & set(row)
+        assert row["seconds"] == {"score": 1.0}
+        return
+    means = []  # over the candidates of each prompt
+    for b in range(5):
+        kept = [n for n in range(N) if judged.effective[b, n] > -INF]
+        known = labels._utility[b] if has_utilities else labels._preference[b]
+        values = [float(known[n]) for n in kept if not math.isnan(known[n])]
+        base = float(labels._reference[b, 0]) if has_utilities else 0.5
+        means += [(sum(values) / len(values), sum(values) / len(values) - base)] if values else []
+    worth, gain = (sum(column) / len(means) for column in zip(*means, strict=True))
+    assert (row["audit_utility"], row["audit_gain"]) == (pytest.approx(worth), pytest.approx(gain))
+    assert row["audit_calls"] == 0  # this oracle's labels count none
+    assert set(row["seconds"]) == {"score", "audit"}
 
 
 class Threads:
@@ -223,6 +273,13 @@ def test_samples(processes):
         "iteration": 3, "id": "p2", "prompt": "prompt 2", "reply": rollout.texts[row],
         "reference": rollout.texts[row + N], "unpenalised_reply": rollout.texts[row + 2],
         "reward": 0.0, "penalty": pytest.approx(float(judged.penalty[2, 0])), "effective_reward": 5.0,
+    }  # fmt: skip
+    labels = Labels(*(torch.arange(20.0).view(5, 4) + start for start in (0, 100)), torch.arange(5.0)[:, None], True, 0)
+    told = {sample["id"]: sample for sample in samples_of(rollout, judged, best, 3, processes, labels)}
+    assert told["p2"] == found["p2"] | {
+        "utility": 108.0, "reference_utility": 2.0, "reference_reward": float(judged.reference_reward[2, 0]),
+        "unpenalised_reward": 1.0, "unpenalised_penalty": pytest.approx(float(judged.penalty[2, 2])),
+        "unpenalised_utility": 110.0,
     }  # fmt: skip
     rollout.texts[row + 2] = rollout.texts[row]
     again = {sample["id"]: sample for sample in samples_of(rollout, judged, best, 3, processes)}

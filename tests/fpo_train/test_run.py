@@ -14,6 +14,7 @@ import yaml
 
 import fpo_kernels as fk
 from fpo_train.cli import CONFIGS, main
+from fpo_train.report.panels import CAPTIONS
 from tests.fpo_train.runs import arguments, contents, rows
 
 KEYS = {
@@ -34,14 +35,14 @@ def test_a_run_s_folder(compared):
         names = {path.name for path in (compared / kind).iterdir()}
         assert names == {
             "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "policy", "reward_model",
-            "checkpoints", "figures", "report.html", "memory.jsonl",
+            "checkpoints", "figures", "report.html", "memory.jsonl", "watched.jsonl",
         }  # fmt: skip
         assert (compared / kind / "policy" / "adapter_model.safetensors").is_file()
         assert sorted(p.name for p in (compared / kind / "checkpoints").iterdir()) == ["2", "3"]
         found = rows(compared / kind, drop=())
         assert [row["iteration"] for row in found] == [1, 2, 3]
         assert all(set(row) >= KEYS for row in found)
-        assert all(set(row["seconds"]) == {"generate", "score", "update", "retrain"} for row in found)
+        assert all(set(row["seconds"]) == {"generate", "score", "update", "retrain", "audit"} for row in found)
         for row in found:
             assert row["effective_reward"] == pytest.approx(row["reward"] - row["penalty"], abs=1e-5)
         config = yaml.safe_load((compared / kind / "config.yaml").read_text())
@@ -58,12 +59,17 @@ def test_penalties_share_their_start_and_part_ways(compared):
     assert len({tuple(row["effective_reward"] for row in r) for r in (none, practical, relaxed)}) == 3
     assert [row["oracle_calls"] for row in none] == [row["oracle_calls"] for row in practical] == [2, 2, 2]
     assert [row["oracle_calls"] for row in relaxed] == [6, 6, 6]
+    assert [row["audit_calls"] for row in none] == [4, 4, 4]  # the other candidates
+    assert [row["audit_calls"] for row in relaxed] == [0, 0, 0]
+    assert none[0]["audit_gain"] == practical[0]["audit_gain"] == relaxed[0]["audit_gain"]
 
 
 def test_the_report_is_one_file_with_everything_in_it(compared):
     page = (compared / "report.html").read_text()
-    assert len(re.findall(r"src='data:image/png;base64,", page)) == 8
-    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    assert len(re.findall(r"<svg role=", page)) == len(CAPTIONS) + 3
+    led = re.findall(r"(?:src|href)=['\"](?!#)([^'\"]*)", page)
+    assert led == ["none/report.html", "practical/report.html", "relaxed/report.html"]
+    assert all((compared / path).is_file() for path in led)
     for text in ("none / practical / relaxed", "9.8060", "nats/token", "policy:"):
         assert text in page
     sample = json.loads((compared / "none" / "samples.jsonl").read_text().splitlines()[-1])
@@ -96,7 +102,7 @@ def test_resume_goes_on_bit_for_bit(compared, tiny, tmp_path):
         file.write('{"iteration": 3, "rew')  # and killed in the middle of a line
     assert main(arguments(tiny, out, "--resume", "true")) == 0
     assert rows(out) == rows(compared / "practical")
-    for part in ("policy/adapter_model.safetensors", "reward_model/head.safetensors", "samples.jsonl"):
+    for part in ("policy/adapter_model.safetensors", "reward_model/head.safetensors", "samples.jsonl", "watched.jsonl"):
         assert (out / part).read_bytes() == (compared / "practical" / part).read_bytes()
 
 

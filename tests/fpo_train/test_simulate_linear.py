@@ -118,7 +118,10 @@ def test_same_call_gives_the_same_bytes(tmp_path):
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
     assert [str(file) for file in files] == [
         "curves.csv",
-        *[f"figures/{name}.{kind}" for name in ("pca", "phase", "utility") for kind in ("pdf", "png")],
+        *sorted(
+            [f"figures/{name}.{kind}" for name in ("pca", "phase", "utility") for kind in ("pdf", "png")]
+            + [f"figures/{name}.svg" for name in ("noise", "phase", "utility")]
+        ),
         "summary.json",
     ]
     for file in files:

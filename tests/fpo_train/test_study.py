@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 import yaml
 
 from fpo_train.cli import main
-from fpo_train.study.study import _page, nearer, paired, student, student_quantile, summarise, write_study
+from fpo_train.report.verdicts import paired, student, student_quantile
+from fpo_train.study.study import _page, nearer, summarise, write_study
 from tests.fpo_train.runs import arguments, children, contents, is_running
 
 
@@ -46,6 +48,8 @@ def test_what_a_study_leaves(folder):
     assert first["none"] == first["residual"]  # the same start and the same first replies
     page = (folder / "study.md").read_text()
     assert "| none |" in page
+    assert "- `residual`: [seed 0](residual/seed-0/report.html), [seed 3](residual/seed-3/report.html)" in page
+    assert all((folder / path).is_file() for path in re.findall(r"\]\((.*?)\)", page))
     assert "- `residual` against `none`: " in page
     for kind in ("png", "pdf"):
         assert (folder / "figures" / f"study.{kind}").stat().st_size > 1000
