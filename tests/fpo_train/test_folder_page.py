@@ -12,7 +12,7 @@ from .runs import arguments
 from .variants import variant
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "folder.md").read_text(encoding="utf-8")
-FILES = ("metrics.jsonl", "samples.jsonl", "memory.jsonl", "environment.json")
+FILES = ("metrics.jsonl", "samples.jsonl", "watched.jsonl", "memory.jsonl", "environment.json")
 
 
 def documented(section):
