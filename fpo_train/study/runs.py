@@ -49,9 +49,9 @@ def run_all(configs: Sequence[RunConfig], jobs: int, request: Request) -> list[s
                     running.append(_Process(waiting.popleft(), jobs))
                 time.sleep(AFRESH)
                 now = _iterations(configs)
-                if now > done:
+                if now > done:  # a run that goes on first drops the rows after its checkpoint
                     steps(now - done)
-                done = now
+                    done = now
                 for process in [one for one in running if one.ended]:
                     running.remove(process)
                     failed += (fault := process.failure())

@@ -66,9 +66,7 @@ def test_finished_runs_are_kept_and_broken_ones_go_on(folder, tiny, tmp_path, ca
     page = (out / "study.md").read_text()
     assert main(words(tiny, out)) == 0
     said = [line[10:] for line in capfd.readouterr().err.splitlines()]
-    assert said[0] == "study: 12 of 12 iterations (none, seed 0: done; 1 of 4 runs)"  # three rows of each run are there
-    assert said[-1] == "study: 12 of 12 iterations (residual, seed 3: done; 4 of 4 runs)"
-    assert len(said) == 4
+    assert said == ["study: 12 of 12 iterations (residual, seed 3: done; 4 of 4 runs)"]  # the others are not begun
     assert untouched == {p: p.stat().st_mtime_ns for p in untouched}
     keys = ("audit_utility", "reward", "kl")
     before, after = (
