@@ -115,7 +115,6 @@ def test_what_was_done_before_a_failure_stays(tiny, here, monkeypatch):
     assert rows(here / "out" / "none")
     assert (here / "out" / "config.yaml").is_file()
     assert not (here / "out" / "practical").exists()
-    assert main(arguments(tiny, here / "out", *more, "--resume")) == 0
 
 
 def test_side_by_side_a_failed_start_leaves_nothing_either(tiny, here, capfd):
