@@ -1,6 +1,7 @@
 """Every number of the READMEs comes from a file in benchmarks/results."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -135,3 +136,15 @@ def test_a_whole_iteration():
     said = prose("README.md")
     assert f"trained and penalised {whole:.2f}, with a LoRA reward model on the base {lora:.2f}" in said
     assert f"Replies take {headline('decode', 'ours / transformers')[0]:.2f} of the time of transformers'" in said
+
+
+def test_the_versions_that_are_served():
+    asked = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("\ndependencies = [\n")[1].split("\n]\n")[0]
+    least = dict(re.findall(r'"(\w+)(?:\[\w+\])?>=([\d.]+)', asked))
+    floor = dict(re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "constraints-floor.txt").read_text(), re.MULTILINE))
+    assert len(least) == asked.count('"') // 2
+    assert all(floor[name].startswith(version) for name, version in least.items())
+    said = prose("README.md")
+    assert f"oldest versions served (transformers {least['transformers']}, peft {least['peft']})" in said
+    assert "below transformers 6," in said
+    assert '"transformers>=5.0,<6"' in asked
