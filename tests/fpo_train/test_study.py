@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+import yaml
 
 from fpo_train.cli import main
 from fpo_train.report.verdicts import paired, student, student_quantile
@@ -59,6 +60,9 @@ def test_finished_runs_are_kept_and_broken_ones_go_on(folder, tiny, tmp_path):
     shutil.rmtree(broken / "checkpoints" / "3")
     (broken / "report.html").unlink()
     page = (out / "study.md").read_text()
+    asked = yaml.safe_load((out / "study.yaml").read_text())
+    del asked["run"]["logging"]["watched"]  # as a study of an earlier version
+    (out / "study.yaml").write_text(yaml.safe_dump(asked))
     assert main(words(tiny, out)) == 0
     assert untouched == {p: p.stat().st_mtime_ns for p in untouched}
     keys = ("audit_utility", "reward", "kl")
