@@ -163,7 +163,7 @@ class Progress:
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)  # above the bar
         elif self._shown:
-            say(line)
+            print(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
