@@ -55,6 +55,7 @@ class Parser(ArgumentParser):
         sentence = re.sub(
             r"Expected an? <class '(\w+)'>", lambda found: f"wanted {KINDS.get(found[1], found[1])}", sentence
         )
+        sentence = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"wanted one of \1", sentence)
         if unknown := re.match(r"unrecognized arguments: --([\w.]+)", sentence):
             sentence += meant(unknown[1], list(self._option_string_actions), "--")
         if unknown := re.match(r"Subcommand '(\w+)' does not accept option '([\w.]+)'", sentence):  # a file's

@@ -305,7 +305,7 @@ class LoggingConfig:
     """Iterations over which the reward must rise while the oracle's utility falls for a warning of collapse."""
     audit: bool = False
     """Ask the oracle about every candidate, for the metrics alone (`audit_utility`, `audit_gain`), whatever it takes;
-    without it that is done where it takes no question. Counted as `audit_calls`."""
+    `compare` does so with a `base` or `gold` oracle, any run where nothing has to be read. Counted as `audit_calls`."""
     watched: int = 3
     """Questions that the policy is asked again after iterations 1, 4, 16, 64, … and the last, greedily; 0: none."""
     controlled: bool = False

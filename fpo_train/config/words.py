@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 
 import yaml
 
 from .settings import RunConfig
 
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf", re.IGNORECASE)
 SWITCHES = ("--resume", "--dry_run", "--vectorised")  # true where they stand alone
 
 
@@ -28,6 +30,8 @@ def arranged(arguments: list[str]) -> list[str]:
             options.append(f"{word}=true")
         elif word in lists and words and not following.startswith("["):
             options += [word, f"[{words.pop(0)[0]}]"]
+        elif word.startswith("--") and "=" not in word and NEGATIVE.fullmatch(following):  # of which -1e-4 is no option
+            options.append(f"{word}={words.pop(0)[0]}")
         else:
             options.append(word)
     return [*arguments[:1], *files, *options]

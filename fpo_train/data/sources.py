@@ -266,16 +266,9 @@ def load_sequence_classifier(name: str, dtype: Any) -> Classifier:
             outputs than one.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    source = _found(name)
-    try:
-        config = AutoConfig.from_pretrained(source.location, **source.arguments)
-    except Exception as error:  # as in `_load`
-        raise _unloadable(name, source, error) from error
-    trained = any("SequenceClassification" in kind for kind in config.architectures or [])
-    if trained and config.num_labels != 1:
-        raise RunError(f"model {name}: has {config.num_labels} outputs; wanted a reward model with one")
+    source, trained = look_at_classifier(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         kind = AutoModelForSequenceClassification
@@ -285,6 +278,25 @@ def load_sequence_classifier(name: str, dtype: Any) -> Classifier:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Classifier(model, tokenizer, drawn.isdisjoint(info["missing_keys"]))
+
+
+def look_at_classifier(name: str) -> tuple[Source, bool]:
+    """Where a sequence classifier lies, and whether it was trained as one: by its configuration, without its weights.
+
+    Raises:
+        RunError: nothing under that name, or a trained one with more outputs than one.
+    """
+    from transformers import AutoConfig
+
+    source = _found(name)
+    try:
+        config = AutoConfig.from_pretrained(source.location, **source.arguments)
+    except Exception as error:  # as in `_load`
+        raise _unloadable(name, source, error) from error
+    trained = any("SequenceClassification" in kind for kind in config.architectures or [])
+    if trained and config.num_labels != 1:
+        raise RunError(f"model {name}: has {config.num_labels} outputs; wanted a reward model with one")
+    return source, trained
 
 
 def _head_to_draw(model: Any, missing: Collection[str]) -> frozenset[str]:

@@ -33,7 +33,7 @@ def refuse_missing(name: str, model: Any, info: Mapping[str, Any], may_draw: fro
         total = len(model.state_dict())
         raise RunError(
             f"model {name}: {len(missing)} of its {total} weights are missing from its files: {listed(missing)}; "
-            f"wanted a whole {type(model).__name__}{_surplus(info['unexpected_keys'])}"
+            f"wanted a whole {type(model).__name__}{_surplus(info['unexpected_keys'])}{_of_another(model)}"
         )
     if info["error_msgs"]:
         raise RunError(f"model {name}: cannot be loaded: {' '.join(info['error_msgs'][0].split())}")
@@ -43,6 +43,12 @@ def _surplus(unexpected: Iterable[str]) -> str:
     """A name that only the files have often shows what went wrong: another prefix, another kind of model."""
     names = sorted(unexpected)
     return f", but the files hold {listed(names, 1)}" if names else ""
+
+
+def _of_another(model: Any) -> str:
+    """What the files are of by their own configuration, where that is another kind of model."""
+    kinds = getattr(model.config, "architectures", None) or [type(model).__name__]
+    return "" if type(model).__name__ in kinds else f"; its config.json calls it a {kinds[0]}"
 
 
 def listed(names: list[str], shown: int = SHOWN) -> str:

@@ -69,8 +69,10 @@ def check(config: RunConfig, prompts: Sequence[tuple[str, Talk]]) -> None:
         raise RunError(f"out: {out} is a file; wanted a folder")
     holds = [path for path in out.iterdir() if path.suffix != ".tmp"] if out.is_dir() else []
     if not config.resume:
-        if holds:
+        if holds and (out / CONFIG).is_file():
             raise RunError(f"out: {out} is not empty; choose another folder, or go on in it with --resume true")
+        if holds:
+            raise RunError(f"out: {out} is not empty, and holds no run to go on with; choose another folder")
         return
     if not out.is_dir():
         raise RunError(f"out: there is no run to resume in {out}")

@@ -29,7 +29,7 @@ from fpo_train.policy.trial import beyond_windows
 from fpo_train.processes import Processes
 from fpo_train.report import records
 from fpo_train.report.page import write_report
-from fpo_train.report.progress import Progress, Steps, stage
+from fpo_train.report.progress import Progress, Steps, say, stage
 from fpo_train.report.records import CHECKPOINTS
 from fpo_train.report.watch import collapse
 from fpo_train.reward_model import load_reward_model
@@ -38,6 +38,7 @@ from fpo_train.rollout import Readings, Rollout, sampler
 from fpo_train.update import load_update
 
 from . import checkpoint, folder
+from .preflight import look_ahead
 from .side_by_side import at_once, run_side_by_side
 from .stopping import Request, Stopped, listening
 from .watched import Watched, cut
@@ -63,6 +64,7 @@ def run(config: RunConfig) -> Path:
     for one in configs:
         if one is not config and Path(one.out).is_dir():
             folder.check(one, texts)
+    look_ahead(config)
     fresh = folder.unwritten([*(Path(one.out) for one in configs if one is not config), out])
     with listening() as request, folder.withdrawing(fresh):
         if config.compared and (n := at_once(config, len(configs))) > 1:
@@ -73,7 +75,9 @@ def run(config: RunConfig) -> Path:
         processes = workshop.processes
         try:
             workshop.refuse_unplanned(configs)
-            for one in configs:
+            for n, one in enumerate(configs, start=1):
+                if len(configs) > 1 and processes.main:
+                    say(f"{one.penalty.kind}: penalty {n} of {len(configs)}, one after the other")
                 _run_one(one, workshop, request)
             report = _finish(config) if processes.main else out / "report.html"
             processes.barrier()  # no process leaves while another still talks to it
@@ -95,8 +99,11 @@ def _finish(config: RunConfig) -> Path:
 
 
 def _part(config: RunConfig, kind: PenaltyKind) -> RunConfig:
+    """A run of a comparison. Where an oracle costs no question, it is asked about what penalties are compared by."""
     penalty = dataclasses.replace(config.penalty, kind=kind)
-    return dataclasses.replace(config, compare="", out=str(Path(config.out) / kind), penalty=penalty)
+    logging = dataclasses.replace(config.logging, audit=config.logging.audit or config.oracle.kind in ("base", "gold"))
+    out = str(Path(config.out) / kind)
+    return dataclasses.replace(config, compare="", out=out, penalty=penalty, logging=logging)
 
 
 class Workshop:
@@ -123,7 +130,8 @@ class Workshop:
         bad = self._skipped if config.data.bad_rows == "skip" else None
         self.prompts = render_prompts(texts, config.seed, self.policy.tokenizer, room, config.data, rows, bad)
         if self._skipped and self.processes.main:
-            told = f"{len(self._skipped)} rows skipped, {len(self.prompts)} prompts left"
+            rows_told = "1 row" if len(self._skipped) == 1 else f"{len(self._skipped)} rows"
+            told = f"{rows_told} skipped, {len(self.prompts)} prompts left"
             print(f"data.prompts: {told}; the first: {self._skipped[0]}", file=sys.stderr)
         beyond_windows(self.policy, self.prompts.longest + config.rollout.max_new_tokens)
         self._human = human_pairs(config, self.policy) if config.oracle.kind == "file" else HumanPairs()
@@ -222,7 +230,7 @@ class Workshop:
         if self._fitted is None:
             wanted, main = parts.reward_model.to_fit, parts.processes.main
             if main:
-                print(f"reward model: its score head is {parts.reward_model.begins()}", file=sys.stderr)
+                say(f"reward model: its score head is {parts.reward_model.begins()}")
             pairs = (parts.replay.newest(wanted) or first_pairs(parts)) if wanted else []
             if pairs:
                 with stage(f"fitting the score head on {len(pairs)} pairs", main):

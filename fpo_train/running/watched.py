@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fpo_train.data.prompts import Prompt
+from fpo_train.errors import NotFinite
 from fpo_train.loop import Parts
 from fpo_train.oracle import Labels, Oracle
 from fpo_train.report import records
@@ -43,11 +45,12 @@ class Watched:
         """The replies after an iteration, a sample a question; every process must call it.
 
         The time is added to the iteration's `row`, as seconds["audit"]. Labels asked for are each sample's audit_calls,
-        and none of the row's: a run that ends here and goes on has the rows of one that did not end.
+        and none of the row's: a run that ends here and goes on has the rows of one that did not end. A policy whose
+        numbers are not finite has no replies: the next iteration says so.
         """
         parts, samples = self._parts, []
         clock, at_once = Clock(parts.policy.device), max(1, parts.config.rollout.prompts // parts.processes.world)
-        with clock("audit"):
+        with clock("audit"), contextlib.suppress(NotFinite):
             for first in range(0, len(self._questions), at_once):  # as many as an iteration's: what the plan supposes
                 samples += self._ask_some(self._questions[first : first + at_once], iteration, first)
         row["seconds"]["audit"] = round(row["seconds"].get("audit", 0.0) + clock.seconds["audit"], 4)

@@ -109,3 +109,16 @@ def test_who_reads_may_leave_and_an_interrupt_is_no_traceback(tmp_path, monkeypa
     monkeypatch.setattr("fpo_train.simulate.linear.run", interrupted)
     assert main(["simulate", "linear", "--out", str(tmp_path / "out")]) == 1
     assert capfd.readouterr().err == "fpo-train simulate: stopped\n"
+
+
+@pytest.mark.parametrize("value", ["-1e-4", "-3", "-0.5"])
+def test_negative_numbers_in_any_form_are_values(capsys, value):
+    assert main(["run", "--update.learning_rate", value]) == 2
+    assert "update.learning_rate: wanted 0 or more, got -" in capsys.readouterr().err
+
+
+def test_a_choice_that_is_none_names_those_there_are(capsys):
+    assert main(["run", "--penalty.kind", "practicle"]) == 2
+    told = capsys.readouterr().err
+    assert "wanted one of 'none', 'practical', 'relaxed'" in told
+    assert "typing" not in told

@@ -102,7 +102,7 @@ def test_commands_in_sentences_are_there(page):
         begun, rest = program(words)
         if begun == "make":
             assert set(rest) <= set(TARGETS), words
-        elif begun == "fpo-train":
+        elif begun == "fpo-train" and rest:
             command = build()._subcommands_action._name_parser_map[rest[0]]
             options = {word.partition("=")[0] for word in rest[1:] if word.startswith("--")}
             assert options <= set(command._option_string_actions), words

@@ -77,7 +77,7 @@ def setting(tiny, tiny_bert, of_model, dtype, **penalty):
         states.append(State(rate, model.weights()))
     model.history.extend(states)
     assert len(model.history) == config.penalty.checkpoints
-    prompts = [SimpleNamespace(name=str(n), text=text, ids=tuple(policy.tokenizer(text)["input_ids"]))
+    prompts = [SimpleNamespace(name=str(n), talk=text, text=text, ids=tuple(policy.tokenizer(text)["input_ids"]))
                for n, text in enumerate(("Why is the sky blue?", "Say it."))]  # fmt: skip
     replies = [torch.randint(5, 90, (int(torch.randint(1, 9, ())),)).tolist() for _ in range(B * (N + 1))]
     rollout = Rollout.of(policy, prompts, replies, N)

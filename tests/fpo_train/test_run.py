@@ -16,6 +16,7 @@ import fpo_kernels as fk
 from fpo_train.cli import CONFIGS, main
 from fpo_train.report.panels import CAPTIONS
 from tests.fpo_train.runs import arguments, contents, rows
+from tests.fpo_train.variants import variant
 
 KEYS = {
     "iteration", "reward", "penalty", "effective_reward", "oracle_utility", "proxy_gap", "overconfidence",
@@ -49,6 +50,21 @@ def test_a_run_s_folder(compared):
         assert config["penalty"]["kind"] == kind
     environment = json.loads((compared / "environment.json").read_text())
     assert environment["versions"]["torch"]
+
+
+def test_a_comparison_has_what_penalties_are_compared_by(tiny, tmp_path):
+    """With a reward model of its own nothing has read all candidates for the oracle: it is asked."""
+    scorer = variant(tiny, tmp_path / "scorer", model="LlamaForSequenceClassification", num_labels=1, pad_token_id=2)
+    models = "--reward_model.kind", "classifier", "--reward_model.model", scorer, "--iterations", 1
+    assert main(arguments(tiny, tmp_path / "both", "--compare", "none,practical", *models)) == 0
+    for kind in ("none", "practical"):
+        (row,) = rows(tmp_path / "both" / kind)
+        assert row["audit_gain"] is not None
+        assert row["audit_calls"] == 2 * 3 - row["oracle_calls"]
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert "Judged are all candidates of an iteration" in page
+    assert main(arguments(tiny, tmp_path / "one", *models)) == 0
+    assert "audit_gain" not in rows(tmp_path / "one")[0]
 
 
 def test_penalties_share_their_start_and_part_ways(compared):

@@ -25,6 +25,7 @@ from fpo_train.evaluate.answers import Answerer, find_speakers
 from fpo_train.evaluate.questions import Question
 from fpo_train.running.run import Workshop
 from tests.fpo_train.runs import arguments, contents, rows
+from tests.fpo_train.variants import variant
 
 FAULTS = """
 def raises(prompts, completions):
@@ -89,6 +90,38 @@ def test_a_start_that_fails_leaves_no_folder(case, compared, tiny, here, capfd):
     assert "error: " in capfd.readouterr().err
     assert not (here / "runs" / "a").exists()
     assert {path for path in contents(here) if path.suffix != ".pyc"} == before
+
+
+EARLY = {
+    "no such function": "oracle.function: module faults has no function 'nothing'",
+    "no such judge": "oracle.model ./nowhere: no such file or folder",
+    "a classifier that is none": "reward_model.model empty: the folder holds neither",
+    "people's pairs that are none": "oracle.file: bad.jsonl line 1 is not JSON",
+}
+
+
+@pytest.mark.parametrize("case", [*EARLY, "two labels"])
+def test_what_needs_no_model_is_refused_before_one_is_loaded(case, tiny, here, capfd, monkeypatch):
+    def load(*_):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("fpo_train.running.run.load_policy", load)
+    (here / "bad.jsonl").write_text("{]\n")
+    (here / "empty").mkdir()
+    if case == "two labels":
+        variant(tiny, here / "two", model="LlamaForSequenceClassification", num_labels=2, pad_token_id=2)
+        wrong, told = ["--reward_model.kind", "classifier", "--reward_model.model", "two"], "two: has 2 outputs"
+    else:
+        wrong, told = WRONG[case], EARLY[case]
+    assert main(arguments(tiny, here / "out", *wrong)) == 1
+    assert told in capfd.readouterr().err
+
+
+def test_a_folder_without_a_run_is_not_to_be_gone_on_with(tiny, here, capfd):
+    (here / "out").mkdir()
+    (here / "out" / "mine.txt").write_text("mine")
+    assert main(arguments(tiny, here / "out")) == 1
+    assert "out is not empty, and holds no run to go on with; choose another folder" in capfd.readouterr().err
 
 
 def test_a_folder_that_was_there_and_empty_stays_empty(tiny, here):
@@ -188,7 +221,7 @@ NO_POLICY = {
         lambda tiny, f: headless(tiny, f, LlamaForSequenceClassification, tie_word_embeddings=True),
         "it is a LlamaForSequenceClassification",
     ),
-    "an encoder": (encoder, "missing from its files"),
+    "an encoder": (encoder, "; its config.json calls it a BertModel"),
 }
 
 
