@@ -11,7 +11,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,8 +19,9 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from fpo_train import __version__
-from fpo_train.config import EvalConfig, RunConfig
+from fpo_train.config import PENALTY_KINDS, EvalConfig, RunConfig
 from fpo_train.config.profiles import PROFILES
+from fpo_train.config.used import refuse_idle
 from fpo_train.config.words import arranged, files_of, meant, refuse_torn
 from fpo_train.errors import RunError
 
@@ -139,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fpo-train: error: a configuration file is not UTF-8 text: {error.reason}", file=sys.stderr)
         return USAGE
     command = options.subcommand
+    options[command]["given"] = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
     try:
         return COMMANDS[command](options[command])
     except UsageError as error:
@@ -184,7 +186,7 @@ def _profile(arguments: list[str]) -> str:
 
 
 def _run(options: Any) -> int:
-    config = _with_prompts(options)  # before what takes seconds to import
+    config = _with_prompts(options, ())  # before what takes seconds to import
     from fpo_train.running.rehearsal import rehearse
     from fpo_train.running.run import run
     from fpo_train.running.stopping import Stopped
@@ -212,7 +214,7 @@ def _plan(options: Any) -> int:
 
 
 def _study(options: Any) -> int:
-    config = _with_prompts(options)
+    config = _with_prompts(options, PENALTY_KINDS)
     from fpo_train.study.study import study
 
     seeds = _whole_numbers("--seeds", options.seeds)
@@ -226,11 +228,17 @@ def _study(options: Any) -> int:
     return DONE
 
 
-def _with_prompts(options: Any) -> RunConfig:
-    """The configuration of a run whose prompts are where it says; a rehearsal has stand-ins."""
+def _with_prompts(options: Any, penalties: Sequence[str]) -> RunConfig:
+    """The configuration of a run whose prompts are where it says; a rehearsal has stand-ins.
+
+    Args:
+        penalties: that run where none are compared; none here: the one of the configuration.
+    """
     from fpo_train.data.places import rows_at
 
     config = _config(RunConfig, options)
+    with usage():
+        refuse_idle(options["given"], config, config.compared or penalties or (config.penalty.kind,))
     if not config.dry_run:
         rows_at(config.data.prompts, "data.prompts")
     return config

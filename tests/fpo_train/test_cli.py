@@ -122,3 +122,33 @@ def test_a_choice_that_is_none_names_those_there_are(capsys):
     told = capsys.readouterr().err
     assert "wanted one of 'none', 'practical', 'relaxed'" in told
     assert "typing" not in told
+
+
+IDLE = {
+    ("--penalty.kind", "none", "--penalty.gamma", "2"): "penalty.gamma: penalty.kind none has no use for it, practical",
+    ("--penalty.damping", "0.5"): "penalty.damping: penalty.kind practical has no use for it, exact has",
+    (
+        "--compare",
+        "none,exact",
+        "--penalty.noises",
+        "0.1",
+    ): "penalty.noises: penalty.kind none, exact has no use for it",
+    ("--oracle.retries=2",): "oracle.retries: oracle.kind base has no use for it, judge has",
+    ("--reward_model.lora_rank", "4"): "reward_model.lora_rank: reward_model.kind head has no use for it, lora has",
+    ("--logging.project", "mine"): "logging.project: logging.tracker none has no use for it",
+}
+
+
+@pytest.mark.parametrize("words", IDLE)
+def test_what_is_given_and_has_no_effect_is_an_error(words, capsys, tmp_path):
+    assert main(["run", "--out", str(tmp_path / "out"), *words]) == 2
+    assert f"fpo-train run: error: {IDLE[words]}" in capsys.readouterr().err
+
+
+def test_what_one_of_several_penalties_reads_has_an_effect(capsys, tmp_path):
+    words = ["--compare", "none,exact", "--penalty.damping", "0.5", "--data.prompts", "nowhere.jsonl"]
+    assert main(["run", *words]) == 1  # for its prompts alone
+    assert main(["study", "--penalty.noises", "0.1", "--data.prompts", "nowhere.jsonl"]) == 1
+    file = tmp_path / "of_all.yaml"  # a file's settings may wait for another kind
+    file.write_text("penalty: {kind: none, gamma: 2.0}\ndata: {prompts: nowhere.jsonl}\n")
+    assert main(["run", "--config", str(file)]) == 1

@@ -261,8 +261,8 @@ def test_files_of_a_run_that_are_cut_short(begun, models, tmp_path, monkeypatch)
 @pytest.mark.parametrize("kind", ["none", "practical"])
 def test_a_misspelt_parameter_of_the_penalty_writes_nothing(kind, tiny, tmp_path, capfd):
     out = tmp_path / "out"
-    more = "--penalty.kind", kind, "--penalty.parameters", "score.*,scor.weight"
-    assert main(arguments(tiny, out, *more)) == 1
+    (tmp_path / "penalty.yaml").write_text(f"penalty: {{kind: {kind}, parameters: 'score.*,scor.weight'}}\n")
+    assert main(arguments(tiny, out, "--config", tmp_path / "penalty.yaml")) == 1
     assert "penalty.parameters: 'scor.weight' names no weight" in capfd.readouterr().err
     assert not out.exists()
 
