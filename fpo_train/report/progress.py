@@ -21,6 +21,7 @@ from .records import Row
 LIVE = True  # whether a terminal is this process's alone, so that bars can be drawn on it
 WHO = ""  # what a log's lines say is going on where several processes write into it
 PATIENCE = 5.0  # seconds after which a log says what it is that lasts, and again how far it is
+SILENT = 20.0  # seconds after which a log names the phase that an iteration begins
 SLOW = 1.0  # seconds from which on each step is worth a line
 
 
@@ -119,6 +120,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, done: int, shown: bool = True) -> None:
         self._title, self._total, self._shown = title, total, shown
+        self._done, self._said = done, time.monotonic()
         self._seconds: list[float] = []  # of the iterations so far
         live = on_terminal(shown)
         self._bar = tqdm(total=total, initial=done, desc=title, unit="it", dynamic_ncols=True) if live else None
@@ -133,9 +135,11 @@ class Progress:
             self._bar.close()
 
     def phase(self, name: str) -> None:
-        """Name the phase that runs now; in a log the iteration's line is enough."""
+        """Name the phase that runs now; in a log where nothing was said for a while, the iteration's line being due."""
         if self._bar is not None:
             self._bar.set_description_str(f"{self._title} {name:<8}")
+        elif time.monotonic() - self._said > SILENT:
+            self._say(f"{self._title} {self._done + 1:>4}/{self._total}  {name} …")
 
     def __call__(self, row: Row) -> None:
         """Show one iteration, and its warning if it has one."""
@@ -143,6 +147,7 @@ class Progress:
             f"reward {number(row['reward'])}, oracle {number(row['oracle_utility'])}, "
             f"gap {number(row['proxy_gap'])}, kl {number(row['kl'], '.4f')}"
         )
+        self._done = row["iteration"]
         self._seconds.append(sum(row["seconds"].values()))
         if self._bar is not None:
             self._bar.set_postfix_str(figures)
@@ -160,6 +165,7 @@ class Progress:
         return f", {duration(left)} left" if iteration < self._total else ""
 
     def _say(self, line: str) -> None:
+        self._said = time.monotonic()
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)  # above the bar
         elif self._shown:

@@ -260,6 +260,18 @@ def test_progress_shows_rows_and_warnings(capsys, shown):
     ]
 
 
+def test_a_log_names_the_phase_of_an_iteration_that_lasts(capsys, monkeypatch):
+    with Progress("relaxed", 20, 3) as shows:
+        shows.phase("generate")
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(progress, "SILENT", 0.0)
+        shows.phase("score")
+        shows(row_of(4))
+        shows.phase("update")
+    lines = [re.sub(TIME, "", line) for line in capsys.readouterr().err.splitlines()]
+    assert [lines[0], lines[2]] == ["relaxed    4/20  score …", "relaxed    5/20  update …"]
+
+
 @pytest.mark.parametrize("live", [True, False])
 def test_what_takes_long_before_the_first_iteration_is_named(capsys, monkeypatch, live):
     monkeypatch.setattr("sys.stderr.isatty", lambda: live)
