@@ -76,9 +76,7 @@ def run(config: RunConfig) -> Path:
         try:
             workshop.refuse_unplanned(configs)
             for n, one in enumerate(configs, start=1):
-                if len(configs) > 1 and processes.main:
-                    say(f"{one.penalty.kind}: penalty {n} of {len(configs)}, one after the other")
-                _run_one(one, workshop, request)
+                _run_one(one, workshop, request, f"penalty {n} of {len(configs)}, one after the other")
             report = _finish(config) if processes.main else out / "report.html"
             processes.barrier()  # no process leaves while another still talks to it
             return report
@@ -265,7 +263,8 @@ def first_pairs(parts: Parts) -> list[Pair]:
     return processes.gather_objects(pairs)
 
 
-def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
+def _run_one(config: RunConfig, workshop: Workshop, request: Request, turn: str) -> None:
+    """A run from its start to its report. turn: which it is of a comparison's, said before its first iteration."""
     out, main = Path(config.out), workshop.processes.main
     done = records.latest(out / CHECKPOINTS)
 
@@ -287,6 +286,8 @@ def _run_one(config: RunConfig, workshop: Workshop, request: Request) -> None:
             records.cut(out / name, done)
         cut(out / records.WATCHED, done, config.iterations)
     processes = parts.processes
+    if main and workshop.config.compare:
+        say(f"{config.penalty.kind}: {turn}")
     processes.barrier()
     processes.start_tracking(config, done)
     rows, watched = records.read(out / records.METRICS), Watched(parts)
