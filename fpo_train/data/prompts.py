@@ -94,7 +94,7 @@ def read_prompts(
 
     def refuse(error: RunError) -> None:
         if skipped is None:
-            raise error
+            raise RunError(f"{error} (data.bad_rows skip leaves such rows out)") from error
         skipped.append(str(error))
 
     found: dict[str, Talk] = {}
