@@ -30,50 +30,33 @@ PATIENCE = timedelta(hours=2)  # a rank may wait for another's judge, with its r
 TRACKING, RUN_ID = "tracking", "id"
 
 
-class Processes:
-    """The processes of a run, as `accelerate launch` or `torchrun` started them; alone without a launcher.
-
-    On CPUs start them by `torchrun --nproc_per_node 2 …`: `accelerate launch --cpu --num_processes 2` begins a single
-    process unless it is given MPI hosts, which then does all the work itself, with the same results.
-
-    The device is this rank's GPU, or the CPU where there is none or accelerate was told to use it. Processes talk
-    through NCCL on GPUs, through gloo on CPUs. Precision is the policy's own setting: accelerate's `mixed_precision`
-    changes nothing, because no model is handed to it.
+class Ranks:
+    """The processes that torch.distributed knows of when they are asked for; alone where it has not been set up.
 
     Calls that concern other ranks must be made by every rank, in the same order. Results are the same on all ranks,
     bit for bit, and detached from any graph.
-
-    Raises:
-        RunError: a launcher set up for sharded models (FSDP, DeepSpeed, …).
     """
 
-    def __init__(self) -> None:
-        from accelerate import Accelerator  # here, so that importing this module costs nothing
-        from accelerate.utils import InitProcessGroupKwargs
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return torch.distributed.get_rank() if _joined() else 0
 
-        # Without `cpu` accelerate would not join the processes of torchrun where there are no GPUs.
-        self._cpu = not torch.cuda.is_available()
-        accelerator = Accelerator(cpu=self._cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
-        kind = accelerator.distributed_type.value
-        if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-            raise RunError(f"accelerate is set up for {kind}; wanted plain processes with a whole model in each")
-        self.device: torch.device = accelerator.device
-        self.rank: int = accelerator.process_index
-        self.world: int = accelerator.num_processes
-        self.main: bool = accelerator.is_main_process
-        self._accelerator = accelerator
-        self._tracking: Accelerator | None = None
+    @property
+    def world(self) -> int:
+        """How many there are."""
+        return torch.distributed.get_world_size() if _joined() else 1
 
-    def share(self, items: list[T]) -> list[T]:
-        """This rank's slice of a list that all ranks have: items[rank · n/world : (rank + 1) · n/world].
+    @property
+    def main(self) -> bool:
+        """Whether this is the first."""
+        return self.rank == 0
 
-        Raises:
-            RunError: a length that the number of processes does not divide.
-        """
-        if len(items) % self.world:
-            raise RunError(f"{self.world} processes cannot share {len(items)} prompts evenly; change rollout.prompts")
-        each = len(items) // self.world
-        return items[self.rank * each : (self.rank + 1) * each]
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must be that travel between them."""
+        over_gpus = _joined() and torch.distributed.get_backend() == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if over_gpus else torch.device("cpu")
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All ranks' tensors joined along dimension 0, in rank order.
@@ -154,6 +137,68 @@ class Processes:
         """True on all ranks if any rank says True."""
         return bool(self._join(torch.tensor([flag], dtype=torch.uint8, device=self.device)).any())
 
+    def _join(self, tensor: Tensor) -> Tensor:
+        """Tensors of one shape (n,) and dtype on `device` → (world, n)."""
+        if self.world == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, tensor)
+        return torch.stack(parts)
+
+
+class Processes(Ranks):
+    """The processes of a run, as `accelerate launch` or `torchrun` started them; alone without a launcher.
+
+    On CPUs start them by `torchrun --nproc_per_node 2 …`: `accelerate launch --cpu --num_processes 2` begins a single
+    process unless it is given MPI hosts, which then does all the work itself, with the same results.
+
+    The device is this rank's GPU, or the CPU where there is none or accelerate was told to use it. Processes talk
+    through NCCL on GPUs, through gloo on CPUs. Precision is the policy's own setting: accelerate's `mixed_precision`
+    changes nothing, because no model is handed to it.
+
+    Raises:
+        RunError: a launcher set up for sharded models (FSDP, DeepSpeed, …).
+    """
+
+    def __init__(self) -> None:
+        from accelerate import Accelerator  # here, so that importing this module costs nothing
+        from accelerate.utils import InitProcessGroupKwargs
+
+        # Without `cpu` accelerate would not join the processes of torchrun where there are no GPUs.
+        self._cpu = not torch.cuda.is_available()
+        accelerator = Accelerator(cpu=self._cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+        kind = accelerator.distributed_type.value
+        if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            raise RunError(f"accelerate is set up for {kind}; wanted plain processes with a whole model in each")
+        self._accelerator = accelerator
+        self._tracking: Accelerator | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process's number, also when they have parted."""
+        return self._accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        """How many they are, or were."""
+        return self._accelerator.num_processes
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's GPU, or the CPU."""
+        return self._accelerator.device
+
+    def share(self, items: list[T]) -> list[T]:
+        """This rank's slice of a list that all ranks have: items[rank · n/world : (rank + 1) · n/world].
+
+        Raises:
+            RunError: a length that the number of processes does not divide.
+        """
+        if len(items) % self.world:
+            raise RunError(f"{self.world} processes cannot share {len(items)} prompts evenly; change rollout.prompts")
+        each = len(items) // self.world
+        return items[self.rank * each : (self.rank + 1) * each]
+
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self._accelerator.wait_for_everyone()
@@ -203,13 +248,9 @@ class Processes:
         self.stop_tracking()
         self._accelerator.end_training()
 
-    def _join(self, tensor: Tensor) -> Tensor:
-        """Tensors of one shape (n,) and dtype on `device` → (world, n)."""
-        if self.world == 1:
-            return tensor[None]
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        torch.distributed.all_gather(parts, tensor)
-        return torch.stack(parts)
+
+def _joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:

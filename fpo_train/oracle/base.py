@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fpo_train.data.turns import Talk
-from fpo_train.rollout import Readings, Rollout
+from fpo_train.rollout import Readings, Said
 
 if TYPE_CHECKING:
     from fpo_train.processes import Processes
@@ -36,7 +36,7 @@ class Oracle(ABC):
         self._others: Counter[str] = Counter()
 
     @abstractmethod
-    def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
+    def preference(self, rollout: Said, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
         """p* in [0, 1] of rows (n,) against the rows `references` (n,), fp32 (n,); NaN: could not be had."""
 
     def check(self, prompts: Sequence[Talk]) -> None:  # noqa: B027 (most oracles read whatever they are given)
@@ -74,14 +74,14 @@ class UtilityOracle(Oracle):
         self.temperature = temperature
 
     @abstractmethod
-    def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
+    def utility(self, rollout: Said, readings: Readings, rows: Tensor) -> Tensor:
         """U of rows (n,), fp32 (n,); NaN: could not be had."""
 
     def soften(self, difference: Tensor) -> Tensor:
         """p* = σ(difference / temperature)."""
         return torch.sigmoid(difference / self.temperature)
 
-    def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
+    def preference(self, rollout: Said, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
         """p* by the two utilities; a row named more than once is read once."""
         needed, place = torch.cat([rows, references]).unique(return_inverse=True)
         utility = self.utility(rollout, readings, needed)[place]
@@ -94,8 +94,3 @@ class UtilityOracle(Oracle):
         if missing:
             self.counts[silent] += missing
         return utility
-
-
-def owner(rollout: Rollout, row: int) -> int:
-    """Number of the prompt that a row belongs to."""
-    return row // (rollout.candidates + 1)

@@ -16,9 +16,9 @@ from torch import Tensor
 from fpo_train.config import OracleConfig
 from fpo_train.data.turns import messages_of
 from fpo_train.errors import RunError
-from fpo_train.rollout import Readings, Rollout
+from fpo_train.rollout import Readings, Said
 
-from .base import UtilityOracle, owner
+from .base import UtilityOracle
 
 
 class FunctionOracle(UtilityOracle):
@@ -41,14 +41,14 @@ class FunctionOracle(UtilityOracle):
         self._function = import_function(config.function)
         self._by_name = takes_names(self._function)
 
-    def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
+    def utility(self, rollout: Said, readings: Readings, rows: Tensor) -> Tensor:
         """U of rows (n,), fp32 (n,).
 
         Raises:
             RunError: the function raises, or returns something else than one finite number, NaN or None a reply.
         """
         numbers = rows.tolist()
-        asked = [rollout.prompts[owner(rollout, row)].talk for row in numbers]
+        asked = [rollout.talk(row) for row in numbers]
         prompts = [talk if isinstance(talk, str) else messages_of(talk) for talk in asked]
         completions = [rollout.texts[row] for row in numbers]
         try:

@@ -21,9 +21,9 @@ from fpo_train.data.sources import load_sequence_classifier
 from fpo_train.data.turns import Talk, messages_of, plain
 from fpo_train.errors import RunError, about
 from fpo_train.policy import Policy
-from fpo_train.rollout import Readings, Rollout
+from fpo_train.rollout import Readings, Said
 
-from .base import UtilityOracle, owner
+from .base import UtilityOracle
 
 SETTING = "oracle.model"
 ROUNDING = 1e-3  # what batches may change of a score, relative to it
@@ -59,7 +59,7 @@ class HeadOracle(UtilityOracle):
         self.loaded = nn.ParameterList([nn.Parameter(self._weight, requires_grad=False)]), None
 
     @torch.no_grad()
-    def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
+    def utility(self, rollout: Said, readings: Readings, rows: Tensor) -> Tensor:
         """U of rows (n,), fp32 (n,)."""
         return self._count(readings.of(rows).closing @ self._weight, silent="not_a_number")
 
@@ -115,9 +115,9 @@ class ClassifierOracle(UtilityOracle):
     def _score(self, inputs: list[Any], device: torch.device) -> Tensor:
         return self._model(**self._batch(inputs, device)).logits[:, 0].float()
 
-    def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
+    def utility(self, rollout: Said, readings: Readings, rows: Tensor) -> Tensor:
         """U of rows (n,), fp32 (n,), at most the readings' `rows_at_once` in a forward."""
-        inputs = [self._tokens(rollout.prompts[owner(rollout, row)].talk, rollout.texts[row]) for row in rows.tolist()]
+        inputs = [self._tokens(rollout.talk(row), rollout.texts[row]) for row in rows.tolist()]
         faults = [self._fault(one["input_ids"]) for one in inputs]
         fits = [n for n, fault in enumerate(faults) if not fault]
         fits.sort(key=lambda n: len(inputs[n]["input_ids"]))  # rows of like length share a forward

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fpo_train.config import JudgeConfig, OracleConfig
+from fpo_train.data.turns import plain
 from fpo_train.errors import RunError
-from fpo_train.rollout import Readings, Rollout
+from fpo_train.rollout import Readings, Said
 
-from .base import Oracle, owner
+from .base import Oracle
 from .endpoint import Endpoint, Time, UnreadableError
 from .lines import Lines
 
@@ -183,7 +184,7 @@ class JudgeOracle(Oracle):
         self.counts.clear()  # the judge counts into this very object
         self.counts.update(state["counts"])
 
-    def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
+    def preference(self, rollout: Said, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
         """p* of rows (n,) against `references` (n,), fp32 (n,); NaN: the judge did not say.
 
         Raises:
@@ -191,8 +192,7 @@ class JudgeOracle(Oracle):
         """
         pairs = []
         for row, reference in zip(rows.tolist(), references.tolist(), strict=True):
-            message = rollout.prompts[owner(rollout, row)].text
-            pairs.append((message, rollout.texts[row].strip(), rollout.texts[reference].strip()))
+            pairs.append((plain(rollout.talk(row)), rollout.texts[row].strip(), rollout.texts[reference].strip()))
         scores = [verdict.score for verdict in self._judge.compare(pairs)]
         return torch.tensor(scores, dtype=torch.float32, device=rows.device)
 

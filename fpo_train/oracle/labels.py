@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fpo_train.errors import RunError
-from fpo_train.rollout import Readings, Rollout
+from fpo_train.rollout import Readings, Said
 
 from .base import Oracle, UtilityOracle
 
@@ -24,16 +24,15 @@ class Labels:
     A label that could not be had stays NaN for the whole iteration: it is not asked for again.
     """
 
-    def __init__(self, oracle: Oracle, rollout: Rollout, readings: Readings) -> None:
+    def __init__(self, oracle: Oracle, rollout: Said, readings: Readings) -> None:
         self._oracle = oracle
         self._rollout = rollout
         self._readings = readings
-        shape = len(rollout.prompts), rollout.candidates
-        device = rollout.sequences.ids.device
-        self._asked = torch.zeros(shape, dtype=torch.bool, device=device)
-        self._preference = torch.full(shape, NAN, device=device)
-        self._read = torch.zeros(shape[0], shape[1] + 1, dtype=torch.bool, device=device)  # the reference last
-        self._utility = torch.full(self._read.shape, NAN, device=device)
+        self._rows, self._references = (rows.view_as(rollout.usable) for rows in rollout.pairs())  # (B, N) each
+        self._asked = torch.zeros_like(rollout.usable)
+        self._preference = torch.full(self._asked.shape, NAN, device=self._asked.device)
+        self._read = self._asked.new_zeros(len(rollout.texts))  # of each row
+        self._utility = self._preference.new_full(self._read.shape, NAN)
 
     @property
     def calls(self) -> int:
@@ -56,8 +55,8 @@ class Labels:
         if not self._oracle.has_utilities:
             return None
         self._buy(wanted)
-        known = self._utility.masked_fill(~_with_reference(wanted), NAN)
-        return known[:, :-1], known[:, -1:]
+        own, of_reference = self._known_utilities()
+        return own.masked_fill(~wanted, NAN), of_reference.masked_fill(~wanted.any(1, keepdim=True), NAN)
 
     def covers(self, wanted: Tensor) -> bool:
         """Whether those labels, wanted (B, N) bool, take no more than has been asked or read already."""
@@ -68,7 +67,7 @@ class Labels:
         """U of candidates (B, N) and references (B, 1) as far as it has been asked, or p* and NaN where there is no
         such thing; fp32, NaN where not known. It asks nothing."""
         if self._oracle.has_utilities:
-            return self._utility[:, :-1], self._utility[:, -1:]
+            return self._known_utilities()
         return self._preference, torch.full_like(self._preference[:, :1], NAN)
 
     def check(self, processes: Processes) -> None:
@@ -96,20 +95,18 @@ class Labels:
         new = wanted & ~self._asked
         if not new.any():
             return
+        rows, references = self._rows[new], self._references[new]
         if isinstance(self._oracle, UtilityOracle):
-            needed = _with_reference(new) & ~self._read
-            rows = needed.flatten().nonzero()[:, 0]
-            self._utility.view(-1)[rows] = self._oracle.utility(self._rollout, self._readings, rows)
-            self._read |= needed
-            answer = self._oracle.soften(self._utility[:, :-1] - self._utility[:, -1:])[new]
+            needed = torch.cat([rows, references]).unique()
+            needed = needed[~self._read[needed]]
+            self._utility[needed] = self._oracle.utility(self._rollout, self._readings, needed)
+            self._read[needed] = True
+            answer = self._oracle.soften(self._utility[rows] - self._utility[references])
         else:
-            prompt, candidate = new.nonzero(as_tuple=True)
-            first = prompt * (self._rollout.candidates + 1)
-            references = first + self._rollout.candidates
-            answer = self._oracle.preference(self._rollout, self._readings, first + candidate, references)
+            answer = self._oracle.preference(self._rollout, self._readings, rows, references)
         self._preference[new] = answer.to(self._preference)
         self._asked |= new
 
-
-def _with_reference(wanted: Tensor) -> Tensor:
-    return torch.cat([wanted, wanted.any(1, keepdim=True)], 1)  # (B, N+1)
+    def _known_utilities(self) -> tuple[Tensor, Tensor]:
+        """U of candidates (B, N) and references (B, 1) as far as it has been asked."""
+        return self._utility[self._rows], self._utility[self._references[:, :1]]

@@ -11,9 +11,9 @@ from torch import Tensor
 from fpo_train.config import RunConfig
 from fpo_train.errors import RunError
 from fpo_train.policy import Encoded, Policy, load_policy
-from fpo_train.rollout import Readings, Rollout
+from fpo_train.rollout import Readings, Rollout, Said, sampled
 
-from .base import UtilityOracle, owner
+from .base import UtilityOracle
 
 
 class BaseOracle(UtilityOracle):
@@ -44,8 +44,9 @@ class BaseOracle(UtilityOracle):
         self.from_readings = self._shared and config.oracle.mean_over != "padded"
 
     @torch.no_grad()
-    def utility(self, rollout: Rollout, readings: Readings, rows: Tensor) -> Tensor:
+    def utility(self, rollout: Said, readings: Readings, rows: Tensor) -> Tensor:
         """U of rows (n,), fp32 (n,); logits of at most `update.logits_at_once` tokens exist at a time."""
+        rollout = sampled(rollout)
         if self._config.mean_over == "padded":
             encoded = self._read_padded(rollout, readings, rows)
         elif self._shared:
@@ -62,7 +63,7 @@ class BaseOracle(UtilityOracle):
         n = rollout.candidates
         prompts, replies = [], []
         for row in rows.tolist():
-            prompt, reply = owner(rollout, row), rollout.replies[row]
+            prompt, reply = row // (n + 1), rollout.replies[row]
             first = prompt * (n + 1)
             together = rollout.replies[first : first + n] if row < first + n else [reply]
             prompts.append(rollout.prompts[prompt])

@@ -13,9 +13,9 @@ from torch import Tensor
 from fpo_train.data.rows import rows_of
 from fpo_train.data.turns import Talk, instructed, messages_of, reply_of, talk_of
 from fpo_train.errors import RunError
-from fpo_train.rollout import Readings, Rollout
+from fpo_train.rollout import Readings, Said
 
-from .base import Oracle, owner
+from .base import Oracle
 from .lines import Lines
 
 FIELDS = "prompt", "chosen", "rejected"
@@ -53,13 +53,13 @@ class FileOracle(Oracle):
         """The file's rows (prompt, chosen, rejected, preference), replies stripped: what people have said so far."""
         return list(self._pairs)
 
-    def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
+    def preference(self, rollout: Said, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
         """p* of rows (n,) against `references` (n,), fp32 (n,); NaN: nobody has said."""
         answers = [self._one(rollout, *pair) for pair in zip(rows.tolist(), references.tolist(), strict=True)]
         return torch.tensor(answers, dtype=torch.float32, device=rows.device)
 
-    def _one(self, rollout: Rollout, row: int, reference: int) -> float:
-        key = rollout.prompts[owner(rollout, row)].talk, rollout.texts[row].strip(), rollout.texts[reference].strip()
+    def _one(self, rollout: Said, row: int, reference: int) -> float:
+        key = rollout.talk(row), rollout.texts[row].strip(), rollout.texts[reference].strip()
         if labels := self._labels.get(key):
             self.counts["labelled"] += 1
             return sum(labels) / len(labels)

@@ -22,10 +22,10 @@ import fpo_kernels as fk
 from fpo_train.config import PenaltyConfig
 from fpo_train.errors import NotFinite
 from fpo_train.oracle import Labels
-from fpo_train.processes import Processes
+from fpo_train.processes import Ranks
 from fpo_train.reward_model import Reading, RewardModel
 from fpo_train.reward_model.replay import Replay
-from fpo_train.rollout import Rollout
+from fpo_train.rollout import Said
 
 from .gradients import EngineGradients, HeadGradients, Kept, gradients, mean_of, refusals
 from .residual import expected_overconfidence
@@ -80,7 +80,7 @@ class Penalty:
 
     DECAY = 0.9  # weight of the past in the running variances, an iteration: a memory of about ten
 
-    def __init__(self, config: PenaltyConfig, processes: Processes, seed: int, dropout: bool = False) -> None:
+    def __init__(self, config: PenaltyConfig, processes: Ranks, seed: int, dropout: bool = False) -> None:
         self.config = config
         self._processes = processes
         self._seed = seed
@@ -94,12 +94,14 @@ class Penalty:
         reading: Reading,
         labels: Labels,
         replay: Replay,
-        rollout: Rollout,
+        rollout: Said,
         rows_at_once: int = 0,
+        learn: bool = True,
     ) -> Judged:
         """Judge a rollout's candidates, read as `reading`; statistics are over the candidates of all processes.
 
-        `labels` are asked for where the kind needs them. `rows_at_once` sequences are on a tape; 0: all.
+        `labels` are asked for where the kind needs them. `rows_at_once` sequences are on a tape; 0: all. Without
+        `learn` the running scale is taken as it is (that of these candidates, where there is none yet).
 
         Raises:
             NotFinite: scores or penalties that are not finite numbers, unless `reward_model.nan_scores` is "drop".
@@ -120,7 +122,7 @@ class Penalty:
                 f"penalty: {lost} of {judged.numel()} are not finite numbers though their scores are; "
                 "reward_model.dtype may be too narrow, or reward_model.learning_rate too large"
             )
-        spread, scale = self._scale(now.reward, raw, judged)
+        spread, scale = self._scale(rollout, now.reward, raw, judged, learn)
         penalty = raw * scale
         effective = (now.reward - self.config.gamma * penalty).masked_fill(~judged, -torch.inf)
         return Judged(now.reward, now.reference_reward, penalty, effective, spread, now.product, now.mean_product)
@@ -132,26 +134,34 @@ class Penalty:
             lost = lost & labels.preferences(usable).isfinite()
         return int(lost.sum())
 
-    def _scale(self, reward: Tensor, raw: Tensor, judged: Tensor) -> tuple[float, float]:
+    def _scale(
+        self, rollout: Said, reward: Tensor, raw: Tensor, judged: Tensor, learn: bool = True
+    ) -> tuple[float, float]:
         """The ratio of the spreads, and what turns the raw penalty into the units of γ.
 
         Spreads are around each prompt's own mean, since candidates compete within a prompt. The iteration at hand
         counts in the running variances at once; one without a penalty (`exact`, `residual` before any label) does not
         count, for it would make the later ones too heavy.
         """
-        squares = [within(values, judged).square().sum() for values in (reward, raw)]
-        sums = torch.stack([*squares, judged.sum().to(squares[0])])
-        of_reward, of_penalty, count = self._processes.total(sums.double()).tolist()
+        of_reward, of_penalty, count = self._squares(rollout, reward, raw, judged)
         spread = (of_penalty / of_reward) ** 0.5 if of_reward else 0.0
         if self.config.gamma_units == "raw":
             return spread, 1.0
-        if of_penalty:
+        mine, theirs = self._reward_variance, self._penalty_variance
+        if of_penalty and (learn or not theirs):
             keep = self.DECAY
-            self._reward_variance = keep * self._reward_variance + (1 - keep) * of_reward / count
-            self._penalty_variance = keep * self._penalty_variance + (1 - keep) * of_penalty / count
-        if self._penalty_variance == 0:
-            return spread, 0.0
-        return spread, (self._reward_variance / self._penalty_variance) ** 0.5
+            mine = keep * mine + (1 - keep) * of_reward / count
+            theirs = keep * theirs + (1 - keep) * of_penalty / count
+        if learn:
+            self._reward_variance, self._penalty_variance = mine, theirs
+        return spread, (mine / theirs) ** 0.5 if theirs else 0.0
+
+    def _squares(self, rollout: Said, reward: Tensor, raw: Tensor, judged: Tensor) -> tuple[float, float, float]:
+        """Σ(r − r̄)² and Σ(penalty − mean)² around the prompts' own means, and how many were judged, of all ranks."""
+        squares = [within(values, judged).square().sum() for values in (reward, raw)]
+        sums = torch.stack([*squares, judged.sum().to(squares[0])])
+        of_reward, of_penalty, count = self._processes.total(sums.double()).tolist()
+        return of_reward, of_penalty, count
 
     def state(self) -> dict[str, float]:
         """The running variances, for a checkpoint."""
@@ -173,7 +183,7 @@ class Question:
         reading: Reading,
         labels: Labels,
         replay: Replay,
-        rollout: Rollout,
+        rollout: Said,
         rows_at_once: int,
     ) -> None:
         self._config, self._processes, self._seed = penalty.config, penalty._processes, penalty._seed
@@ -240,7 +250,7 @@ class Question:
         features = self._gradients(self._pair_reading).features(every).double()
         reward = self._reward_model.score(self._pair_reading, self._rows_at_once).double()
         label = torch.tensor([pair.preference for pair in self._pairs], device=reward.device, dtype=torch.float64)
-        apart = label.new_tensor([pair.chosen != pair.reference for pair in self._pairs])
+        apart = label.new_tensor([pair.differs for pair in self._pairs])
         u, margin = features[::2] - features[1::2], reward[::2] - reward[1::2]
         return u * apart[:, None], margin * apart, label
 

@@ -17,7 +17,7 @@ import fpo_kernels as fk
 from fpo_train.config import PenaltyConfig
 from fpo_train.config.seeds import mix
 from fpo_train.errors import RunError
-from fpo_train.processes import Processes
+from fpo_train.processes import Ranks
 from fpo_train.reward_model import Reading, RewardModel
 
 
@@ -40,7 +40,7 @@ class HeadGradients:
     free = True
     """Whether `mean_products` costs nothing worth mentioning."""
 
-    def __init__(self, reward_model: RewardModel, reading: Reading, processes: Processes) -> None:
+    def __init__(self, reward_model: RewardModel, reading: Reading, processes: Ranks) -> None:
         if reading.features is None:
             raise ValueError("wanted a reading with features")
         self._reward_model, self._reading, self._processes = reward_model, reading, processes
@@ -99,7 +99,7 @@ class EngineGradients:
         reward_model: RewardModel,
         reading: Reading,
         names: list[str],
-        processes: Processes,
+        processes: Ranks,
         dim: int,
         seed: int,
         rows_at_once: int = 0,
@@ -176,7 +176,7 @@ def refusals(setting: str = "penalty.parameters") -> Iterator[None]:
         raise RunError(f"{setting}: {error}") from error
 
 
-def mean_of(rows: Tensor, processes: Processes) -> Tensor:
+def mean_of(rows: Tensor, processes: Ranks) -> Tensor:
     """Mean over the rows (n, k) of all processes, (k,) float64; zeros where there are none."""
     total = processes.total(rows.double().sum(0))
     return total / processes.total(torch.tensor([len(rows)], device=rows.device)).clamp_min(1)
@@ -186,7 +186,7 @@ def gradients(
     reward_model: RewardModel,
     reading: Reading,
     config: PenaltyConfig,
-    processes: Processes,
+    processes: Ranks,
     seed: int,
     rows_at_once: int = 0,
     kept: Kept | None = None,

@@ -22,10 +22,10 @@ from fpo_train.errors import NotFinite, RunError
 from fpo_train.policy import wide
 from fpo_train.policy.generation import check_finite
 from fpo_train.policy.optimizers import largest, make_optimizer, make_schedule, move, restore, state_of
-from fpo_train.processes import Processes
+from fpo_train.processes import Ranks
 
 if TYPE_CHECKING:
-    from fpo_train.rollout import Readings, Rollout
+    from fpo_train.rollout import Readings, Said
 
     from .replay import Pair
 
@@ -88,7 +88,7 @@ class RewardModel(ABC):
     comes_trained = False
     """Whether its score head was trained before, and came with the model's files."""
 
-    def __init__(self, module: nn.Module, head: nn.Linear, trained: list[str], config: RunConfig, processes: Processes):
+    def __init__(self, module: nn.Module, head: nn.Linear, trained: list[str], config: RunConfig, processes: Ranks):
         self.module = module.eval()
         self.head = head
         self.config = config.reward_model
@@ -110,7 +110,7 @@ class RewardModel(ABC):
         return self.head.weight.device
 
     @abstractmethod
-    def read(self, rollout: Rollout, readings: Readings, rows_at_once: int = 0) -> Reading:
+    def read(self, rollout: Said, readings: Readings, rows_at_once: int = 0) -> Reading:
         """What it reads of all rows of a rollout."""
 
     @abstractmethod

@@ -18,14 +18,14 @@ from fpo_train.data.sources import load_sequence_classifier
 from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError, about
 from fpo_train.policy.adapters import REWARD, complaint, refuse_unmatched
-from fpo_train.processes import Processes
+from fpo_train.processes import Ranks
+from fpo_train.rollout import Readings, Said
+from fpo_train.rollout import rows_of as texts_of
 
 from .base import Reading, RewardModel, Scores
 from .inputs import TextInputs
 
 if TYPE_CHECKING:
-    from fpo_train.rollout import Readings, Rollout
-
     from .replay import Pair
 
 FLOAT_ROUNDING, HALF_ROUNDING = 1e-3, 0.05  # what batches may change of a score head's input, relative to its norm
@@ -53,7 +53,7 @@ class LastToken(nn.Module):
 class ClassifierRewardModel(RewardModel):
     """See the module. Where the head alone is trained, the rest runs once a text and iteration."""
 
-    def __init__(self, config: RunConfig, processes: Processes, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, processes: Ranks, device: torch.device) -> None:
         settings = config.reward_model
         with about("reward_model"):
             loaded = load_sequence_classifier(settings.classifier, getattr(torch, settings.dtype))
@@ -87,10 +87,9 @@ class ClassifierRewardModel(RewardModel):
         """Its own."""
         return self._tokenizer
 
-    def read(self, rollout: Rollout, readings: Readings, rows_at_once: int = 0) -> Reading:
+    def read(self, rollout: Said, readings: Readings, rows_at_once: int = 0) -> Reading:
         """See `RewardModel`."""
-        owners = [prompt.talk for prompt in rollout.prompts for _ in range(rollout.candidates + 1)]
-        return self._read(list(zip(owners, rollout.texts, strict=True)), rows_at_once)
+        return self._read(texts_of(rollout), rows_at_once)
 
     def check(self, texts: Sequence[tuple[Talk, str]]) -> None:
         """See `RewardModel`. It also refuses a model that reads a text otherwise beside a longer one."""

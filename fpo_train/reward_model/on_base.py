@@ -22,14 +22,14 @@ from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError
 from fpo_train.policy import Policy
 from fpo_train.policy.adapters import POLICY, REWARD, active, complaint, refuse_unmatched
-from fpo_train.processes import Processes
+from fpo_train.processes import Ranks
+from fpo_train.rollout import Readings, Said, sampled
+from fpo_train.rollout import rows_of as texts_of
 
 from .base import Reading, RewardModel, Scores
 from .inputs import TextInputs
 
 if TYPE_CHECKING:
-    from fpo_train.rollout import Readings, Rollout
-
     from .replay import Pair
 
 
@@ -62,7 +62,7 @@ class HeadRewardModel(RewardModel):
 
     adapter: str | None = None
 
-    def __init__(self, policy: Policy, config: RunConfig, processes: Processes) -> None:
+    def __init__(self, policy: Policy, config: RunConfig, processes: Ranks) -> None:
         module = OnBase(policy, self.adapter)
         settings = config.reward_model
         self._policy = policy
@@ -76,14 +76,13 @@ class HeadRewardModel(RewardModel):
             raise RunError("reward_model.max_tokens: on the policy's base the input `chat` is read whole; wanted 0")
         super().__init__(module, module.score, self._trained(module), config, processes)
 
-    def read(self, rollout: Rollout, readings: Readings, rows_at_once: int = 0) -> Reading:
+    def read(self, rollout: Said, readings: Readings, rows_at_once: int = 0) -> Reading:
         """See `RewardModel`. With `chat` the states are those that the oracle's reading of the rollout gave."""
         if self._texts is None:
-            sequences = rollout.sequences
+            sequences = sampled(rollout).sequences
             batch = {"input_ids": sequences.ids, "attention_mask": sequences.mask.long()}
             return Reading(batch, readings.of().closing if self.adapter is None else None)
-        owners = [prompt.talk for prompt in rollout.prompts for _ in range(rollout.candidates + 1)]
-        return self._read(self._texts.batch(list(zip(owners, rollout.texts, strict=True)), self.device), rows_at_once)
+        return self._read(self._texts.batch(texts_of(rollout), self.device), rows_at_once)
 
     def check(self, texts: Sequence[tuple[Talk, str]]) -> None:
         """See `RewardModel`."""
@@ -139,7 +138,7 @@ class AdapterRewardModel(HeadRewardModel):
 
     adapter = REWARD
 
-    def __init__(self, policy: Policy, config: RunConfig, processes: Processes) -> None:
+    def __init__(self, policy: Policy, config: RunConfig, processes: Ranks) -> None:
         from peft import LoraConfig
 
         settings = config.reward_model

@@ -21,9 +21,9 @@ class Pair:
 
     prompt: Prompt
     chosen: tuple[int, ...]
-    """Tokens of the reply."""
+    """Tokens of the reply; none where only its text is known."""
     reference: tuple[int, ...]
-    """Tokens of the reference."""
+    """Tokens of the reference, likewise."""
     chosen_text: str
     reference_text: str
     preference: float
@@ -32,6 +32,11 @@ class Pair:
     """When it was labelled; 0: before the first iteration."""
     features: tuple[Tensor, Tensor] | None
     """What the score head reads of both, (H,) fp32 on the CPU, where all beneath the head is frozen."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the reply is another than its reference."""
+        return (self.chosen, self.chosen_text) != (self.reference, self.reference_text)
 
     def __post_init__(self) -> None:
         if not 0 <= self.preference <= 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fpo_train.data.prompts import Prompt
+from fpo_train.data.turns import Talk
 from fpo_train.policy import NO_STATES, Encoded, Policy, Sequences, offsets_of, prefix, wide
 from fpo_train.policy.generation import check_finite
 from fpo_train.policy.prefix import Prefix
@@ -43,6 +44,10 @@ class Rollout:
         said = torch.tensor([not skip_blank or bool(text) for text in texts]).view(len(prompts), candidates + 1)
         sequences = policy.sequences(owners, replies)
         return cls(prompts, replies, sequences, candidates, texts, said[:, :-1].to(policy.device), prefix)
+
+    def talk(self, row: int) -> Talk:
+        """What a row replies to."""
+        return self.prompts[row // (self.candidates + 1)].talk
 
     def chosen(self, best: Tensor) -> Tensor:
         """Row numbers (B,) of the candidates best (B,)."""

@@ -16,7 +16,7 @@ from fpo_train.oracle import Labels, Oracle
 from fpo_train.report import records
 from fpo_train.report.metrics import Clock
 from fpo_train.report.records import Row, Sample
-from fpo_train.rollout import Readings, Rollout, TransformersSampler
+from fpo_train.rollout import Readings, Said, TransformersSampler
 
 STREAM = 2  # of the prompts' order: training draws from stream 0, the first fit from 1
 
@@ -105,6 +105,6 @@ def _is_kept(iteration: int) -> bool:
 class _Unasked(Oracle):
     """Stands in where an oracle is not to be asked."""
 
-    def preference(self, rollout: Rollout, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
+    def preference(self, rollout: Said, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
         """Nothing."""
         return torch.full((len(rows),), torch.nan, device=rows.device)

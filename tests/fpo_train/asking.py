@@ -1,12 +1,11 @@
 """A judge's oracle in front of a stub, asked about texts alone, on a clock that passes only by sleeping."""
 
-from types import SimpleNamespace
-
 import torch
 
 from fpo_train.config import OracleConfig
 from fpo_train.oracle import JudgeOracle, Labels
 from fpo_train.oracle.endpoint import Time
+from fpo_train.rollout import Written
 
 
 class Clock:
@@ -26,13 +25,9 @@ class Clock:
 
 def rollout(candidates, reference="the reference"):
     """One prompt of texts alone."""
-    ids = torch.zeros(len(candidates) + 1, 1, dtype=torch.int64)
-    return SimpleNamespace(
-        prompts=[SimpleNamespace(text="Which is better?")],
-        texts=[*candidates, reference],
-        candidates=len(candidates),
-        sequences=SimpleNamespace(ids=ids),
-    )
+    n = len(candidates)
+    rows, references, usable = torch.arange(n), torch.full((n,), n), torch.ones(1, n, dtype=torch.bool)
+    return Written(["Which is better?"] * (n + 1), [*candidates, reference], rows, references, usable)
 
 
 def judge(stub, tmp_path, *, sleeps=None, clock=None, seed=0, rank=0, world=1, **settings):

@@ -221,8 +221,10 @@ def test_labels_with_utilities_read_each_row_once(tiny, policy, rollout, base64)
 
 def test_labels_all_missing_stop_the_run_unless_another_process_has_some(rollout):
     class Two(Processes):
+        world = 1
+
         def __init__(self, other):
-            self.other, self.world = torch.tensor(other), 1
+            self.other = torch.tensor(other)
 
         def total(self, tensor):
             return tensor + self.other

@@ -235,9 +235,9 @@ def test_iterations_without_a_penalty_do_not_count():
     torch.manual_seed(0)
     reward, raw, judged = torch.randn(3, N), torch.randn(3, N), torch.ones(3, N, dtype=torch.bool)
     penalty, fresh = make("residual"), make("residual")
-    assert penalty._scale(reward, torch.zeros(3, N), judged) == (0.0, 0.0)
-    assert penalty._scale(reward, raw, judged) == fresh._scale(reward, raw, judged)
-    assert penalty._scale(reward, torch.zeros(3, N), judged)[1] == fresh._scale(reward, raw, judged)[1]
+    assert penalty._scale(None, reward, torch.zeros(3, N), judged) == (0.0, 0.0)
+    assert penalty._scale(None, reward, raw, judged) == fresh._scale(None, reward, raw, judged)
+    assert penalty._scale(None, reward, torch.zeros(3, N), judged)[1] == fresh._scale(None, reward, raw, judged)[1]
 
 
 def test_without_a_score_of_the_reference_nothing_can_be_judged():
