@@ -1,3 +1,24 @@
-"""Foresighted Policy Optimization: iterative RLHF whose policy answers for how it steers its reward model."""
+"""Foresighted Policy Optimization: iterative RLHF whose policy answers for how it steers its reward model.
+
+`FPOReward`, `FPOCallback`, `OnBase` and `BaseReplies` are for other people's trainers; they are imported when they are
+first asked for, with torch and transformers behind them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .integrations.made import OnBase
+    from .integrations.references import BaseReplies
+    from .integrations.reward import FPOReward
+    from .integrations.trl import FPOCallback
 
 __version__ = "0.1.0"
+__all__ = ["BaseReplies", "FPOCallback", "FPOReward", "OnBase", "__version__"]
+_PLACES = {"BaseReplies": "references", "FPOCallback": "trl", "FPOReward": "reward", "OnBase": "made"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.integrations.{_PLACES[name]}"), name)

@@ -111,6 +111,7 @@ TRAINING = (
     "running",
     "evaluate",
     "study",
+    "integrations",
     "cli",
     "__main__",
 )

@@ -56,7 +56,7 @@ def talk_of(row: Mapping[str, Any], name: str, where: str, setting: str = "") ->
     value = row.get(name)
     if not isinstance(value, list | tuple):
         return text_of(row, name, where, setting=setting)
-    turns = [_turn(message, name, where) for message in value]
+    turns = [turn_of(message, name, where) for message in value]
     while turns and turns[-1][0] != "user":
         turns.pop()
     if not turns:
@@ -78,7 +78,12 @@ def reply_of(row: Mapping[str, Any], name: str, where: str) -> str:
     return text_of({name: _content(value[-1])}, name, where, reply=True)
 
 
-def _turn(message: Any, name: str, where: str) -> Turn:
+def turn_of(message: Any, name: str, where: str) -> Turn:
+    """Role and text of a message that stands under a name.
+
+    Raises:
+        RunError: it is none, or of another role than `ROLES`.
+    """
     role = _role(message)
     if role not in ROLES:
         wanted = f'{{"role": one of {", ".join(ROLES)}, "content": a text}}'

@@ -14,7 +14,7 @@ from fpo_train.data.turns import Talk
 from fpo_train.rollout import Readings, Said
 
 if TYPE_CHECKING:
-    from fpo_train.processes import Processes
+    from fpo_train.processes import Ranks
 
 
 class Oracle(ABC):
@@ -54,7 +54,7 @@ class Oracle(ABC):
         """Go on counting from there."""
         self.counts = Counter(state["counts"])
 
-    def gather(self, processes: Processes) -> None:
+    def gather(self, processes: Ranks) -> None:
         """Learn the counts of the other processes, for `state_dict`; every process must call it."""
         own = Counter(self.counts)
         self._others = sum((Counter(one) for one in processes.gather_objects([dict(own)])), Counter()) - own
@@ -94,3 +94,11 @@ class UtilityOracle(Oracle):
         if missing:
             self.counts[silent] += missing
         return utility
+
+
+class Unasked(Oracle):
+    """Stands in where an oracle is not to be asked."""
+
+    def preference(self, rollout: Said, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
+        """Nothing."""
+        return torch.full((len(rows),), torch.nan, device=rows.device)

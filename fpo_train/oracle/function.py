@@ -34,11 +34,17 @@ class FunctionOracle(UtilityOracle):
     or None where it cannot say.
     """
 
-    def __init__(self, config: OracleConfig) -> None:
-        """Raises: RunError: there is no such module or function."""
+    setting = "oracle.function"  # what its complaints begin with
+
+    def __init__(self, config: OracleConfig, function: Callable[..., Any] | None = None) -> None:
+        """The function that the configuration names, or one that is at hand.
+
+        Raises:
+            RunError: there is no such module or function.
+        """
         super().__init__(config.temperature)
-        self._name = config.function
-        self._function = import_function(config.function)
+        self._name = config.function or getattr(function, "__name__", type(function).__name__)
+        self._function = import_function(config.function) if function is None else function
         self._by_name = takes_names(self._function)
 
     def utility(self, rollout: Said, readings: Readings, rows: Tensor) -> Tensor:
@@ -48,21 +54,25 @@ class FunctionOracle(UtilityOracle):
             RunError: the function raises, or returns something else than one finite number, NaN or None a reply.
         """
         numbers = rows.tolist()
-        asked = [rollout.talk(row) for row in numbers]
-        prompts = [talk if isinstance(talk, str) else messages_of(talk) for talk in asked]
-        completions = [rollout.texts[row] for row in numbers]
+        prompts, completions, columns = self._asked(rollout, numbers)
         try:
             if self._by_name:
-                returned = self._function(prompts=prompts, completions=completions)
+                returned = self._function(prompts=prompts, completions=completions, **columns)
             else:
                 returned = self._function(prompts, completions)
         except Exception as error:
-            raise RunError(f"oracle.function: {self._name} raised {_first_line(error)}") from error
+            raise RunError(f"{self.setting}: {self._name} raised {_first_line(error)}") from error
         values = self._values(returned, len(numbers))
         return self._count(torch.tensor(values, dtype=torch.float32, device=rows.device), silent="no_answer")
 
+    def _asked(self, rollout: Said, rows: list[int]) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
+        """Prompts, completions and what else the function is given of some rows."""
+        talks = [rollout.talk(row) for row in rows]
+        prompts = [talk if isinstance(talk, str) else messages_of(talk) for talk in talks]
+        return prompts, [rollout.texts[row] for row in rows], {}
+
     def _values(self, returned: Any, wanted: int) -> list[float]:
-        name = f"oracle.function: {self._name}"
+        name = f"{self.setting}: {self._name}"
         listed = returned.tolist() if hasattr(returned, "tolist") else returned  # tensors and arrays
         if not isinstance(listed, list | tuple):
             raise RunError(f"{name} returned a {type(returned).__name__}; wanted a list of {wanted} numbers")

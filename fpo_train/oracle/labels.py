@@ -13,7 +13,7 @@ from fpo_train.rollout import Readings, Said
 from .base import Oracle, UtilityOracle
 
 if TYPE_CHECKING:
-    from fpo_train.processes import Processes
+    from fpo_train.processes import Ranks
 
 NAN = float("nan")
 
@@ -70,7 +70,7 @@ class Labels:
             return self._known_utilities()
         return self._preference, torch.full_like(self._preference[:, :1], NAN)
 
-    def check(self, processes: Processes) -> None:
+    def check(self, processes: Ranks) -> None:
         """See that the labels asked for are not all missing, and gather what the oracle has counted.
 
         Every process must call it, once an iteration.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fpo_train.config import RunConfig
 from fpo_train.config.seeds import mix
 from fpo_train.data.limits import alike, context_of, pad_id, rows_of
-from fpo_train.data.sources import load_sequence_classifier
+from fpo_train.data.sources import Classifier, load_sequence_classifier
 from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError, about
 from fpo_train.policy.adapters import REWARD, complaint, refuse_unmatched
@@ -40,8 +40,11 @@ class LastToken(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.body = model.base_model
-        self.score = model.score
+        self.body = unwrapped(model).base_model
+        score = score_of(model)
+        if score is None:
+            raise ValueError("wanted a classifier with a linear score")
+        self.score = score
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Tensor) -> Scores:
         """(R, T) int64 each, padded on the right."""
@@ -50,33 +53,62 @@ class LastToken(nn.Module):
         return Scores(self.score(hidden[torch.arange(len(last), device=last.device), last]))
 
 
+def unwrapped(model: Any) -> Any:
+    """The classifier itself, its adapters in it, of one that PEFT has wrapped."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def score_of(model: Any) -> nn.Linear | None:
+    """The linear score of a decoder's classifier, as it is used: PEFT keeps a trained copy beside the first one."""
+    score: Any = getattr(unwrapped(model), "score", None)
+    copies = getattr(score, "modules_to_save", None)
+    if copies is not None:
+        score = copies[score.active_adapters[0]]
+    return score if isinstance(score, nn.Linear) else None
+
+
 class ClassifierRewardModel(RewardModel):
     """See the module. Where the head alone is trained, the rest runs once a text and iteration."""
 
-    def __init__(self, config: RunConfig, processes: Ranks, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        processes: Ranks,
+        device: torch.device,
+        given: Classifier | None = None,
+        reads: str = "",
+    ) -> None:
+        """The classifier of the configuration, or one that is `given`; `reads`: a kind of `TextInputs`.
+
+        Raises:
+            RunError: it cannot be loaded, has no score head, or no layers to adapt.
+        """
         settings = config.reward_model
-        with about("reward_model"):
-            loaded = load_sequence_classifier(settings.classifier, getattr(torch, settings.dtype))
-        self._whole, tokenizer, self.comes_trained = loaded
-        self._whole.to(device).requires_grad_(False)
+        if given is None:
+            with about("reward_model"):
+                given = load_sequence_classifier(settings.classifier, getattr(torch, settings.dtype))
+        self._whole, tokenizer, self.comes_trained = given
+        self._whole.requires_grad_(False)
+        if not getattr(self._whole, "is_quantized", False):  # such weights lie where they were loaded to
+            self._whole.to(device)
         self._tokenizer, self._frozen_body = tokenizer, settings.train == "head"
         self.loaded = self._whole, tokenizer
-        module = LastToken(self._whole) if isinstance(getattr(self._whole, "score", None), nn.Linear) else self._whole
+        module = LastToken(self._whole) if score_of(self._whole) is not None else self._whole
         heads = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
         if not heads:
             raise RunError(f"reward_model.model: {settings.classifier} has no linear layer with one output at its end")
-        if settings.train == "lora":
+        if settings.train == "lora" and not any(".lora_" in name for name, _ in self._whole.named_parameters()):
             self._add_adapter(config)
         limits = [settings.max_tokens, tokenizer.model_max_length, context_of(self._whole)]
         longest, rows = int(min(limit for limit in limits if limit)), rows_of(self._whole)
         # RoBERTa-like encoders count positions over what is not their own pad id, whatever the tokenizer pads with.
         pad = pad_id(self._whole.config.get_text_config().pad_token_id, tokenizer.pad_token_id, rows=rows)
-        self._texts = TextInputs(tokenizer, settings.input, longest, rows=rows, pad=pad)
+        self._texts = TextInputs(tokenizer, reads or settings.input, longest, rows=rows, pad=pad)
         chosen = {id(p) for p in heads[-1].parameters()}
         trained = [
             name
             for name, p in module.named_parameters()
-            if settings.train == "all" or id(p) in chosen or f".{REWARD}." in name
+            if settings.train == "all" or id(p) in chosen or (settings.train == "lora" and ".lora_" in name)
         ]
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)

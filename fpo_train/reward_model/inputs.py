@@ -30,7 +30,8 @@ class TextInputs:
         rows: int | None = None,
         pad: int | None = None,
     ) -> None:
-        """`kind`: "chat", "pair" or "reply". `longest`: in tokens. `eos`: closes every row, where given.
+        """`kind`: "chat", "pair", "reply", or "written": turns as "chat", a text with the reply right behind it.
+        `longest`: in tokens. `eos`: closes every row, where given.
 
         Args:
             rows: of the model's embedding; None: any token will do. pad: what rows are filled up with; None: as the
@@ -64,9 +65,9 @@ class TextInputs:
         Raises:
             RunError: a chat template that cannot be used, or a token without a row.
         """
-        if self._kind == "chat" and self._eos is None:
+        if self._kind in ("chat", "written") and self._eos is None:
             serves = Serves(self._tokenizer, self._setting, "assistant")
-            for prompt, _ in texts:
+            for prompt, _ in texts if self._kind == "chat" else (row for row in texts if not isinstance(row[0], str)):
                 serves(prompt, f"the prompt {plain(prompt)!r:.80}")
         whole = self._rows is not None and oversized(self._tokenizer, self._rows)
         for prompt, reply in texts if whole else texts[:1]:
@@ -131,6 +132,9 @@ class TextInputs:
             return self._tokenizer(reply, **cut)
         if self._paired:
             return self._tokenizer(plain(prompt), reply, **cut)  # truncation takes from the longer of both
-        if self._kind == "chat" and self._tokenizer.chat_template:
+        if self._kind == "written" and isinstance(prompt, str):
+            begun = bool(self._tokenizer.bos_token) and prompt.startswith(self._tokenizer.bos_token)
+            return self._tokenizer(prompt + reply, add_special_tokens=not begun, **cut)
+        if self._kind in ("chat", "written") and self._tokenizer.chat_template:
             return chat(self._tokenizer, messages_of(prompt, reply), self._setting, return_dict=True, **cut)
         return self._tokenizer(plain(prompt) + BETWEEN + reply, **cut)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .replay import Pair
 
 
-class OnBase(nn.Module):
+class ScoredBase(nn.Module):
     """r = w·h of token batches, with one of the policy's adapters active, or none."""
 
     def __init__(self, policy: Policy, adapter: str | None) -> None:
@@ -62,16 +62,17 @@ class HeadRewardModel(RewardModel):
 
     adapter: str | None = None
 
-    def __init__(self, policy: Policy, config: RunConfig, processes: Ranks) -> None:
-        module = OnBase(policy, self.adapter)
+    def __init__(self, policy: Policy, config: RunConfig, processes: Ranks, reads: str = "") -> None:
+        """`reads`: a kind of `TextInputs`; empty: what the configuration says."""
+        module = ScoredBase(policy, self.adapter)
         settings = config.reward_model
         self._policy = policy
         self._base_name = policy.base_name
         self._texts = None
-        if settings.input != "chat":
+        if reads or settings.input != "chat":
             longest = min(settings.max_tokens or policy.context, policy.context)
-            rows = rows_of(policy.lm)
-            self._texts = TextInputs(policy.tokenizer, settings.input, longest, policy.eos, rows, policy.eos)
+            kind, rows = reads or settings.input, rows_of(policy.lm)
+            self._texts = TextInputs(policy.tokenizer, kind, longest, policy.eos, rows, policy.eos)
         elif settings.max_tokens:
             raise RunError("reward_model.max_tokens: on the policy's base the input `chat` is read whole; wanted 0")
         super().__init__(module, module.score, self._trained(module), config, processes)
@@ -126,11 +127,13 @@ class HeadRewardModel(RewardModel):
         reading = Reading(batch, None)
         return Reading(batch, self.head_inputs(reading, rows_at_once)) if self.adapter is None else reading
 
-    def _trained(self, module: OnBase) -> list[str]:
+    def _trained(self, module: ScoredBase) -> list[str]:
         return ["score.weight"]
 
     def _is_own(self, name: str) -> bool:
-        return f".{POLICY}." not in name and (self.adapter is not None or f".{REWARD}." not in name)
+        if f".{POLICY}." in name:
+            return False
+        return ".lora_" not in name or (self.adapter is not None and f".{REWARD}." in name)
 
 
 class AdapterRewardModel(HeadRewardModel):
@@ -138,7 +141,8 @@ class AdapterRewardModel(HeadRewardModel):
 
     adapter = REWARD
 
-    def __init__(self, policy: Policy, config: RunConfig, processes: Ranks) -> None:
+    def __init__(self, policy: Policy, config: RunConfig, processes: Ranks, reads: str = "") -> None:
+        """See `HeadRewardModel`."""
         from peft import LoraConfig
 
         settings = config.reward_model
@@ -163,12 +167,12 @@ class AdapterRewardModel(HeadRewardModel):
             if f".{REWARD}." in name:
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
                 parameter.requires_grad_(True)
-        super().__init__(policy, config, processes)
+        super().__init__(policy, config, processes, reads)
 
     def save(self, folder: Path) -> None:
         """Write the adapter as PEFT does, and the head beside it."""
         super().save(folder)
         self._policy.model.save_pretrained(folder, selected_adapters=[REWARD], save_embedding_layers=False)
 
-    def _trained(self, module: OnBase) -> list[str]:
+    def _trained(self, module: ScoredBase) -> list[str]:
         return [name for name, _ in module.named_parameters() if f".{REWARD}." in name] + ["score.weight"]

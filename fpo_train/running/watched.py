@@ -7,16 +7,16 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fpo_train.data.prompts import Prompt
 from fpo_train.errors import NotFinite
 from fpo_train.loop import Parts
-from fpo_train.oracle import Labels, Oracle
+from fpo_train.oracle import Labels
+from fpo_train.oracle.base import Unasked
 from fpo_train.report import records
 from fpo_train.report.metrics import Clock
 from fpo_train.report.records import Row, Sample
-from fpo_train.rollout import Readings, Said, TransformersSampler
+from fpo_train.rollout import Readings, TransformersSampler
 
 STREAM = 2  # of the prompts' order: training draws from stream 0, the first fit from 1
 
@@ -62,7 +62,7 @@ class Watched:
 
         def score(rows: int) -> list[Sample]:
             readings = Readings(parts.policy, rollout, rows)
-            labels = Labels(parts.oracle if self._ask else _Unasked(), rollout, readings)
+            labels = Labels(parts.oracle if self._ask else Unasked(), rollout, readings)
             reading = parts.reward_model.read(rollout, readings, rows)
             judged = parts.penalty(parts.reward_model, reading, labels, parts.replay, rollout, rows)
             wanted = rollout.usable if self._ask else torch.zeros_like(rollout.usable)
@@ -100,11 +100,3 @@ def cut(path: Path, last: int, ends: int) -> None:
 def _is_kept(iteration: int) -> bool:
     """Whether it is a power of 4."""
     return iteration & (iteration - 1) == 0 and iteration.bit_length() % 2 == 1
-
-
-class _Unasked(Oracle):
-    """Stands in where an oracle is not to be asked."""
-
-    def preference(self, rollout: Said, readings: Readings, rows: Tensor, references: Tensor) -> Tensor:
-        """Nothing."""
-        return torch.full((len(rows),), torch.nan, device=rows.device)

@@ -1,0 +1,6 @@
+"""FPO in other people's trainers: one object that scores a batch of texts and trains its reward model.
+
+`reward` is that object, made over a classifier or, by `made`, on a trainer's own base; `texts` reads the prompts and
+completions of other trainers, `references` finds what each completion is compared with, `groups` tells which of them
+belong together over all processes. `trl` is TRL's callback.
+"""

@@ -1,0 +1,93 @@
+"""Completions of one prompt, wherever they stand: they are told by the prompt, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fpo_train.penalty.base import Penalty
+from fpo_train.rollout import Said, Written
+
+CANCELLED = 0.05
+"""Advantages that change by no more than this when γ is doubled do not depend on it."""
+
+
+@dataclass(frozen=True)
+class Grouped(Written):
+    """Completions, each with the name of the group that it competes in, and with its columns of the data set."""
+
+    groups: Sequence[str] = ()
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def place(self, row: int) -> int:
+        """The first completion that a row belongs to, as itself or as its reference."""
+        return int(((self.rows == row) | (self.references == row)).nonzero()[0])
+
+
+class InGroups(Penalty):
+    """A penalty whose spreads are around the means of whole groups, though these be split over processes."""
+
+    def _squares(self, rollout: Said, reward: Tensor, raw: Tensor, judged: Tensor) -> tuple[float, float, float]:
+        groups = rollout.groups if isinstance(rollout, Grouped) else ()
+        own = list(zip(groups, *(one.flatten().tolist() for one in (reward, raw, judged)), strict=True))
+        known = [one for one in self._processes.gather_objects(own) if one[3]]
+        keys = [key for key, *_ in known]
+        squares = [sum(value**2 for value in centred(keys, column)) for column in list(zip(*known, strict=True))[1:3]]
+        return (*squares, float(len(known))) if known else (0.0, 0.0, 0.0)  # type: ignore[return-value]
+
+
+class Scored(NamedTuple):
+    """What became of one completion; the last three are NaN, or −∞, where it could not be scored."""
+
+    group: str
+    reward: float
+    penalty: float
+    effective: float
+
+
+def centred(keys: Sequence[str], values: Sequence[float]) -> list[float]:
+    """Each value less the mean of its group's."""
+    sums: dict[str, list[float]] = {}
+    for key, value in zip(keys, values, strict=True):
+        sums.setdefault(key, []).append(value)
+    means = {key: sum(some) / len(some) for key, some in sums.items()}
+    return [value - means[key] for key, value in zip(keys, values, strict=True)]
+
+
+def doubled(scored: Sequence[Scored], gamma: float) -> float | None:
+    """How much normalised advantages change when γ is doubled: ‖A(2γ) − A(γ)‖ / ‖A(γ)‖, in [0, 2].
+
+    A = (r̃ − mean) / spread within each group, r̃ = r − γ · penalty. None where that says nothing of γ: the penalty is
+    the smaller part of r̃'s spread, or there is none.
+    """
+    known = [one for one in scored if one.effective > float("-inf")]
+    keys = [one.group for one in known]
+    reward, penalty = (centred(keys, column) for column in ([o.reward for o in known], [o.penalty for o in known]))
+    if gamma * sum(p * p for p in penalty) ** 0.5 <= sum(r * r for r in reward) ** 0.5:
+        return None
+    both = ([r - g * p for r, p in zip(reward, penalty, strict=True)] for g in (gamma, 2 * gamma))
+    once, twice = (_normalised(keys, centre) for centre in both)
+    size = sum(a * a for a in once) ** 0.5
+    return sum((b - a) ** 2 for a, b in zip(once, twice, strict=True)) ** 0.5 / size if size else None
+
+
+def best(scored: Sequence[Scored]) -> list[int]:
+    """The place of each group's completion with the largest effective reward, the first of several; none of a group
+    in which nothing could be scored."""
+    found: dict[str, int] = {}
+    for place, one in enumerate(scored):
+        if one.effective > float("-inf") and one.effective > scored[found.setdefault(one.group, place)].effective:
+            found[one.group] = place
+    return list(found.values())
+
+
+def _normalised(keys: Sequence[str], centre: Sequence[float]) -> list[float]:
+    """Values around 0, over the root of their mean square in their group."""
+    squares: dict[str, list[float]] = {}
+    for key, value in zip(keys, centre, strict=True):
+        squares.setdefault(key, []).append(value * value)
+    spread = {key: (sum(some) / len(some)) ** 0.5 for key, some in squares.items()}
+    return [value / spread[key] if spread[key] else 0.0 for key, value in zip(keys, centre, strict=True)]

@@ -1,0 +1,165 @@
+"""What a caller brings, as this package's own: a reward model, an oracle, the settings of both."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from fpo_train.config import OracleConfig, PenaltyConfig, PenaltyKind, RewardModelConfig, RunConfig
+from fpo_train.data.sources import Classifier, load_sequence_classifier
+from fpo_train.data.turns import messages_of
+from fpo_train.errors import RunError, about
+from fpo_train.oracle import Oracle
+from fpo_train.oracle.function import FunctionOracle
+from fpo_train.policy import Policy
+from fpo_train.policy.adapters import POLICY
+from fpo_train.processes import Ranks
+from fpo_train.reward_model import RewardModel
+from fpo_train.reward_model.classifier import ClassifierRewardModel
+from fpo_train.reward_model.on_base import AdapterRewardModel, HeadRewardModel
+from fpo_train.rollout import Said
+
+from .groups import Grouped
+
+Train = Literal["head", "lora", "all"]
+
+
+@dataclass(frozen=True)
+class OnBase:
+    """A reward model on a trainer's own model: a score head on its frozen base, or that and an adapter `reward`.
+
+    Make it before the trainer, from the PEFT model that the trainer is given: the adapter is no part of what the
+    trainer trains, and is switched on while the reward model reads, and then alone.
+    """
+
+    model: Any
+    """A PEFT model with the trained adapter `default`."""
+    kind: Literal["head", "lora"] = "head"
+
+
+def run_config(
+    penalty: PenaltyKind | PenaltyConfig,
+    gamma: float,
+    gamma_units: str,
+    parameters: str,
+    train: Train | None,
+    settings: RewardModelConfig | None,
+    given: Any,
+    seed: int,
+) -> RunConfig:
+    """The settings of a run that a reward's are a part of.
+
+    Raises:
+        RunError: settings that make no sense, as a run says it.
+    """
+    kind = given.kind if isinstance(given, OnBase) else "classifier"
+    follows = parameters if parameters in ("head", "lora") else "all"
+    named = given if isinstance(given, str) else type(given).__name__
+    own = vars(settings or RewardModelConfig())
+    own |= {"kind": kind, "model": named if kind == "classifier" else "", "nan_scores": "drop"}
+    own |= {"train": (train or follows) if kind == "classifier" else "head"}
+    try:
+        if not isinstance(penalty, PenaltyConfig):
+            units = cast(Literal["raw", "reward_std"], gamma_units)
+            penalty = PenaltyConfig(kind=penalty, gamma=gamma, gamma_units=units, parameters=parameters)
+        return RunConfig(penalty=penalty, reward_model=RewardModelConfig(**own), seed=seed)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def reward_model(given: Any, tokenizer: Any, config: RunConfig, ranks: Ranks) -> RewardModel:
+    """A reward model from a folder, a hub id, a module, or `OnBase`.
+
+    Raises:
+        RunError: it is none of these, cannot be loaded, or is no reward model.
+    """
+    reads = "written" if config.reward_model.input == "chat" else config.reward_model.input
+    if isinstance(given, OnBase):
+        return _on_base(given, tokenizer, config, ranks, reads)
+    if isinstance(given, str):
+        with about("reward_model"):
+            loaded = load_sequence_classifier(given, getattr(torch, config.reward_model.dtype))
+        own, device = Classifier(loaded.model, tokenizer or loaded.tokenizer, loaded.trained), own_device()
+        if not loaded.trained:
+            raise RunError(f"reward_model.model {given}: its files hold no score head; wanted a trained reward model")
+    elif isinstance(given, nn.Module):
+        if tokenizer is None:
+            raise RunError("tokenizer: wanted the reward model's, got None")
+        own, device = Classifier(given, tokenizer, True), next(given.parameters()).device
+        outputs = getattr(getattr(given, "config", None), "num_labels", 1)
+        if outputs != 1:
+            raise RunError(f"reward_model: it has {outputs} outputs; wanted a reward model with one")
+    else:
+        raise RunError(f"reward_model: wanted a model, a folder, a hub id or OnBase, got a {type(given).__name__}")
+    return ClassifierRewardModel(config, ranks, device, own, reads)
+
+
+def own_device() -> torch.device:
+    """This process's GPU, by the number that its launcher gave it; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+
+
+def _on_base(given: OnBase, tokenizer: Any, config: RunConfig, ranks: Ranks, reads: str) -> RewardModel:
+    if POLICY not in getattr(given.model, "peft_config", {}):
+        wanted = f"wanted a PEFT model with the adapter {POLICY!r}, whose base stays as it is"
+        raise RunError(f"reward_model: {wanted}, got a {type(given.model).__name__}")
+    if tokenizer is None:
+        raise RunError("tokenizer: wanted the model's, got None")
+    kind = HeadRewardModel if given.kind == "head" else AdapterRewardModel
+    found = kind(Policy(given.model, tokenizer), config, ranks, reads)
+    for parameter in found.trainable.values():  # not for the trainer's optimizer
+        parameter.requires_grad_(False)
+    return found
+
+
+def oracle(given: Callable[..., Any] | Oracle | None, temperature: float) -> Oracle | None:
+    """An oracle of this package, or a function as one.
+
+    Raises:
+        RunError: it is neither.
+    """
+    if given is None or isinstance(given, Oracle):
+        return given
+    if not callable(given):
+        raise RunError(f"oracle: wanted a function of prompts and completions, got a {type(given).__name__}")
+    try:
+        return CalledOracle(OracleConfig(temperature=temperature), given)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+class CalledOracle(FunctionOracle):
+    """U by a function as TRL's reward functions are: prompts and completions as the trainer has them, and columns."""
+
+    setting = "oracle"
+
+    def __init__(self, config: OracleConfig, function: Callable[..., Any]) -> None:
+        super().__init__(config, function)
+        try:
+            takes = dict(inspect.signature(function).parameters)
+        except ValueError:  # of compiled code
+            takes = {}
+        self._takes_all = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+        self._takes = set(takes)
+
+    def _asked(self, rollout: Said, rows: list[int]) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
+        talks, texts = [rollout.talk(row) for row in rows], [rollout.texts[row] for row in rows]
+        prompts = [talk if isinstance(talk, str) else messages_of(talk) for talk in talks]
+        completions = [
+            text if isinstance(talk, str) else [{"role": "assistant", "content": text}]
+            for talk, text in zip(talks, texts, strict=True)
+        ]
+        columns: dict[str, list[Any]] = {}
+        if isinstance(rollout, Grouped):
+            places = [rollout.place(row) for row in rows]
+            wanted = {key: all_ for key, all_ in rollout.columns.items() if self._takes_all or key in self._takes}
+            columns = {key: [values[place] for place in places] for key, values in wanted.items()}
+        return prompts, completions, columns

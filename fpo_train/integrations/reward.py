@@ -1,0 +1,370 @@
+"""The reward of FPO as an object: score, penalise, label, retrain; for any trainer that calls a function on texts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fpo_train.config import PenaltyConfig, PenaltyKind, RewardModelConfig
+from fpo_train.config.seeds import mix
+from fpo_train.data.prompts import Prompt
+from fpo_train.errors import RunError
+from fpo_train.oracle import Labels, Oracle
+from fpo_train.oracle.base import Unasked
+from fpo_train.penalty.base import Judged
+from fpo_train.penalty.gradients import asking
+from fpo_train.processes import Ranks
+from fpo_train.reward_model import RewardModel
+from fpo_train.reward_model.replay import Pair, Replay
+from fpo_train.rollout import NotRead
+
+from . import groups, made
+from .groups import Grouped, InGroups, Scored
+from .made import OnBase, Train
+from .references import at_rest, next_in_group
+from .texts import column, reply_in, talk_in
+
+Reference = str | Callable[[Sequence[Any]], Sequence[str]]
+OF_GROUP = "group"
+BLANK = "–"  # stands in where a text cannot be read, and is not scored
+
+
+class Judgement(NamedTuple):
+    """What n completions are worth, (n,) fp32 or float64 on the CPU each; NaN where one could not be scored."""
+
+    reward: Tensor
+    """r(z), the reward model's score."""
+    reference_reward: Tensor
+    """r(ref)."""
+    penalty: Tensor
+    """In the units of γ."""
+    effective: Tensor
+    """r(z) − γ · penalty(z): what a policy should maximise."""
+
+
+class FPOReward:
+    """r(z) − γ · penalty(z) of completions, from a reward model that it can also train.
+
+        reward = FPOReward(reward_model, tokenizer, oracle=score)       # a TRL reward function
+        trainer = GRPOTrainer(…, reward_funcs=reward, callbacks=[FPOCallback(reward)])
+
+    Called as TRL calls reward functions, it returns a number a completion, or None where one cannot be scored. Reward
+    and penalty are one number because trainers that normalise each function's rewards would lose γ; the two parts go to
+    TRL's `log_metric` and `log_extra` as `fpo/reward` and `fpo/penalty`. Completions of one prompt are a group,
+    wherever they stand and over all processes: the groups' spreads give γ its unit. Where there is an oracle, each
+    group's best completion and its reference become a labelled pair, and `update` trains the reward model on the pairs
+    since the last update. What a trainer scores while its model is in eval mode is neither labelled nor counted, once
+    `watch` has been told of the model (as `FPOCallback` does).
+
+    It is no nn.Module: trainers would run one themselves, without gradients. Results are the same on all processes
+    that torch.distributed joins, which must call it together; each has a whole copy of the reward model.
+
+    Args:
+        reward_model: a sequence classifier with one output (a module, also one that PEFT has wrapped), its folder or
+            hub id; or `OnBase(model)`: on the trainer's own. Of its weights only those that are trained require
+            gradients from then on (of `OnBase` none), and it is in eval mode while it reads and learns.
+        tokenizer: the reward model's; None: that of the folder or hub id.
+        penalty: `none`, `practical`, `relaxed`, `tracin`, `exact`, `residual`; or a PenaltyConfig, which has all that
+            follows up to `parameters` and more.
+        gamma, gamma_units: γ, "raw" as in the paper, or in units of the reward's spread ("reward_std").
+        parameters: weights that ∇ is over: `head`, `lora`, `all`, or comma-separated names and globs.
+        oracle: says what a completion is worth: a function as TRL's reward functions are, oracle(prompts,
+            completions, **columns) → a number each, or None; or an Oracle of this package that reads texts. None:
+            nothing is labelled, so that the reward model cannot be trained, and the penalties that need labels cannot
+            be had.
+        reference: what each completion is compared with: the name of a data set's column; "group": another completion
+            of the same prompt; or a function of the prompts, such as `BaseReplies`.
+        train: weights that `update` trains: `head`, `lora` or `all`; None: those of `parameters`.
+        settings: how it is trained (learning_rate, steps, optimizer, buffer, replay_pairs, …) and what it reads
+            (`max_tokens`; `input` "pair" or "reply"; "chat", the default, means messages by the tokenizer's chat
+            template, and a text prompt with the completion right behind it, as trainers do).
+        rows_at_once: sequences on a tape; 0: a call's all. seed: of sketches and of what is drawn.
+
+    Raises:
+        RunError: a model that cannot be loaded or is no reward model, a penalty without the oracle that it needs, or
+            weights that it does not have.
+    """
+
+    def __init__(
+        self,
+        reward_model: str | nn.Module | OnBase,
+        tokenizer: Any = None,
+        penalty: PenaltyKind | PenaltyConfig = "practical",
+        gamma: float = 1.0,
+        gamma_units: str = "reward_std",
+        parameters: str = "head",
+        oracle: Callable[..., Sequence[Any]] | Oracle | None = None,
+        reference: Reference = "reference",
+        *,
+        train: Train | None = None,
+        settings: RewardModelConfig | None = None,
+        oracle_temperature: float = 1.0,
+        rows_at_once: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.__name__ = "fpo"  # by which trainers log a function
+        config = made.run_config(penalty, gamma, gamma_units, parameters, train, settings, reward_model, seed)
+        if oracle is None and config.penalty.labels_all:
+            wanted = "it asks an oracle about every completion; wanted oracle=…, got None"
+            raise RunError(f"penalty {config.penalty.kind}: {wanted}")
+        self.config, self.ranks = config, Ranks()
+        self.model: RewardModel = made.reward_model(reward_model, tokenizer, config, self.ranks)
+        self.model.names(config.penalty.parameters)  # refused here, not at the first batch
+        self.reference = reference
+        self._oracle = made.oracle(oracle, oracle_temperature)
+        self._penalty = InGroups(config.penalty, self.ranks, seed)
+        self._replay = Replay(config.reward_model.buffer)
+        self._rows_at_once = rows_at_once
+        self._calls = self._updates = self._updated = 0  # of the calls that counted, the number of the last update's
+        self._loss: float | None = None  # of the last update
+        self._learning: Callable[[], bool] = lambda: True
+        self._normalised = self._checked = False
+        self._said: set[str] = set()
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        *,
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """r(z) − γ · penalty(z) of each completion; None where one cannot be scored, and why is said once.
+
+        Args:
+            prompts: texts or lists of messages, one a completion. completions: texts, or lists of one message.
+            log_metric, log_extra: TRL's. columns: of the data set, a value a completion.
+
+        Raises:
+            RunError: no such column, an oracle that fails, a text that the reward model cannot read.
+        """
+        learns = self._learning()
+        with at_rest(self.model.module):
+            said, labels, judged = self._judge(prompts, completions, columns, learns)
+            scored = self._gathered(said, judged)
+            if learns:
+                self._calls += 1
+                self._collect(said, labels, scored)
+        self._warn_of_gamma(scored)
+        found = judgement(judged)
+        metrics = {"fpo/penalty_to_reward_std": judged.spread, "fpo/pairs": float(len(self._replay))}
+        if self._loss is not None:
+            metrics["fpo/reward_model_loss"] = self._loss
+        for name, values in (("fpo/reward", found.reward), ("fpo/penalty", found.penalty)):
+            known = values[values.isfinite()]
+            metrics |= {name: float(known.mean())} if len(known) else {}
+            if log_extra is not None:
+                log_extra(name, numbers(values))
+        if log_metric is not None:
+            for name, value in metrics.items():
+                log_metric(name, value)
+        return numbers(found.effective)
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Judgement:
+        """What completions are worth at the weights as they are: as by a call, but nothing is counted or kept.
+
+        γ's running scale is taken as it stands (before the first call: that of these completions).
+        """
+        with at_rest(self.model.module):
+            return judgement(self._judge(prompts, completions, columns, learn=False)[2])
+
+    def update(self) -> float | None:
+        """Train the reward model on the pairs since its last training, and on kept ones; mean loss in nats a pair.
+
+        None where there is nothing to learn from. Every process must call it.
+
+        Raises:
+            NotFinite: a gradient or weights that are not finite.
+        """
+        settings, losses = self.config.reward_model, []
+        fresh = self._replay.since(self._updated)
+        generator = torch.Generator().manual_seed(mix("replay", self.config.seed, self._updates))
+        with at_rest(self.model.module), asking(list(self.model.trainable.values())):
+            for _ in range(settings.steps):
+                if batch := fresh + self._replay.draw(settings.replay_pairs, generator, self._updated):
+                    losses.append(float(self.model.gradient(batch, self._rows_at_once)))
+                    self.model.step()
+        self._updates, self._updated = self._updates + 1, self._calls
+        self._loss = sum(losses) / len(losses) if losses else None
+        return self._loss
+
+    def watch(self, model: nn.Module, normalised: bool = False) -> None:
+        """Count and label only what is scored while `model`, the trainer's, is in train mode.
+
+        `normalised`: advantages are divided by their spread; where γ is lost in that, it is said once.
+        """
+        self._learning, self._normalised = (lambda: model.training), normalised
+
+    @property
+    def pairs(self) -> int:
+        """Labelled pairs that are kept."""
+        return len(self._replay)
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is an oracle to learn from."""
+        return self._oracle is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that calls and updates change; tensors, numbers, texts and lists of them (torch.load's weights_only)."""
+        return {
+            "reward_model": self.model.state_dict(),
+            "replay": self._replay.state_dict(),
+            "penalty": self._penalty.state(),
+            "oracle": None if self._oracle is None else self._oracle.state_dict(),
+            "reference": getattr(self.reference, "state_dict", dict)(),
+            "counts": {"calls": self._calls, "updates": self._updates, "updated": self._updated, "loss": self._loss},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`, bit for bit.
+
+        Raises:
+            RunError: the state of another reward.
+        """
+        try:
+            self.model.load_state_dict(state["reward_model"])
+            self._replay.load_state_dict(state["replay"])
+            self._penalty.restore(state["penalty"])
+            if self._oracle is not None and state["oracle"] is not None and self.ranks.main:
+                self._oracle.load_state_dict(state["oracle"])
+            if state["reference"]:
+                self.reference.load_state_dict(state["reference"])  # type: ignore[union-attr]
+            counts = state["counts"]
+            self._calls, self._updates, self._updated = counts["calls"], counts["updates"], counts["updated"]
+            self._loss = counts["loss"]
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise RunError(f"state: it does not fit this reward: {type(error).__name__}: {error}") from error
+
+    def _judge(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any], learn: bool
+    ) -> tuple[Grouped, Labels, Judged]:
+        said = self._read(prompts, completions, columns)
+        if not self._checked:
+            self.model.check([(said.talk(row), text) for row, text in enumerate(said.texts)])
+            self._checked = True
+        readings = NotRead(self._rows_at_once)
+        labels = Labels(self._oracle or Unasked(), said, readings)
+        reading = self.model.read(said, readings, self._rows_at_once)
+        judged = self._penalty(self.model, reading, labels, self._replay, said, self._rows_at_once, learn)
+        return said, labels, judged
+
+    def _read(self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]) -> Grouped:
+        """Talks, replies and references; what cannot be read is not usable, and said once."""
+        if len(prompts) != len(completions):
+            raise RunError(f"completions: wanted one for each of {len(prompts)} prompts, got {len(completions)}")
+        if not len(prompts):
+            raise RunError("prompts: wanted at least one, got none")
+        talks, replies, usable = [], [], []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            try:
+                talk, reply = talk_in(prompt, "prompts"), reply_in(completion, "completions")
+                usable.append(True)
+            except RunError as error:
+                talk, reply = BLANK, BLANK
+                usable.append(False)
+                self._say(f"cannot be scored: {error}")
+            talks.append(talk)
+            replies.append(reply)
+        keys = [f"{'' if may else n}{talk!r}" for n, (talk, may) in enumerate(zip(talks, usable, strict=True))]
+        others = self._references(prompts, keys, replies, columns)
+        for place, other in enumerate(others):
+            if other is None:
+                usable[place] = False
+                self._say("cannot be scored: the reference is no text")
+        known = [BLANK if other is None else other for other in others]
+        passed = {key: value for key, value in columns.items() if isinstance(value, list) and len(value) == len(talks)}
+        written = Grouped.of(talks, replies, known, self.model.device, usable)
+        return Grouped(**vars(written) | {"groups": keys, "columns": passed})
+
+    def _references(
+        self, prompts: Sequence[Any], keys: list[str], replies: list[str], columns: Mapping[str, Any]
+    ) -> list[str | None]:
+        if self.reference == OF_GROUP:
+            every = self.ranks.gather_objects(list(zip(keys, replies, strict=True)))
+            after = dict(zip(every, next_in_group(*map(list, zip(*every, strict=True))), strict=True))
+            return [after[one] for one in zip(keys, replies, strict=True)]
+        if isinstance(self.reference, str):
+            found = column(columns, self.reference, len(keys))
+        else:
+            found = self.reference(prompts)
+            if not isinstance(found, list | tuple) or len(found) != len(keys):
+                raise RunError(
+                    f"reference: the function returned {found!r:.80}; wanted {len(keys)} texts, one a prompt"
+                )
+        others: list[str | None] = []
+        for one in found:
+            try:
+                others.append(reply_in(one, self.reference if isinstance(self.reference, str) else "reference"))
+            except RunError:
+                others.append(None)
+        return others
+
+    def _gathered(self, said: Grouped, judged: Judged) -> list[Scored]:
+        """All processes' completions, in rank order."""
+        columns = (one.flatten().tolist() for one in (judged.reward, judged.penalty, judged.effective))
+        return self.ranks.gather_objects([Scored(*one) for one in zip(said.groups, *columns, strict=True)])
+
+    def _collect(self, said: Grouped, labels: Labels, scored: list[Scored]) -> None:
+        """Keep each group's best completion and its reference as a labelled pair, the same ones on all processes."""
+        if self._oracle is None:
+            return
+        mine = len(said.rows)
+        first = sum(self.ranks.gather_objects([mine])[: self.ranks.rank])
+        best = [place - first for place in groups.best(scored) if first <= place < first + mine]
+        wanted = torch.zeros_like(said.usable)
+        wanted[best] = True
+        preferences = labels.preferences(wanted)[:, 0].tolist()
+        labels.check(self.ranks)
+        pairs = []
+        for place in best:
+            if preferences[place] != preferences[place]:
+                continue
+            row, reference = int(said.rows[place]), int(said.references[place])
+            pair = Pair(
+                prompt=Prompt.of("", said.talk(row), ()),
+                chosen=(),
+                reference=(),
+                chosen_text=said.texts[row],
+                reference_text=said.texts[reference],
+                preference=preferences[place],
+                iteration=self._calls,
+                features=None,
+            )
+            pairs.append(pair)
+        self._replay.add(self.ranks.gather_objects(pairs))
+
+    def _warn_of_gamma(self, scored: list[Scored]) -> None:
+        penalty = self.config.penalty
+        if not self._normalised or penalty.kind == "none":
+            return
+        change = groups.doubled(scored, penalty.gamma)
+        if change is not None and change <= groups.CANCELLED:
+            self._say(
+                f"gamma {penalty.gamma:g} ({penalty.gamma_units}): the trainer divides advantages by their spread, and "
+                f"the penalty's share of it is so large that twice the γ would change them by {change:.1%}: γ cancels. "
+                "A smaller γ, or advantages that are not normalised (scale_rewards=False), would have an effect"
+            )
+
+    def _say(self, sentence: str) -> None:
+        kind = sentence[:40]
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"fpo: {sentence}", stacklevel=4)
+
+
+def judgement(judged: Judged) -> Judgement:
+    """(n, 1) on the model's device → (n,) on the CPU, NaN where nothing was judged."""
+    lost = ~judged.effective.isfinite()
+    columns = (judged.reward, judged.reference_reward, judged.penalty, judged.effective)
+    return Judgement(*(one.masked_fill(lost, torch.nan)[:, 0].detach().cpu() for one in columns))
+
+
+def numbers(values: Tensor) -> list[float | None]:
+    """A tensor's numbers, None for NaN."""
+    return [None if value != value else value for value in values.tolist()]

@@ -1,0 +1,114 @@
+"""TRL: the reward model is retrained between a trainer's steps, and travels with its checkpoints."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fpo_train.errors import RunError
+
+from .reward import FPOReward
+
+STATE = "fpo.pt"
+
+
+class FPOCallback(TrainerCallback):
+    """Retrains an FPOReward's model every so many optimizer steps, on what the trainer has generated since.
+
+        GRPOTrainer(…, reward_funcs=reward, callbacks=[FPOCallback(reward)])
+
+    `checkpoint-<step>/fpo.pt` holds the reward model, its optimizer, the labelled pairs and γ's running scale. A
+    trainer that resumes there goes on as if it had not been interrupted, bit for bit where a new generation begins
+    with the next step (TRL itself does not save completions that are not used up). When training ends, the reward
+    model is written to `<output_dir>/reward_model`.
+
+    Args:
+        reward: the one that the trainer calls. every: optimizer steps between trainings.
+        resume: a checkpoint's folder to take the state from, where the trainer resumes from another place than
+            `<output_dir>/checkpoint-<step>`.
+
+    Raises:
+        RunError: a reward without an oracle: there would be nothing to train on.
+    """
+
+    def __init__(self, reward: FPOReward, every: int = 1, resume: str | os.PathLike[str] | None = None) -> None:
+        if every < 1:
+            raise RunError(f"every: wanted 1 step or more, got {every}")
+        if not reward.trains:
+            raise RunError("FPOCallback: the reward has no oracle to label pairs; wanted FPOReward(…, oracle=…)")
+        self.reward, self.every = reward, every
+        self._resume = None if resume is None else Path(resume)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **more: Any
+    ) -> None:
+        """Learn which model is trained and how, and go on from a checkpoint.
+
+        Raises:
+            RunError: the trainer resumes, and its checkpoint holds no state of a reward, or that of another one.
+        """
+        self.reward.watch(model, normalises(args))
+        if state.global_step:
+            folder = self._resume or checkpoint(args, state)
+            self.reward.load_state_dict(read_state(folder))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Retrain, where it is its turn."""
+        if state.global_step % self.every == 0:
+            self.reward.update()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Write the state beside the trainer's."""
+        if state.is_world_process_zero:
+            write_state(checkpoint(args, state), self.reward)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Write the reward model."""
+        if state.is_world_process_zero:
+            self.reward.model.save(Path(args.output_dir or ".") / "reward_model")
+
+
+def checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the trainer keeps its state after the step it is at."""
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def normalises(args: Any) -> bool:
+    """Whether a trainer with these arguments divides advantages by their spread (GRPO's and RLOO's settings)."""
+    if hasattr(args, "scale_rewards"):
+        grouped = getattr(args, "multi_objective_aggregation", "") == "normalize_then_sum"
+        return grouped or args.scale_rewards in (True, "group", "batch")
+    return bool(getattr(args, "normalize_advantages", False))
+
+
+def write_state(folder: Path, reward: FPOReward) -> None:
+    """Write a reward's state into a folder, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    half = folder / f"{STATE}.tmp"
+    with half.open("wb") as file:
+        torch.save(reward.state_dict(), file)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(folder / STATE)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `write_state` wrote.
+
+    Raises:
+        RunError: nothing there, or a damaged file.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        told = "the trainer resumes, but its checkpoint holds no state of the reward"
+        raise RunError(f"{path}: {told}; FPOCallback(…, resume=folder) names another place")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
