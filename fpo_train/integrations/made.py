@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from fpo_train.config import OracleConfig, PenaltyConfig, PenaltyKind, RewardModelConfig, RunConfig
+from fpo_train.config import PENALTY_KINDS, OracleConfig, PenaltyConfig, PenaltyKind, RewardModelConfig, RunConfig
 from fpo_train.data.sources import Classifier, load_sequence_classifier
 from fpo_train.data.turns import messages_of
 from fpo_train.errors import RunError, about
@@ -58,6 +58,13 @@ def run_config(
     Raises:
         RunError: settings that make no sense, as a run says it.
     """
+    for name, value, wanted in (
+        ("penalty", penalty, PENALTY_KINDS),
+        ("gamma_units", gamma_units, ("raw", "reward_std")),
+        ("train", train, (None, "head", "lora", "all")),
+    ):
+        if value not in wanted and not isinstance(value, PenaltyConfig):
+            raise RunError(f"{name}: wanted one of {', '.join(map(str, wanted))}, got {value!r}")
     kind = given.kind if isinstance(given, OnBase) else "classifier"
     follows = parameters if parameters in ("head", "lora") else "all"
     named = given if isinstance(given, str) else type(given).__name__
