@@ -1,21 +1,27 @@
 """Foresighted Policy Optimization: iterative RLHF whose policy answers for how it steers its reward model.
 
-`FPOReward`, `FPOCallback`, `OnBase` and `BaseReplies` are for other people's trainers; they are imported when they are
-first asked for, with torch and transformers behind them.
+`FPOReward`, `FPOCallback`, `OnBase`, `BaseReplies` and `load_model` are for other people's trainers; they are imported
+when they are first asked for, with torch and transformers behind them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .integrations.made import OnBase
+    from .integrations.made import OnBase, load_model
     from .integrations.references import BaseReplies
     from .integrations.reward import FPOReward
     from .integrations.trl import FPOCallback
 
 __version__ = "0.1.0"
-__all__ = ["BaseReplies", "FPOCallback", "FPOReward", "OnBase", "__version__"]
-_PLACES = {"BaseReplies": "references", "FPOCallback": "trl", "FPOReward": "reward", "OnBase": "made"}
+__all__ = ["BaseReplies", "FPOCallback", "FPOReward", "OnBase", "__version__", "load_model"]
+_PLACES = {
+    "BaseReplies": "references",
+    "FPOCallback": "trl",
+    "FPOReward": "reward",
+    "OnBase": "made",
+    "load_model": "made",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fpo_train.config import PENALTY_KINDS, OracleConfig, PenaltyConfig, PenaltyKind, RewardModelConfig, RunConfig
-from fpo_train.data.sources import Classifier, load_sequence_classifier
+from fpo_train.data.sources import Classifier, load_causal_lm, load_sequence_classifier
 from fpo_train.data.turns import messages_of
 from fpo_train.errors import RunError, about
 from fpo_train.oracle import Oracle
@@ -93,8 +93,6 @@ def reward_model(given: Any, tokenizer: Any, config: RunConfig, ranks: Ranks) ->
         with about("reward_model"):
             loaded = load_sequence_classifier(given, getattr(torch, config.reward_model.dtype))
         own, device = Classifier(loaded.model, tokenizer or loaded.tokenizer, loaded.trained), own_device()
-        if not loaded.trained:
-            raise RunError(f"reward_model.model {given}: its files hold no score head; wanted a trained reward model")
     elif isinstance(given, nn.Module):
         if tokenizer is None:
             raise RunError("tokenizer: wanted the reward model's, got None")
@@ -105,6 +103,19 @@ def reward_model(given: Any, tokenizer: Any, config: RunConfig, ranks: Ranks) ->
     else:
         raise RunError(f"reward_model: wanted a model, a folder, a hub id or OnBase, got a {type(given).__name__}")
     return ClassifierRewardModel(config, ranks, device, own, reads)
+
+
+def load_model(name: str, dtype: str = "float32", quantization: str = "none") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer: `smollm2`, a local folder, a GGUF file or a hub id.
+
+    Args:
+        dtype: "float32" or "bfloat16", of the weights, or of the computation where they are quantised.
+        quantization: "none", "nf4" or "int8".
+
+    Raises:
+        RunError: it cannot be loaded.
+    """
+    return load_causal_lm(name, getattr(torch, dtype), quantization)
 
 
 def own_device() -> torch.device:

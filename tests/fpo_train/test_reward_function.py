@@ -304,8 +304,15 @@ def test_folders_are_loaded(classifier, tokenizer, tmp_path, tiny):
     direct = FPOReward(classifier, tokenizer, **asked).score(PROMPTS, REPLIES, reference=REFERENCES)
     found = FPOReward(str(tmp_path / "rm"), **asked).score(PROMPTS, REPLIES, reference=REFERENCES)
     assert torch.equal(direct.effective, found.effective)
-    with pytest.raises(RunError, match="hold no score head"):
-        FPOReward(str(tiny))
+    fresh = FPOReward(str(tiny), **asked)
+    with pytest.raises(RunError, match=r"hold no score head; fit\(prompts, chosen, rejected\) sets one"):
+        fresh.score(PROMPTS, REPLIES, reference=REFERENCES)
+    with pytest.raises(RunError, match="fit: pair 1: wanted a text or one message of the assistant, got 3"):
+        fresh.fit(PROMPTS[:2], REPLIES[:2], [REFERENCES[0], 3])
+    fresh.fit(PROMPTS, REPLIES, REFERENCES)
+    found = fresh.score(PROMPTS, REPLIES, reference=REFERENCES)
+    assert (found.reward > found.reference_reward).all()
+    assert fresh.pairs == 6
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fpo_train.errors import RunError
 if sys.version_info < (3, 11):  # TRL needs 3.11
     pytest.skip("TRL needs Python 3.11", allow_module_level=True)
 
-from . import trl_runs as runs  # noqa: E402
+from . import trl_runs as runs
 
 ROOT = Path(__file__).parents[2]
 
