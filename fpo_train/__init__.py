@@ -1,7 +1,7 @@
 """Foresighted Policy Optimization: iterative RLHF whose policy answers for how it steers its reward model.
 
-`FPOReward`, `FPOCallback`, `OnBase`, `BaseReplies` and `load_model` are for other people's trainers; they are imported
-when they are first asked for, with torch and transformers behind them.
+What it offers to other people's trainers (`FPOReward`, `FPOCallback`, …) is imported when it is first asked for, with
+torch and transformers behind it.
 """
 
 from importlib import import_module
@@ -9,15 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .integrations.made import OnBase, load_model
+    from .integrations.monitor import FPOMonitor
     from .integrations.references import BaseReplies
     from .integrations.reward import FPOReward
-    from .integrations.trl import FPOCallback
+    from .integrations.trl import FPOCallback, MonitorCallback
 
 __version__ = "0.1.0"
-__all__ = ["BaseReplies", "FPOCallback", "FPOReward", "OnBase", "__version__", "load_model"]
+__all__ = [
+    "BaseReplies",
+    "FPOCallback",
+    "FPOMonitor",
+    "FPOReward",
+    "MonitorCallback",
+    "OnBase",
+    "__version__",
+    "load_model",
+]
 _PLACES = {
     "BaseReplies": "references",
     "FPOCallback": "trl",
+    "FPOMonitor": "monitor",
+    "MonitorCallback": "trl",
     "FPOReward": "reward",
     "OnBase": "made",
     "load_model": "made",

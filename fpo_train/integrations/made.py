@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -115,7 +115,10 @@ def load_model(name: str, dtype: str = "float32", quantization: str = "none") ->
     Raises:
         RunError: it cannot be loaded.
     """
-    return load_causal_lm(name, getattr(torch, dtype), quantization)
+    model, tokenizer = load_causal_lm(name, getattr(torch, dtype), quantization)
+    if quantization == "none" and getattr(model, "is_quantized", False):  # a GGUF file's weights are unpacked by now
+        model.hf_quantizer.remove_quantization_config(model)  # trainers refuse what is marked so
+    return model, tokenizer
 
 
 def own_device() -> torch.device:
@@ -178,6 +181,10 @@ class CalledOracle(FunctionOracle):
         columns: dict[str, list[Any]] = {}
         if isinstance(rollout, Grouped):
             places = [rollout.place(row) for row in rows]
-            wanted = {key: all_ for key, all_ in rollout.columns.items() if self._takes_all or key in self._takes}
-            columns = {key: [values[place] for place in places] for key, values in wanted.items()}
+            columns = {key: [values[place] for place in places] for key, values in rollout.columns.items()}
         return prompts, completions, columns
+
+    def ask(self, prompts: list[Any], completions: list[Any], columns: Mapping[str, list[Any]]) -> list[float]:
+        """See `FunctionOracle`: of the columns, those that the function takes."""
+        takes = {key: values for key, values in columns.items() if self._takes_all or key in self._takes}
+        return super().ask(prompts, completions, takes)

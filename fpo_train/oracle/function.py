@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,15 @@ class FunctionOracle(UtilityOracle):
         Raises:
             RunError: the function raises, or returns something else than one finite number, NaN or None a reply.
         """
-        numbers = rows.tolist()
-        prompts, completions, columns = self._asked(rollout, numbers)
+        values = self.ask(*self._asked(rollout, rows.tolist()))
+        return self._count(torch.tensor(values, dtype=torch.float32, device=rows.device), silent="no_answer")
+
+    def ask(self, prompts: list[Any], completions: list[Any], columns: Mapping[str, list[Any]]) -> list[float]:
+        """What the function says of completions, NaN where it cannot.
+
+        Raises:
+            RunError: see `utility`.
+        """
         try:
             if self._by_name:
                 returned = self._function(prompts=prompts, completions=completions, **columns)
@@ -62,8 +69,7 @@ class FunctionOracle(UtilityOracle):
                 returned = self._function(prompts, completions)
         except Exception as error:
             raise RunError(f"{self.setting}: {self._name} raised {_first_line(error)}") from error
-        values = self._values(returned, len(numbers))
-        return self._count(torch.tensor(values, dtype=torch.float32, device=rows.device), silent="no_answer")
+        return self._values(returned, len(completions))
 
     def _asked(self, rollout: Said, rows: list[int]) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
         """Prompts, completions and what else the function is given of some rows."""
