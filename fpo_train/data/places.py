@@ -49,7 +49,6 @@ def look_on_hub(name: str) -> None:
     Raises:
         RunError: no answer, no such model, or one that it does not show to this user.
     """
-    import httpx
     from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import build_hf_headers
@@ -63,7 +62,7 @@ def look_on_hub(name: str) -> None:
         raise RunError(f"{complaint}, and it can be no id on the hub") from error
     try:
         answer = get_session().head(url, headers=build_hf_headers(), timeout=PATIENCE)
-    except httpx.HTTPError as error:
+    except Exception as error:  # of the HTTP library that this version of the hub's client happens to use
         why = str(error) or type(error).__name__
         raise RunError(f"{complaint}, and the hub cannot be asked for it ({why})") from error
     if answer.headers.get("X-Error-Code") == "GatedRepo":

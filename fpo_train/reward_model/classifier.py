@@ -24,6 +24,7 @@ from fpo_train.rollout import rows_of as texts_of
 
 from .base import Reading, RewardModel, Scores
 from .inputs import TextInputs
+from .kept import TRAINED, classifier_of, kept_in
 
 if TYPE_CHECKING:
     from .replay import Pair
@@ -83,10 +84,10 @@ class ClassifierRewardModel(RewardModel):
         Raises:
             RunError: it cannot be loaded, has no score head, or no layers to adapt.
         """
-        settings = config.reward_model
+        settings, kept = config.reward_model, kept_in(config.reward_model.classifier)
         if given is None:
             with about("reward_model"):
-                given = load_sequence_classifier(settings.classifier, getattr(torch, settings.dtype))
+                given = load_sequence_classifier(classifier_of(settings.classifier), getattr(torch, settings.dtype))
         self._whole, tokenizer, self.comes_trained = given
         self._whole.requires_grad_(False)
         if not getattr(self._whole, "is_quantized", False):  # such weights lie where they were loaded to
@@ -112,6 +113,9 @@ class ClassifierRewardModel(RewardModel):
         ]
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
+        if kept is not None:
+            kept.take_up(dict(module.named_parameters()))
+            self.comes_trained = True
         super().__init__(module, heads[-1], trained, config, processes)
 
     @property
@@ -153,9 +157,9 @@ class ClassifierRewardModel(RewardModel):
             self._tokenizer.save_pretrained(folder)
             return
         trained = {name: weight.contiguous() for name, weight in self.weights().items()}
-        save_file(trained, folder / "trained.safetensors")
+        save_file(trained, folder / TRAINED)
         description: dict[str, str | int] = {
-            "model": settings.classifier,
+            "model": classifier_of(settings.classifier),
             "trained": settings.train,
             "reads": settings.input,
         }

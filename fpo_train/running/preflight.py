@@ -9,6 +9,7 @@ from fpo_train.data.sources import look_at_classifier
 from fpo_train.errors import about
 from fpo_train.oracle.function import import_function
 from fpo_train.oracle.preferences import read_preferences
+from fpo_train.reward_model.kept import classifier_of
 
 
 def look_ahead(config: RunConfig) -> None:
@@ -20,7 +21,7 @@ def look_ahead(config: RunConfig) -> None:
     """
     if config.reward_model.kind == "classifier":
         with about("reward_model"):
-            look_at_classifier(config.reward_model.classifier)
+            look_at_classifier(classifier_of(config.reward_model.classifier))
     oracle = config.oracle
     if oracle.kind == "gold" and not (Path(oracle.model).expanduser() / "head.safetensors").is_file():
         with about("oracle"):

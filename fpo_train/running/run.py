@@ -286,6 +286,9 @@ def _run_one(config: RunConfig, workshop: Workshop, request: Request, turn: str)
             records.cut(out / name, done)
         cut(out / records.WATCHED, done, config.iterations)
     processes = parts.processes
+    if main and done:
+        rest = config.iterations - done
+        say(f"goes on after iteration {done} of {config.iterations}" + ("" if rest else ": nothing is left to do"))
     if main and workshop.config.compare:
         say(f"{config.penalty.kind}: {turn}")
     processes.barrier()

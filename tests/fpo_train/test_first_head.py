@@ -60,3 +60,20 @@ def test_a_gold_oracle_has_to_come_trained(tiny, encoders, tmp_path, capfd):
     assert main(arguments(tiny, tmp_path / "run", *options)) == 1
     assert "its files hold no score head; wanted a trained reward model" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_the_reward_model_that_another_trained(tiny, encoders, tmp_path, capfd):
+    trained, first, second = encoders["trained"], tmp_path / "first", tmp_path / "second"
+    shared = ["--reward_model.kind", "classifier", "--reward_model.input", "pair", "--penalty.kind", "none"]
+    asked = [*shared, "--reward_model.model", trained, "--iterations", "2", "--reward_model.learning_rate", "0.01"]
+    assert main(arguments(tiny, first, *asked)) == 0
+    weights = load_file(first / "reward_model" / "trained.safetensors")["classifier.weight"]
+    assert not torch.equal(weights, load_file(trained / "model.safetensors")["classifier.weight"])
+    head = head_after(tiny, second, first / "reward_model")
+    assert torch.equal(head, weights)
+    assert f"its score head is trained, from {first / 'reward_model'}; taken as it is" in capfd.readouterr().err
+    assert json.loads((second / "reward_model" / "config.json").read_text())["model"] == str(trained)
+    lost = ["--reward_model.model", first / "reward_model", "--iterations", "1", "--reward_model.fit_pairs", "0"]
+    (first / "reward_model" / "trained.safetensors").write_bytes(b"cut")
+    assert main(arguments(tiny, tmp_path / "third", *shared, *lost)) == 1
+    assert "its trained.safetensors is damaged" in capfd.readouterr().err
