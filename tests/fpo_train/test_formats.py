@@ -126,7 +126,7 @@ def test_what_is_no_talk(tmp_path, value):
 
 
 REFUSED = {
-    ("a.csv", "question,answer\nWhy?,So.\n"): 'under "prompt", it has question, answer; which of them, data.column says',
+    ("a.csv", "question,answer\nWhy?,So.\n"): 'row 1 has no text under "prompt", it has question, answer; which of',
     ("a.csv", "prompt,note\nWhy?,a\nHow?\n"): "row 2, on line 3, has too many or too few fields; wanted",
     ("a.csv", 'prompt\n"Why?\nHow?\n'): "behind row 0 is no table",
     ("a.csv", "prompt\n"): "holds no prompts",
