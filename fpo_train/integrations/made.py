@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fpo_train.config import PENALTY_KINDS, OracleConfig, PenaltyConfig, PenaltyKind, RewardModelConfig, RunConfig
-from fpo_train.data.sources import Classifier, load_causal_lm, load_sequence_classifier
+from fpo_train.data.sources import Classifier, load_causal_lm
 from fpo_train.data.turns import messages_of
 from fpo_train.errors import RunError, about
 from fpo_train.oracle import Oracle
@@ -22,7 +22,7 @@ from fpo_train.policy.adapters import POLICY
 from fpo_train.processes import Ranks
 from fpo_train.reward_model import RewardModel
 from fpo_train.reward_model.classifier import ClassifierRewardModel
-from fpo_train.reward_model.kept import classifier_of
+from fpo_train.reward_model.kept import load_classifier
 from fpo_train.reward_model.on_base import AdapterRewardModel, HeadRewardModel
 from fpo_train.rollout import Said
 
@@ -92,7 +92,7 @@ def reward_model(given: Any, tokenizer: Any, config: RunConfig, ranks: Ranks) ->
         return _on_base(given, tokenizer, config, ranks, reads)
     if isinstance(given, str):
         with about("reward_model"):
-            loaded = load_sequence_classifier(classifier_of(given), getattr(torch, config.reward_model.dtype))
+            loaded = load_classifier(given, getattr(torch, config.reward_model.dtype))
         own, device = Classifier(loaded.model, tokenizer or loaded.tokenizer, loaded.trained), own_device()
     elif isinstance(given, nn.Module):
         if tokenizer is None:

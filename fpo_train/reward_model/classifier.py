@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fpo_train.config import RunConfig
 from fpo_train.config.seeds import mix
+from fpo_train.data.adapters import TRAINED, kept_in
 from fpo_train.data.limits import alike, context_of, pad_id, rows_of
-from fpo_train.data.sources import Classifier, load_sequence_classifier
+from fpo_train.data.sources import Classifier
 from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError, about
 from fpo_train.policy.adapters import REWARD, complaint, refuse_unmatched
@@ -24,7 +25,7 @@ from fpo_train.rollout import rows_of as texts_of
 
 from .base import Reading, RewardModel, Scores
 from .inputs import TextInputs
-from .kept import TRAINED, classifier_of, kept_in
+from .kept import load_classifier, take_up
 
 if TYPE_CHECKING:
     from .replay import Pair
@@ -87,8 +88,9 @@ class ClassifierRewardModel(RewardModel):
         settings, kept = config.reward_model, kept_in(config.reward_model.classifier)
         if given is None:
             with about("reward_model"):
-                given = load_sequence_classifier(classifier_of(settings.classifier), getattr(torch, settings.dtype))
+                given = load_classifier(settings.classifier, getattr(torch, settings.dtype))
         self._whole, tokenizer, self.comes_trained = given
+        self._named = settings.classifier if kept is None else kept.model
         self._whole.requires_grad_(False)
         if not getattr(self._whole, "is_quantized", False):  # such weights lie where they were loaded to
             self._whole.to(device)
@@ -114,7 +116,7 @@ class ClassifierRewardModel(RewardModel):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
         if kept is not None:
-            kept.take_up(dict(module.named_parameters()))
+            take_up(kept, dict(module.named_parameters()))
             self.comes_trained = True
         super().__init__(module, heads[-1], trained, config, processes)
 
@@ -159,7 +161,7 @@ class ClassifierRewardModel(RewardModel):
         trained = {name: weight.contiguous() for name, weight in self.weights().items()}
         save_file(trained, folder / TRAINED)
         description: dict[str, str | int] = {
-            "model": classifier_of(settings.classifier),
+            "model": self._named,
             "trained": settings.train,
             "reads": settings.input,
         }

@@ -1,10 +1,8 @@
-"""A classifier that a run has trained, as its `reward_model/` keeps it: whose it is, and the weights that differ."""
+"""Classifiers by name: whole ones, those that a run has trained, and adapters of PEFT's on one."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,39 +10,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fpo_train.data.adapters import TRAINED, Kept, classifier_of, kept_in
+from fpo_train.data.sources import Classifier, load_sequence_classifier
+from fpo_train.data.weights import ADAPTER_CONFIG
 from fpo_train.errors import RunError
 
-TRAINED = "trained.safetensors"
 
+def take_up(kept: Kept, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Put the weights that a run has trained into a classifier's, by their names there.
 
-@dataclass(frozen=True)
-class Kept:
-    """What such a folder holds."""
-
-    folder: Path
-    model: str
-    """The classifier that was trained, by the name it had."""
-    trained: str
-    """`head` or `lora`."""
-
-    def take_up(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Put the weights into the classifier's, by their names there.
-
-        Raises:
-            RunError: a damaged file, or weights that have no place.
-        """
-        where = f"reward_model.model {self.folder}"
-        try:
-            weights: dict[str, Tensor] = load_file(self.folder / TRAINED)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{where}: its {TRAINED} is damaged: {error}") from error
-        lost = [name for name, weight in weights.items() if shape_of(parameters.get(name)) != weight.shape]
-        if lost:
-            wanted = f"it was trained with reward_model.train {self.trained}, which its weights need"
-            raise RunError(f"{where}: {len(lost)} of its {len(weights)} weights have no place, {lost[0]} one; {wanted}")
-        with torch.no_grad():
-            for name, weight in weights.items():
-                parameters[name].copy_(weight)
+    Raises:
+        RunError: a damaged file, or weights that have no place.
+    """
+    where = f"reward_model.model {kept.folder}"
+    try:
+        weights: dict[str, Tensor] = load_file(kept.folder / TRAINED)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{where}: its {TRAINED} is damaged: {error}") from error
+    lost = [name for name, weight in weights.items() if shape_of(parameters.get(name)) != weight.shape]
+    if lost:
+        wanted = f"it was trained with reward_model.train {kept.trained}, which its weights need"
+        raise RunError(f"{where}: {len(lost)} of its {len(weights)} weights have no place, {lost[0]} one; {wanted}")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
 
 
 def shape_of(parameter: nn.Parameter | None) -> torch.Size | None:
@@ -52,23 +41,24 @@ def shape_of(parameter: nn.Parameter | None) -> torch.Size | None:
     return None if parameter is None else parameter.shape
 
 
-def kept_in(name: str) -> Kept | None:
-    """What a folder of that name keeps, if it is one of a run's.
+def load_classifier(name: str, dtype: torch.dtype) -> Classifier:
+    """The classifier of that name; an adapter that PEFT trained on one is added into its weights, head and all.
 
     Raises:
-        RunError: it does not say of which model.
+        RunError: it cannot be loaded, or an adapter that is none of a classifier with one output.
     """
-    folder = Path(name).expanduser()
-    if not (folder / TRAINED).is_file():
-        return None
-    try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return Kept(folder, str(said["model"]), str(said["trained"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f'reward_model.model: {folder} has no config.json that names its "model"') from error
-
-
-def classifier_of(name: str) -> str:
-    """The model that has to be loaded for that name."""
     kept = kept_in(name)
-    return name if kept is None else kept.model
+    folder = Path(name if kept is None else kept.model).expanduser()
+    loaded = load_sequence_classifier(classifier_of(name), dtype)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return loaded
+    from peft import PeftModel
+
+    try:
+        model = PeftModel.from_pretrained(loaded.model, folder)
+        saved = any("modules_to_save" in key for key, _ in model.named_parameters())
+        whole = model.merge_and_unload(safe_merge=True)
+    except Exception as error:  # of packages of their own, over files of all kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"model {folder}: its adapter cannot be put on {classifier_of(name)}: {first}") from error
+    return Classifier(whole, loaded.tokenizer, loaded.trained or saved)

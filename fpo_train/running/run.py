@@ -115,8 +115,7 @@ class Workshop:
         what, main = f"loading policy.model {config.policy.model}", self.processes.main
         with Steps(what, STEPS + 1, "steps", shown=main, even=False) as step:
             self.policy = load_policy(self.config.policy, config.seed, self.processes.device, partial(step, 1))
-            if self.config.data.chat_template == "none":
-                self.policy.tokenizer.chat_template = None
+            templates.choose(self.policy.tokenizer, self.config.data.chat_template)
             self._base = identity.of_model(self.policy.lm, self.policy.tokenizer)
             step(1, "fingerprint taken")
         self._begun_on = adapter_at(self.config.policy.model)
