@@ -129,7 +129,8 @@ class Workshop:
         if self._skipped and self.processes.main:
             rows_told = "1 row" if len(self._skipped) == 1 else f"{len(self._skipped)} rows"
             told = f"{rows_told} skipped, {len(self.prompts)} prompts left"
-            print(f"data.prompts: {told}; the first: {self._skipped[0]}", file=sys.stderr)
+            first = self._skipped[0].removeprefix("data.prompts: ")
+            print(f"data.prompts: {told}; the first: {first}", file=sys.stderr)
         beyond_windows(self.policy, self.prompts.longest + config.rollout.max_new_tokens)
         self._human = human_pairs(config, self.policy) if config.oracle.kind == "file" else HumanPairs()
         if self.processes.main and (told := self._human.told()):
