@@ -90,7 +90,7 @@ class ClassifierRewardModel(RewardModel):
     def read(self, rollout: Rollout, readings: Readings, rows_at_once: int = 0) -> Reading:
         """See `RewardModel`."""
         owners = [prompt.talk for prompt in rollout.prompts for _ in range(rollout.candidates + 1)]
-        return self._read(list(zip(owners, rollout.texts, strict=True)), rows_at_once)
+        return self.read_texts(list(zip(owners, rollout.texts, strict=True)), rows_at_once)
 
     def check(self, texts: Sequence[tuple[Talk, str]]) -> None:
         """See `RewardModel`. It also refuses a model that reads a text otherwise beside a longer one."""
@@ -111,7 +111,12 @@ class ClassifierRewardModel(RewardModel):
         known = [row for pair in pairs for row in pair.features or ()]
         if self._frozen_body and len(known) == len(rows):
             return Reading(self._texts.batch(rows, self.device), torch.stack(known).to(self.device))
-        return self._read(rows, rows_at_once)
+        return self.read_texts(rows, rows_at_once)
+
+    def read_texts(self, texts: Sequence[tuple[Talk, str]], rows_at_once: int = 0) -> Reading:
+        """What it reads of (prompt, reply) rows; what its head reads too, where all beneath the head is frozen."""
+        reading = Reading(self._texts.batch(texts, self.device), None)
+        return Reading(reading.batch, self.head_inputs(reading, rows_at_once)) if self._frozen_body else reading
 
     def save(self, folder: Path) -> None:
         """Write the model as `save_pretrained` does, or its adapter and head alone where only those are trained."""
@@ -147,7 +152,3 @@ class ClassifierRewardModel(RewardModel):
                 found = list(settings.lora_targets)
                 raise RunError(f"reward_model.lora_targets {found}: {complaint(error)}") from error
         refuse_unmatched(self._whole, REWARD, settings.lora_targets, "reward_model.lora_targets")
-
-    def _read(self, rows: list[tuple[Talk, str]], rows_at_once: int) -> Reading:
-        reading = Reading(self._texts.batch(rows, self.device), None)
-        return Reading(reading.batch, self.head_inputs(reading, rows_at_once)) if self._frozen_body else reading
