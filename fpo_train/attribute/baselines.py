@@ -1,4 +1,4 @@
-"""What words and embeddings say of the same question: which pairs are like a reply, whatever the reward model learnt."""
+"""What words and embeddings say of the same question: which pairs are like a reply, whatever was learnt of them."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """The influence of training pairs on rewards, from gradients or their sketches; on tensors alone.
 
-A pair j of (chosen, rejected) with margin Δ_j = r(chosen) − r(rejected) and label p_j, the probability that chosen is the
-better one, has the loss ℓ_j = BCE(σ(Δ_j), p_j) and so the gradient ∇ℓ_j = c_j·u_j with c_j = σ(Δ_j) − p_j, which is
+A pair j of (chosen, rejected) with margin Δ_j = r(chosen) − r(rejected) and label p_j, the probability that chosen is
+the better one, has the loss ℓ_j = BCE(σ(Δ_j), p_j) and so the gradient ∇ℓ_j = c_j·u_j with c_j = σ(Δ_j) − p_j, which is
 −σ(−Δ_j) where p_j is 1, and u_j = ∇r(chosen) − ∇r(rejected). What a gradient step on it, or counting it more and
-retraining, does to the reward of a reply z is, to first order, along
+retraining, does to the reward of a reply z is, to first order and per unit of the step or the count,
 
     influence(j, z) = −⟨∇r(z), F⁻¹ ∇ℓ_j⟩
 
-with F = I for a step of gradient descent (TracIn, summed over states of the model, each times its learning rate), or the
-damped curvature of all pairs (influence functions). Above 0: the pair taught the reward model to like z.
+with F = I for a step of gradient descent (TracIn, summed over states of the model, each times its learning rate), or
+the damped curvature of all pairs (influence functions). Above 0: the pair taught the reward model to like z.
 """
 
 from __future__ import annotations

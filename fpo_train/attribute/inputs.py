@@ -79,8 +79,8 @@ def read_pairs(config: AttributeConfig) -> list[TrainingPair]:
 def read_replies(config: AttributeConfig) -> list[Reply]:
     """The replies of the file, or the one of the command line.
 
-    In a row the reply is `reply`, else `completion`: a text, or messages that end with the assistant's; the turns before
-    it are the prompt where there is no `prompt`. `messages` alone are a prompt and its reply.
+    In a row the reply is `reply`, else `completion`: a text, or messages that end with the assistant's; the turns
+    before it are the prompt where there is no `prompt`. `messages` alone are a prompt and its reply.
 
     Raises:
         RunError: no such file, no reply in it, or a row of another form; it is named with its file and column.

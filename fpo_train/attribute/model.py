@@ -40,7 +40,7 @@ def described(config: ReadModelConfig) -> RewardModelConfig:
     with about("reward_model"):
         look_at_classifier(told["model"])
     reads = told.get("reads", "chat") if config.input == "auto" else config.input
-    more = {key: told[key] for key in ("lora_rank", "lora_alpha", "lora_targets") if key in told}
+    more: dict[str, Any] = {key: told[key] for key in ("lora_rank", "lora_alpha", "lora_targets") if key in told}
     more |= {"train": told.get("trained", "head"), "input": reads, "model": told["model"]}
     try:
         return RewardModelConfig(kind="classifier", max_tokens=config.max_tokens, dtype=config.dtype, **more)
@@ -82,11 +82,30 @@ def chosen(model: ClassifierRewardModel, parameters: str) -> list[str]:
     return found
 
 
-def identity(model: ClassifierRewardModel) -> str:
-    """By what a store knows whose gradients it has: weights, tokenizer, and how texts are read."""
+def identity(model: ClassifierRewardModel, beneath: bool = False) -> str:
+    """By what a store knows whose numbers it has: weights, tokenizer, and how texts are read.
+
+    Args:
+        beneath: of all but the score head, on which what that head reads does not depend.
+    """
     settings, tokenizer = model.config, of_tokenizer(model.tokenizer)
-    how = f"{settings.input} {settings.max_tokens} {settings.lora_alpha}"
-    return f"{fk.fingerprint(model.module)} {tokenizer} {how}"
+    weights = fk.fingerprint(_Beneath(model) if beneath else model.module)
+    return f"{weights} {tokenizer} {settings.input} {settings.max_tokens} {settings.lora_alpha}"
+
+
+class _Beneath(nn.Module):
+    """A reward model's weights without its score head's."""
+
+    def __init__(self, model: ClassifierRewardModel) -> None:
+        super().__init__()
+        self._whole = [model]  # in a list, so that it is no submodule
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """See `nn.Module`."""
+        (model,) = self._whole
+        head = {id(parameter) for parameter in model.head.parameters()}
+        whole = model.module.state_dict(*arguments, **options)
+        return {name: entry for name, entry in whole.items() if id(entry) not in head}
 
 
 class Checkpoints:
@@ -102,6 +121,9 @@ class Checkpoints:
                 if name not in self._own or tuple(self._own[name].shape) != shape:
                     what = f"has no {name} of shape {tuple(shape)}"
                     raise RunError(f"checkpoints: {checkpoint.path}: the reward model {what}")
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def __iter__(self) -> Iterator[float]:
         """Bring the model to each state in turn, with its learning rate; it is as it was when the turns are over."""
@@ -152,7 +174,8 @@ def _told(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f'{SETTING}: {path} does not say its "model", what is "trained" and what it "reads"') from error
     if told["trained"] == "lora":
-        layers = {name.partition(".lora_")[0].rpartition(".")[2] for name in _weights(folder / TRAINED) if ".lora_" in name}
+        factors = [name for name in _weights(folder / TRAINED) if ".lora_" in name]
+        layers = {name.partition(".lora_")[0].rpartition(".")[2] for name in factors}
         told |= {key: found[key] for key in ("lora_rank", "lora_alpha") if key in found}
         told["lora_targets"] = tuple(sorted(layers))
     return told

@@ -1,7 +1,8 @@
 """Every setting of a run, a study, an evaluation or an attribution, documented and checked; imports no torch.
 
-`settings` is a run's, `evaluation` that of `fpo-train eval`, `attribution` that of `fpo-train attribute`, `profiles` the named sets of defaults; `checks` and
-`units` read values, `words` a command line, and `seeds` makes one seed everyone's.
+`settings` is a run's, `evaluation` that of `fpo-train eval`, `attribution` that of `fpo-train attribute`, `profiles`
+the named sets of defaults; `checks` and `units` read values, `words` a command line, and `seeds` makes one seed
+everyone's.
 """
 
 from .attribution import AttributeConfig, ReadModelConfig

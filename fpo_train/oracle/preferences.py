@@ -101,8 +101,8 @@ def labelled(rows: Iterable[Row], setting: str, system: str = "") -> Iterator[tu
         RunError: a row of another form; the message gives its number.
     """
     for row in rows:
-        prompt, *rest = _checked(row.columns, f"{setting}: {row.where}")
-        yield row.where, (instructed(prompt, system), *rest)
+        prompt, chosen, rejected, preference = _checked(row.columns, f"{setting}: {row.where}")
+        yield row.where, (instructed(prompt, system), chosen, rejected, preference)
 
 
 def _checked(row: Any, where: str) -> Labelled:
