@@ -286,7 +286,11 @@ def _attribute(options: Any) -> int:
             raise UsageError(f"{name}: nothing here has a use for it; it goes with {wanted}")
     from fpo_train.attribute.attribution import attribute
 
-    print(f"results: {attribute(config)}")
+    try:
+        print(f"results: {attribute(config)}")
+    except KeyboardInterrupt:
+        print("fpo-train attribute: stopped; the same command goes on", file=sys.stderr)
+        return STOPPED
     return DONE
 
 

@@ -5,7 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
-from benchmarks.cases import influence, sketch, train_step, ways
+from benchmarks.cases import attribution, influence, sketch, train_step, ways
 from benchmarks.gpu_campaign import table
 from fpo_train.cli import main
 
@@ -116,6 +116,12 @@ def test_sketches_stores_and_checkpoints():
         rank = row["figures"]["rank correlation, ε = 0.001"]
         if row["setting"]["name"] == "LoRA" and row["competitor"] in ("formed gradients", "sketch, k = 4096"):
             assert f"{rank:.2f} from " in readme
+
+
+def test_the_attribution_page():
+    page = (ROOT / "docs" / "attribution.md").read_text(encoding="utf-8")
+    found = json.loads((RESULTS / "cpu-1threads" / "attribution.json").read_text())["rows"]
+    assert "\n".join(attribution.chart(found)) in page
 
 
 def test_what_a_llama_holds(capsys):

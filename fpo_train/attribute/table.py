@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -14,12 +15,12 @@ from .baselines import ranks
 from .influence import Influences
 from .inputs import Reply, TrainingPair
 
-LIKE, DISLIKE = "like", "dislike"
+SIDES = {"like": 1, "dislike": -1}  # what a pair taught, and the sign of its influence
 SHOWN = 44  # characters of a text in the printed table
 HEAD = ("", "influence", "cosine", "BM25", "embedding", "pair", "chosen", "rejected")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Attribution:
     """Of m replies and n pairs, everything that is told.
 
@@ -40,50 +41,58 @@ class Attribution:
 
         `like` are the pairs of influence above 0, `dislike` those below; ranks are among all pairs, 1 the most like it.
         """
-        lexical, embedding = ranks(self.lexical), ranks(self.embedding)
-        for m, reply in enumerate(self.replies):
-            values = self.influences.influence[m]
-            order = values.argsort(descending=True, stable=True).tolist()
-            for side, sign, those in ((LIKE, 1, order), (DISLIKE, -1, order[::-1])):
-                taught = [n for n in those if sign * float(values[n]) > 0]
-                for rank, n in enumerate(taught[: top or None], start=1):
-                    pair = self.pairs[n]
-                    yield {
-                        "id": reply.name,
-                        "prompt": _written(reply.prompt),
-                        "reply": reply.text,
-                        "reward": float(self.rewards[m]),
-                        "taught": side,
-                        "rank": rank,
-                        "pair": n + 1,
-                        "where": pair.where,
-                        "influence": float(values[n]),
-                        "cosine": float(self.influences.cosine[m, n]),
-                        "bm25": float(self.lexical[m, n]),
-                        "bm25_rank": int(lexical[m, n]),
-                        "embedding": float(self.embedding[m, n]),
-                        "embedding_rank": int(embedding[m, n]),
-                        "margin": float(self.margins[n]),
-                        "preference": pair.preference,
-                        "pair_prompt": _written(pair.prompt),
-                        "chosen": pair.chosen,
-                        "rejected": pair.rejected,
-                    }
+        for m in range(len(self.replies)):
+            for side in SIDES:
+                yield from self._rows(m, side, top)
+
+    def _rows(self, m: int, side: str, top: int) -> Iterator[dict[str, Any]]:
+        reply, (lexical, embedding) = self.replies[m], self._ranks
+        for rank, n in enumerate(self._taught(m, side)[: top or None], start=1):
+            pair = self.pairs[n]
+            yield {
+                "asked": m + 1,
+                "id": reply.name,
+                "prompt": _written(reply.prompt),
+                "reply": reply.text,
+                "reward": float(self.rewards[m]),
+                "taught": side,
+                "rank": rank,
+                "pair": n + 1,
+                "where": pair.where,
+                "influence": float(self.influences.influence[m, n]),
+                "cosine": float(self.influences.cosine[m, n]),
+                "bm25": float(self.lexical[m, n]),
+                "bm25_rank": int(lexical[m, n]),
+                "embedding": float(self.embedding[m, n]),
+                "embedding_rank": int(embedding[m, n]),
+                "margin": float(self.margins[n]),
+                "preference": pair.preference,
+                "pair_prompt": _written(pair.prompt),
+                "chosen": pair.chosen,
+                "rejected": pair.rejected,
+            }
+
+    def _taught(self, m: int, side: str) -> list[int]:
+        """The pairs of a side, the most influential first; of equal ones the earlier."""
+        values = self.influences.influence[m] * SIDES[side]
+        return values.argsort(descending=True, stable=True)[: int((values > 0).sum())].tolist()
+
+    @cached_property
+    def _ranks(self) -> tuple[Tensor, Tensor]:
+        return ranks(self.lexical), ranks(self.embedding)
 
     def text(self, top: int) -> str:
         """The same as aligned plain text, texts cut short."""
-        rows = list(self.rows(top))
         parts = []
         for m, reply in enumerate(self.replies):
             parts.append(f"reply {reply.name}, reward {float(self.rewards[m]):+.3f}: {short(reply.text, 90)}")
             if reply.prompt:
                 parts.append(f"to: {short(plain(reply.prompt), 90)}")
-            for side, sign in ((LIKE, 1), (DISLIKE, -1)):
-                count = int((self.influences.influence[m] * sign > 0).sum())
-                some = [row for row in rows if row["id"] == reply.name and row["taught"] == side]
-                shown = f", the first {len(some)} of them" if len(some) < count else ""
+            for side in SIDES:
+                count, rows = len(self._taught(m, side)), list(self._rows(m, side, top))
+                shown = f", the first {len(rows)} of them" if len(rows) < count else ""
                 parts.append(f"{count} of {len(self.pairs)} pairs taught the reward model to {side} it{shown}")
-                parts += _aligned(some)
+                parts += _aligned(rows)
             parts.append("")
         return "\n".join(parts).rstrip()
 
