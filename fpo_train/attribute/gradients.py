@@ -17,6 +17,7 @@ from torch import Tensor
 import fpo_kernels as fk
 from fpo_train.errors import RunError
 from fpo_train.penalty.gradients import refusals
+from fpo_train.policy.generation import check_finite
 from fpo_train.report.progress import Steps
 from fpo_train.reward_model import Reading
 from fpo_train.reward_model.classifier import ClassifierRewardModel
@@ -122,7 +123,7 @@ class Known:
     ) -> None:
         """`what`: named while it is computed. `gradients`: False: what the head reads alone is wanted.
 
-        Raises: RunError: as `Shelf`; weights whose gradients cannot be told apart by example.
+        Raises: RunError: as `Shelf`; weights whose gradients cannot be told apart by example, or that give none.
         """
         self._names = [pair.digest for pair in pairs]
         self.sides = [f"{name}{side}" for name in self._names for side in SIDES]
@@ -149,11 +150,15 @@ class Known:
         texts = [text for pair in pairs for text in pair.texts]
         sides = [f"{pair.digest}{side}" for pair in pairs for side in SIDES]
         if self._sketches is None:
-            self._hidden.add(reader.hidden(texts), sides)
-            return
-        hidden, gradients = reader.gradients(texts)
+            hidden = gradients = reader.hidden(texts)
+        else:
+            hidden, gradients = reader.gradients(texts)
+        told = f"reward_model: of {pairs[0].where} to {pairs[-1].where}"
+        check_finite(hidden, f"{told}, what its score head reads is not finite numbers")
+        check_finite(gradients, f"{told}, gradients are not finite numbers")
         self._hidden.add(hidden, sides)
-        self._sketches.add(gradients[::2] - gradients[1::2], [pair.digest for pair in pairs])
+        if self._sketches is not None:
+            self._sketches.add(gradients[::2] - gradients[1::2], [pair.digest for pair in pairs])
 
     def _has(self, name: str) -> bool:
         return f"{name}+" in self._hidden and (self._sketches is None or name in self._sketches)

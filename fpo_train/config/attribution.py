@@ -55,7 +55,8 @@ class AttributeConfig:
     reply: str = ""
     """That reply."""
     parameters: str = "head"
-    """Weights that gradients are over: `head`, `all`, `lora`, or comma-separated names and globs."""
+    """Weights that gradients are over: `head`, `all`, `lora`, `trainable` (what a run's folder says was trained there),
+    or comma-separated names and globs."""
     dim: int = 0
     """Numbers a gradient sketch, a power of two from 64 to 16384; 0: a head's gradients are taken whole, others'
     sketched to 4096."""

@@ -176,13 +176,32 @@ def test_the_reward_model_that_a_run_left(classifiers, ask, tmp_path, train):
     reading = kept.read_texts([("Name a lake.", "Geneva.")])
     wanted = float(kept.score(reading))
     said = ("--reward_model.input", "pair") if train == "all" else ()  # transformers' own files do not say
-    over = ("--parameters", train) if train == "lora" else ()
+    over = ("--parameters", "trainable") if train == "lora" else ()
     assert ask(*ONE, *over, *said, name=tmp_path / "reward_model")[0] == 0
     assert all(row["reward"] == pytest.approx(wanted, abs=1e-5) for row in rows())
     if train != "all":
         torn = load_file(tmp_path / "reward_model" / model.TRAINED)
         save_file(dict(list(torn.items())[1:]), tmp_path / "reward_model" / model.TRAINED)
         assert "does not fit" in ask(*ONE, name=tmp_path / "reward_model")[1]
+
+
+def test_numbers_that_are_none_are_said_to_be_the_models(ask, classifiers, tmp_path):
+    broken = AutoModelForSequenceClassification.from_pretrained(classifiers["bert"])
+    with torch.no_grad():
+        broken.bert.embeddings.word_embeddings.weight.fill_(math.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(classifiers["bert"]).save_pretrained(tmp_path / "broken")
+    code, err, _ = ask(*ONE, name=tmp_path / "broken")
+    assert code == 1
+    assert "what its score head reads is not finite numbers" in err
+
+
+def test_a_folder_of_something_else_is_left_alone(ask, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "environment.json").write_text("{}")
+    code, err, _ = ask(*ONE, out="run")
+    assert code == 1
+    assert "out: run holds something else; choose another folder" in err
 
 
 def test_turns_and_messages_are_read(ask):
