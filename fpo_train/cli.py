@@ -1,4 +1,4 @@
-"""The command line: `fpo-train run | plan | study | simulate | eval | report | fetch | doctor`.
+"""The command line: `fpo-train run | plan | study | simulate | eval | attribute | report | fetch | doctor`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped early and resumable.
 """
@@ -19,14 +19,14 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from fpo_train import __version__
-from fpo_train.config import PENALTY_KINDS, EvalConfig, RunConfig
+from fpo_train.config import PENALTY_KINDS, AttributeConfig, EvalConfig, RunConfig
 from fpo_train.config.profiles import PROFILES
 from fpo_train.config.used import refuse_idle
 from fpo_train.config.words import arranged, files_of, meant, refuse_torn
 from fpo_train.errors import RunError
 
 CONFIGS = Path(__file__).parent / "configs"
-C = TypeVar("C", RunConfig, EvalConfig)
+C = TypeVar("C", RunConfig, EvalConfig, AttributeConfig)
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
@@ -103,6 +103,9 @@ def build(profile: str = "sound") -> Parser:
 
     sub = command("eval", "Let policies answer a set of questions, and a judge compare the answers")
     sub.add_class_arguments(EvalConfig, None, fail_untyped=True)
+
+    sub = command("attribute", "Say which training pairs taught a reward model to like, or to dislike, a reply")
+    sub.add_class_arguments(AttributeConfig, None, fail_untyped=True)
 
     report = command("report", "Say what a table of pairwise judgements shows: wins, an interval, a test")
     report.add_argument("--judgements", type=str, required=True, help="CSV file with columns left, right and winner")
@@ -275,6 +278,22 @@ def _eval(options: Any) -> int:
     return DONE
 
 
+def _attribute(options: Any) -> int:
+    config = _config(AttributeConfig, options)
+    for name, used in (("damping", config.curvature), ("seed", config.sketched)):
+        if name in options["given"] and not used:
+            wanted = "curvature true" if name == "damping" else "sketches (dim, parameters)"
+            raise UsageError(f"{name}: nothing here has a use for it; it goes with {wanted}")
+    from fpo_train.attribute.attribution import attribute
+
+    try:
+        print(f"results: {attribute(config)}")
+    except KeyboardInterrupt:
+        print("fpo-train attribute: stopped; the same command goes on", file=sys.stderr)
+        return STOPPED
+    return DONE
+
+
 def _report(options: Any) -> int:
     from fpo_train.evaluate.judgements import report_command
 
@@ -358,6 +377,7 @@ COMMANDS = {
     "study": _study,
     "simulate": _simulate,
     "eval": _eval,
+    "attribute": _attribute,
     "report": _report,
     "fetch": _fetch,
     "doctor": _doctor,

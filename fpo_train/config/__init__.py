@@ -1,9 +1,11 @@
-"""Every setting of a run, a study or an evaluation, documented and checked; imports no torch.
+"""Every setting of a run, a study, an evaluation or an attribution, documented and checked; imports no torch.
 
-`settings` is a run's, `evaluation` that of `fpo-train eval`, `profiles` the named sets of defaults; `checks` and
-`units` read values, `words` a command line, and `seeds` makes one seed everyone's.
+`settings` is a run's, `evaluation` that of `fpo-train eval`, `attribution` that of `fpo-train attribute`, `profiles`
+the named sets of defaults; `checks` and `units` read values, `words` a command line, and `seeds` makes one seed
+everyone's.
 """
 
+from .attribution import AttributeConfig, ReadModelConfig
 from .evaluation import EvalConfig, JudgeConfig
 from .oracle import OracleConfig
 from .settings import (
@@ -26,6 +28,7 @@ from .settings import (
 __all__ = [
     "CLASSIFIER",
     "PENALTY_KINDS",
+    "AttributeConfig",
     "DataConfig",
     "EvalConfig",
     "JudgeConfig",
@@ -36,6 +39,7 @@ __all__ = [
     "PenaltyConfig",
     "PenaltyKind",
     "PolicyConfig",
+    "ReadModelConfig",
     "RewardModelConfig",
     "RolloutConfig",
     "RunConfig",

@@ -12,7 +12,7 @@ import yaml
 from .settings import RunConfig
 
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf", re.IGNORECASE)
-SWITCHES = ("--resume", "--dry_run", "--vectorised")  # true where they stand alone
+SWITCHES = ("--resume", "--dry_run", "--vectorised", "--curvature")  # true where they stand alone
 
 
 def arranged(arguments: list[str]) -> list[str]:

@@ -116,7 +116,7 @@ class ClassifierRewardModel(RewardModel):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
         if kept is not None:
-            take_up(kept, dict(module.named_parameters()))
+            take_up(kept, dict(module.named_parameters()), trained if kept.trained == settings.train else ())
             self.comes_trained = True
         super().__init__(module, heads[-1], trained, config, processes)
 
@@ -127,7 +127,7 @@ class ClassifierRewardModel(RewardModel):
 
     def read(self, rollout: Said, readings: Readings, rows_at_once: int = 0) -> Reading:
         """See `RewardModel`."""
-        return self._read(texts_of(rollout), rows_at_once)
+        return self.read_texts(texts_of(rollout), rows_at_once)
 
     def check(self, texts: Sequence[tuple[Talk, str]]) -> None:
         """See `RewardModel`. It also refuses a model that reads a text otherwise beside a longer one."""
@@ -148,7 +148,12 @@ class ClassifierRewardModel(RewardModel):
         known = [row for pair in pairs for row in pair.features or ()]
         if self._frozen_body and len(known) == len(rows):
             return Reading(self._texts.batch(rows, self.device), torch.stack(known).to(self.device))
-        return self._read(rows, rows_at_once)
+        return self.read_texts(rows, rows_at_once)
+
+    def read_texts(self, texts: Sequence[tuple[Talk, str]], rows_at_once: int = 0) -> Reading:
+        """What it reads of (prompt, reply) rows; what its head reads too, where all beneath the head is frozen."""
+        reading = Reading(self._texts.batch(texts, self.device), None)
+        return Reading(reading.batch, self.head_inputs(reading, rows_at_once)) if self._frozen_body else reading
 
     def save(self, folder: Path) -> None:
         """Write the model as `save_pretrained` does, or its adapter and head alone where only those are trained."""
@@ -184,7 +189,3 @@ class ClassifierRewardModel(RewardModel):
                 found = list(settings.lora_targets)
                 raise RunError(f"reward_model.lora_targets {found}: {complaint(error)}") from error
         refuse_unmatched(self._whole, REWARD, settings.lora_targets, "reward_model.lora_targets")
-
-    def _read(self, rows: list[tuple[Talk, str]], rows_at_once: int) -> Reading:
-        reading = Reading(self._texts.batch(rows, self.device), None)
-        return Reading(reading.batch, self.head_inputs(reading, rows_at_once)) if self._frozen_body else reading

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -16,11 +16,14 @@ from fpo_train.data.weights import ADAPTER_CONFIG
 from fpo_train.errors import RunError
 
 
-def take_up(kept: Kept, parameters: Mapping[str, nn.Parameter]) -> None:
+def take_up(kept: Kept, parameters: Mapping[str, nn.Parameter], wanted: Collection[str]) -> None:
     """Put the weights that a run has trained into a classifier's, by their names there.
 
+    Args:
+        wanted: names that the file must have.
+
     Raises:
-        RunError: a damaged file, or weights that have no place.
+        RunError: a damaged file, or weights that are missing or have no place.
     """
     where = f"reward_model.model {kept.folder}"
     try:
@@ -29,8 +32,10 @@ def take_up(kept: Kept, parameters: Mapping[str, nn.Parameter]) -> None:
         raise RunError(f"{where}: its {TRAINED} is damaged: {error}") from error
     lost = [name for name, weight in weights.items() if shape_of(parameters.get(name)) != weight.shape]
     if lost:
-        wanted = f"it was trained with reward_model.train {kept.trained}, which its weights need"
-        raise RunError(f"{where}: {len(lost)} of its {len(weights)} weights have no place, {lost[0]} one; {wanted}")
+        needs = f"it was trained with reward_model.train {kept.trained}, which its weights need"
+        raise RunError(f"{where}: {len(lost)} of its {len(weights)} weights have no place, {lost[0]} one; {needs}")
+    if missing := sorted(set(wanted) - set(weights)):
+        raise RunError(f"{where}: its {TRAINED} does not fit {kept.model}: it lacks {missing[0]}")
     with torch.no_grad():
         for name, weight in weights.items():
             parameters[name].copy_(weight)
