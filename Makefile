@@ -14,7 +14,7 @@ FPO_REQUIRE_NATIVE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export FPO_REQUIRE_NATIVE
 
-.PHONY: help setup demo test slow floor newest lint bench clean
+.PHONY: help setup demo test slow floor newest lint docs bench clean
 
 # a copy of the tree in $(1): its libraries are built against the torch there, and not in place of those of .venv
 define copy
@@ -73,8 +73,11 @@ lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP) ## build README and docs/ into site/, with the API from docstrings; open site/index.html
+	$(BIN)/python -m mkdocs build --strict
+
 bench: $(STAMP) ## run every benchmark case and write benchmarks/results/<device>/
 	$(BIN)/python -m benchmarks run all
 
 clean: ## remove what make built (.venv, .floor, .newest, native libraries, caches), never runs/
-	rm -rf .venv .floor .newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fpo_kernels/_native*
+	rm -rf .venv .floor .newest build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis fpo_kernels/_native*

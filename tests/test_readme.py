@@ -1,4 +1,4 @@
-"""Every number of the READMEs comes from a file in benchmarks/results."""
+"""Every number of the READMEs, and of the pages that go on from them, comes from a file in benchmarks/results."""
 
 import json
 import re
@@ -33,7 +33,15 @@ def test_costs():
     assert "\n".join(influence.chart(rows("influence"))) in readme
     gpu = json.loads((RESULTS / "nvidia-h200" / "campaign" / "engine.json").read_text())
     assert "\n".join(table.chart(gpu["rows"])) in readme
-    assert f"(ratio {by_name('head')['closed form']['ratio']['median']:.2f} in" in readme
+    assert f"(ratio {by_name('head')['closed form']['ratio']['median']:.2f} in" in prose("docs/kernels.md")
+    taken = {}
+    for row in rows("influence"):
+        taken.setdefault(row["setting"]["name"], {})[row["competitor"]] = row.get("ratio", {}).get("median")
+    cpu = [one[influence.HOOKS] / one[influence.OURS] for one in taken.values()]
+    ms = {(row["setting"], row["run"]): row["ms"] for row in gpu["rows"] if row.get("ms")}
+    h200 = [ms[one, "torch hooks"] / took for (one, run), took in ms.items() if run == "steering"]
+    said = f"{min(cpu):.2f} to {max(cpu):.2f} times our time on the CPU, {min(h200):.2f} to {max(h200):.2f} on the GPU"
+    assert said in prose("README.md")
 
 
 def test_the_linear_environment():
@@ -104,18 +112,18 @@ def test_the_sketch_page():
 
 
 def test_sketches_stores_and_checkpoints():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     for dim in (1024, 4096):
         cost, *_ = headline("engine_sketch", f"sketch, k = {dim}")
-        assert f"{cost:.2f} " in readme.split("## Sketches")[1]
+        assert f"{cost:.2f} " in page.split("## Sketches")[1]
     for cost in headline("tracin", "TracIn over all checkpoints / one forward"):
-        assert f"{cost:.2f}" in readme.split("## Sketches")[1]
+        assert f"{cost:.2f}" in page.split("## Sketches")[1]
     for row in rows("store"):
-        assert f"{1e3 * row['seconds']['median']:,.0f} ms" in readme or row["setting"]["does"] == "append"
+        assert f"{1e3 * row['seconds']['median']:,.0f} ms" in page or row["setting"]["does"] == "append"
     for row in rows("exact"):
         rank = row["figures"]["rank correlation, ε = 0.001"]
         if row["setting"]["name"] == "LoRA" and row["competitor"] in ("formed gradients", "sketch, k = 4096"):
-            assert f"{rank:.2f} from " in readme
+            assert f"{rank:.2f} from " in page
 
 
 def test_the_attribution_page():
@@ -140,23 +148,26 @@ def test_the_attribution_page():
 
 
 def test_what_a_llama_holds(capsys):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     for config in ("llama3_8b_24gb.yaml", "llama3_8b_16gb.yaml", "llama3_8b_8gb.yaml"):
         assert main(["plan", "--config", config]) == 0
         _, table = capsys.readouterr().out.strip().split("\n", 1)
-        assert table in readme
+        assert table in page
 
 
 def test_a_whole_iteration():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(train_step.chart(rows("train_step"))) in readme
+    page, said = (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), prose("docs/training.md")
+    assert "\n".join(train_step.chart(rows("train_step"))) in page
     short, long, _ = headline("train_step", "the paper's procedure")
-    assert f"{short:.2f} times as long as ours on short prompts and {long:.2f} times on long ones" in readme
-    assert f"{headline('train_step', 'FPO head-only (practical)')[2]:.2f} of plain RLHF" in readme
+    assert f"{short:.2f} times as long as ours on short prompts and {long:.2f} times on long ones" in said
+    head = headline("train_step", "FPO head-only (practical)")[2]
+    assert f"{head:.2f} of plain RLHF" in said
     (whole,), (lora,) = (headline("train_step", f"FPO over {what}") for what in ("all weights of MiniLM", "a LoRA"))
-    said = prose("README.md")
     assert f"trained and penalised {whole:.2f}, with a LoRA reward model on the base {lora:.2f}" in said
     assert f"Replies take {headline('decode', 'ours / transformers')[0]:.2f} of the time of transformers'" in said
+    readme = prose("README.md")
+    assert f"takes {head:.2f} of plain RLHF's time, with a LoRA reward model {lora:.2f};" in readme
+    assert f"takes {short:.2f} times as long as ours on short prompts" in readme
 
 
 def test_the_versions_that_are_served():
@@ -165,7 +176,7 @@ def test_the_versions_that_are_served():
     floor = dict(re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "constraints-floor.txt").read_text(), re.MULTILINE))
     assert len(least) == asked.count('"') // 2
     assert all(floor[name].startswith(version) for name, version in least.items())
-    said = prose("README.md")
+    said = prose("docs/install.md")
     assert f"oldest versions served (transformers {least['transformers']}, peft {least['peft']})" in said
     assert "below transformers 6," in said
     assert '"transformers>=5.0,<6"' in asked

@@ -11,10 +11,12 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from fpo_train import FPOMonitor, FPOReward, MonitorCallback
 from fpo_train.errors import RunError
+from fpo_train.report.watch import collapse
 
 from .test_reward_function import PROMPTS, REFERENCES, REPLIES, worth
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -103,12 +105,34 @@ def warned(kind, window):
     return sum(found), len(found)
 
 
+def fallen(kind):
+    """By how much each of these runs' utility falls, from its first five iterations to its last five."""
+    found = []
+    for path in RESULTS.glob(f"collapse*/{kind}/*/metrics.jsonl"):
+        rows = [json.loads(line)["oracle_utility"] for line in path.read_text(encoding="utf-8").splitlines()]
+        found.append((sum(rows[:5]) - sum(rows[-5:])) / 5)
+    return sorted(found)
+
+
 def test_false_alarms_on_healthy_runs():
     """docs/embedding.md quotes these: `relaxed` is healthy (its utility falls by 0.77 at most), `none` collapses."""
     assert {w: (warned("relaxed", w), warned("none", w)) for w in (10, 20)} == {
         10: ((0, 10), (2, 10)),
         20: ((1, 10), (2, 10)),
     }
+    page = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    for window in (10, 20):
+        assert f"| {window} | {warned('relaxed', window)[0]} | {warned('none', window)[0]} |" in page
+    said, plain = " ".join(page.split()), fallen("none")
+    assert f"its utility falls by {fallen('relaxed')[-1]:.2f} at most" in said
+    assert f"it falls by {plain[0]:.2f} to {plain[-1]:.2f}, on nine of the ten by {plain[1]:.2f} or more" in said
+
+
+def test_the_page_has_the_simulated_rates():
+    page = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    rows = [" ".join(line.split()) for line in collapse.__doc__.splitlines() if "%" in line and "|" in line]
+    assert len(rows) == 4
+    assert all(row in page for row in rows)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
