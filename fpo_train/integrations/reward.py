@@ -279,6 +279,8 @@ class FPOReward:
         if self._fresh:
             told = "its files hold no score head; fit(prompts, chosen, rejected) sets one"
             raise RunError(f"reward_model {self.config.reward_model.model}: {told}")
+        if not self.model.head.weight.any():
+            self._say("every reward is 0: the score head is all zeros; fit(prompts, chosen, rejected) begins it")
         said, complaints = grouped(prompts, completions, columns, self.reference, self.ranks, self.model.device)
         for complaint in complaints:
             self._say(f"cannot be scored: {complaint}")
