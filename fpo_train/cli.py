@@ -1,4 +1,4 @@
-"""The command line: `fpo-train run | plan | study | simulate | eval | report | fetch | doctor`.
+"""The command line: `fpo-train run | plan | study | simulate | eval | report | serve | fetch | doctor`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped early and resumable.
 """
@@ -19,14 +19,14 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from fpo_train import __version__
-from fpo_train.config import PENALTY_KINDS, EvalConfig, RunConfig
+from fpo_train.config import PENALTY_KINDS, EvalConfig, RunConfig, ServeConfig
 from fpo_train.config.profiles import PROFILES
 from fpo_train.config.used import refuse_idle
 from fpo_train.config.words import arranged, files_of, meant, refuse_torn
 from fpo_train.errors import RunError
 
 CONFIGS = Path(__file__).parent / "configs"
-C = TypeVar("C", RunConfig, EvalConfig)
+C = TypeVar("C", RunConfig, EvalConfig, ServeConfig)
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
@@ -103,6 +103,9 @@ def build(profile: str = "sound") -> Parser:
 
     sub = command("eval", "Let policies answer a set of questions, and a judge compare the answers")
     sub.add_class_arguments(EvalConfig, None, fail_untyped=True)
+
+    sub = command("serve", "Answer trainers in other processes over HTTP: rewards, and what retrains their model")
+    sub.add_class_arguments(ServeConfig, None, fail_untyped=True)
 
     report = command("report", "Say what a table of pairwise judgements shows: wins, an interval, a test")
     report.add_argument("--judgements", type=str, required=True, help="CSV file with columns left, right and winner")
@@ -275,6 +278,18 @@ def _eval(options: Any) -> int:
     return DONE
 
 
+def _serve(options: Any) -> int:
+    config = _config(ServeConfig, options)
+    with usage():
+        token = config.token()
+    if missing := [name for name in ("fastapi", "uvicorn") if not importlib.util.find_spec(name)]:
+        raise RunError(f"it needs {' and '.join(missing)}: pip install 'fpo-kernels[serve]', or both by their names")
+    from fpo_train.integrations.server.run import serve
+
+    serve(config, token)
+    return DONE
+
+
 def _report(options: Any) -> int:
     from fpo_train.evaluate.judgements import report_command
 
@@ -327,7 +342,7 @@ def _doctor(options: Any) -> int:
         print(f"  native/{kind:<9}{state}")
     for impl, state in _kernels().items():
         print(f"  kernels/{impl:<8}{state}")
-    for name in ("trl", "bitsandbytes", "vllm", "datasets"):
+    for name in ("trl", "bitsandbytes", "vllm", "datasets", "fastapi", "uvicorn"):
         print(f"  {name:<16}{'present' if importlib.util.find_spec(name) else 'absent (optional)'}")
     for name in KNOWN:
         print(f"  {name:<16}{cached(name) or 'not fetched yet'}")
@@ -359,6 +374,7 @@ COMMANDS = {
     "simulate": _simulate,
     "eval": _eval,
     "report": _report,
+    "serve": _serve,
     "fetch": _fetch,
     "doctor": _doctor,
 }

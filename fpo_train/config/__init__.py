@@ -1,7 +1,7 @@
 """Every setting of a run, a study, an evaluation or a server, documented and checked; imports no torch.
 
-`settings` is a run's, `evaluation` that of `fpo-train eval`, `serving` that of `fpo-train serve`, `profiles` the named sets of defaults; `checks` and
-`units` read values, `words` a command line, and `seeds` makes one seed everyone's.
+`settings` is a run's, `evaluation` that of `fpo-train eval`, `serving` that of `fpo-train serve`, `profiles` the named
+sets of defaults; `checks` and `units` read values, `words` a command line, and `seeds` makes one seed everyone's.
 """
 
 from .evaluation import EvalConfig, JudgeConfig

@@ -1,0 +1,163 @@
+"""What stands before the routes: tokens, sizes, time to read, draining; and what every answer is counted by."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any
+
+from .metrics import Metrics
+
+log = logging.getLogger("fpo_train.serve")
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+OPEN = "/health"  # the one route that asks for no token, for those who only look whether the server lives
+SWALLOWED = ("/openrlhf", "/slime")  # whose callers try again, and then go on without a reward
+
+
+class Refused(Exception):  # noqa: N818 (named for what has happened)
+    """A request that is not answered, and why."""
+
+    def __init__(self, status: int, detail: str, **headers: str) -> None:
+        super().__init__(detail)
+        self.status, self.detail = status, detail
+        self.headers = {key.replace("_", "-"): value for key, value in headers.items()}
+
+
+class Answer:
+    """Passes an answer on, and notes its status and what an error says."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self.status, self.said = send, 0, b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif self.status >= 400:
+            self.said += message.get("body", b"")[: 1000 - len(self.said)]
+        await self._send(message)
+
+    async def refuse(self, refused: Refused) -> None:
+        """Answer with an error; what is left of the body is not read, so that the connection ends."""
+        body = json.dumps({"detail": refused.detail}).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
+        coded = [(key.lower().encode(), value.encode()) for key, value in headers.items()]
+        await self({"type": "http.response.start", "status": refused.status, "headers": coded})
+        await self({"type": "http.response.body", "body": body})
+
+
+class Gate:
+    """ASGI around the application.
+
+    Args:
+        token: that requests must bring as a bearer, or as a basic password; empty: none.
+        body: bytes that one may have. seconds: in which it must have arrived.
+        routes: that are counted by their name. draining: whether new work is refused.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Awaitable[None]],
+        token: str,
+        body: int,
+        seconds: float,
+        metrics: Metrics,
+        routes: Collection[str],
+        draining: Callable[[], bool],
+    ) -> None:
+        self._app, self._token, self._most, self._seconds = app, token.encode(), body, seconds
+        self._metrics, self._routes, self._draining = metrics, routes, draining
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, answer = time.perf_counter(), Answer(send)
+        route = scope["path"] if scope["path"] in self._routes else "other"
+        try:
+            self._look(scope)
+            if scope["method"] == "POST":
+                receive = _again(await self._body(scope, receive), receive)
+            await self._app(scope, receive, answer)
+        except Refused as refused:
+            await answer.refuse(refused)
+        except Exception:
+            log.exception("%s failed", route)
+            if not answer.status:
+                await answer.refuse(Refused(500, "the server has failed; its log says how"))
+        finally:
+            self._metrics.answered(route, answer.status, time.perf_counter() - began)
+            if answer.status >= 400 and route != OPEN:
+                level = logging.ERROR if route in SWALLOWED else logging.WARNING
+                log.log(level, "%s answered %d: %s", route, answer.status, answer.said.decode("utf-8", "replace"))
+
+    def _look(self, scope: Message) -> None:
+        headers = {key.lower(): value for key, value in scope["headers"]}
+        if self._token and scope["path"] != OPEN and not self._known(headers.get(b"authorization", b"")):
+            told = "wanted the server's token, as Authorization: Bearer …"
+            raise Refused(401, told, WWW_Authenticate="Bearer", Connection="close")
+        if scope["method"] != "POST":
+            return
+        if self._draining():
+            raise Refused(503, "the server is draining; it takes no new work", Retry_After="5", Connection="close")
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._most:
+            raise self._too_large()
+        given = length not in (b"", b"0") or b"transfer-encoding" in headers
+        if given and headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
+            raise Refused(415, "wanted a body of the content type application/json", Connection="close")
+
+    def _known(self, authorization: bytes) -> bool:
+        scheme, _, given = authorization.partition(b" ")
+        given = given.strip()
+        if scheme.lower() == b"basic":  # of http://fpo:token@host, for callers who can be told nothing but an address
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except binascii.Error:
+                return False
+        elif scheme.lower() != b"bearer":
+            return False
+        return hmac.compare_digest(given, self._token)
+
+    async def _body(self, scope: Message, receive: Receive) -> bytes:
+        async def whole() -> bytes:
+            parts, size, more = [], 0, True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Refused(400, "the body was cut off", Connection="close")
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                more = message.get("more_body", False)
+                if size > self._most:
+                    raise self._too_large()
+            return b"".join(parts)
+
+        try:
+            return await asyncio.wait_for(whole(), self._seconds)
+        except asyncio.TimeoutError:
+            told = f"the body had not arrived after {self._seconds:g} seconds"
+            raise Refused(408, told, Connection="close") from None
+
+    def _too_large(self) -> Refused:
+        return Refused(413, f"the body is larger than {self._most} bytes", Connection="close")
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that brings a body which was read, and then whatever comes."""
+    left = [body]
+
+    async def once_more() -> Message:
+        if left:
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        return await receive()
+
+    return once_more
