@@ -57,7 +57,7 @@ def test_each_of_many_clients_gets_what_it_would_get_alone(folder, kind):
     bodies[3]["references"][0] = None
     wanted = [judged(reward, body) for body in bodies]
     until = time.monotonic() + 2
-    with serving(config) as (url, app), httpx.Client(base_url=url, timeout=60) as client:
+    with serving(config) as (url, _), httpx.Client(base_url=url, timeout=60) as client:
 
         def ask(who):
             count = 0

@@ -168,9 +168,11 @@ def _add_own(app: FastAPI, service: Service, bearer: Sequence[Any]) -> None:
         status: Any = "draining" if service.draining else "ready"
         return formats.Health(status=status, queue=service.worker.waiting)
 
-    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}, "description": "Prometheus' format."}}
+    text = {"content": {"text/plain": {}}, "description": "Prometheus' format."}
+    problem = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    said: dict[int | str, dict[str, Any]] = {200: text, 401: {"content": problem, "description": WHY[401]}}
 
-    @app.get("/metrics", responses=text | errors(401), response_class=PlainTextResponse, dependencies=bearer)
+    @app.get("/metrics", responses=said, response_class=PlainTextResponse, dependencies=bearer)
     async def metrics() -> PlainTextResponse:
         """Counters, in Prometheus' text format."""
         return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE)

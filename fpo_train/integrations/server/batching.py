@@ -97,6 +97,8 @@ class Worker:
         with self._more:
             if self._stopped:
                 raise Stopped("the server stops")
+            if len(self._queue) >= self._config.queue:  # for some nobody waits any more
+                self._queue = deque(one for one in self._queue if not one.answer.cancelled())
             if len(self._queue) >= self._config.queue:
                 raise Full(f"{len(self._queue)} requests wait already")
             self._queue.append(job)

@@ -112,8 +112,8 @@ def reply_of(query: str, prompt: str) -> str | None:
 
     A tokenizer may have put its own beginning in front of the prompt.
     """
-    _, found, reply = query.partition(prompt)
-    return reply if found or not prompt else None
+    _, found, reply = query.partition(prompt) if prompt else ("", True, query)
+    return reply if found else None
 
 
 def without_ends(reply: str, ends: Sequence[str]) -> str:
