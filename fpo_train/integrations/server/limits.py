@@ -32,16 +32,18 @@ class Refused(Exception):  # noqa: N818 (named for what has happened)
 
 
 class Answer:
-    """Passes an answer on, and notes its status and what an error says."""
+    """Passes an answer on, and notes its status and what an error says; `ended` is called before its end is sent."""
 
-    def __init__(self, send: Send) -> None:
-        self._send, self.status, self.said = send, 0, b""
+    def __init__(self, send: Send, ended: Callable[[Answer], None]) -> None:
+        self._send, self._ended, self.status, self.said = send, ended, 0, b""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
         elif self.status >= 400:
             self.said += message.get("body", b"")[: 1000 - len(self.said)]
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._ended(self)
         await self._send(message)
 
     async def refuse(self, refused: Refused) -> None:
@@ -80,8 +82,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, answer = time.perf_counter(), Answer(send)
+        began = time.perf_counter()
         route = scope["path"] if scope["path"] in self._routes else "other"
+        answer = Answer(send, lambda one: self._count(route, one, time.perf_counter() - began))
         try:
             self._look(scope)
             if scope["method"] == "POST":
@@ -93,11 +96,12 @@ class Gate:
             log.exception("%s failed", route)
             if not answer.status:
                 await answer.refuse(Refused(500, "the server has failed; its log says how"))
-        finally:
-            self._metrics.answered(route, answer.status, time.perf_counter() - began)
-            if answer.status >= 400 and route != OPEN:
-                level = logging.ERROR if route in SWALLOWED else logging.WARNING
-                log.log(level, "%s answered %d: %s", route, answer.status, answer.said.decode("utf-8", "replace"))
+
+    def _count(self, route: str, answer: Answer, seconds: float) -> None:
+        self._metrics.answered(route, answer.status, seconds)
+        if answer.status >= 400 and route != OPEN:
+            level = logging.ERROR if route in SWALLOWED else logging.WARNING
+            log.log(level, "%s answered %d: %s", route, answer.status, answer.said.decode("utf-8", "replace"))
 
     def _look(self, scope: Message) -> None:
         headers = {key.lower(): value for key, value in scope["headers"]}
