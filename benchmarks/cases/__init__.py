@@ -18,6 +18,7 @@ def cases() -> dict[str, Case]:
         influence,
         neural,
         products,
+        serving,
         sketch,
         store,
         tracin,
@@ -26,5 +27,5 @@ def cases() -> dict[str, Case]:
     )
 
     kernels = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
-    every = (*kernels, host, decode, train_step, neural)
+    every = (*kernels, host, decode, train_step, neural, serving)
     return {module.CASE.name: module.CASE for module in every}
