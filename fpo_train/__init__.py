@@ -1,21 +1,28 @@
 """Foresighted Policy Optimization: iterative RLHF whose policy answers for how it steers its reward model.
 
-`FPOReward`, `FPOCallback`, `OnBase` and `BaseReplies` are for other people's trainers; they are imported when they are
-first asked for, with torch and transformers behind them.
+`FPOReward`, `FPOCallback`, `OnBase`, `BaseReplies` and `FPOClient` are for other people's trainers; they are imported
+when they are first asked for, all but the last with torch and transformers behind them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .integrations.client import FPOClient
     from .integrations.made import OnBase
     from .integrations.references import BaseReplies
     from .integrations.reward import FPOReward
     from .integrations.trl import FPOCallback
 
 __version__ = "0.1.0"
-__all__ = ["BaseReplies", "FPOCallback", "FPOReward", "OnBase", "__version__"]
-_PLACES = {"BaseReplies": "references", "FPOCallback": "trl", "FPOReward": "reward", "OnBase": "made"}
+__all__ = ["BaseReplies", "FPOCallback", "FPOClient", "FPOReward", "OnBase", "__version__"]
+_PLACES = {
+    "BaseReplies": "references",
+    "FPOCallback": "trl",
+    "FPOClient": "client",
+    "FPOReward": "reward",
+    "OnBase": "made",
+}
 
 
 def __getattr__(name: str) -> Any:
