@@ -91,9 +91,9 @@ class FunctionOracle(UtilityOracle):
 
 
 def takes_names(function: Callable[..., Any]) -> bool:
-    """Whether a function can be called as function(prompts=…, completions=…); yes where it does not tell."""
+    """Whether a function has arguments prompts and completions, whatever else it takes; yes where it does not tell."""
     try:
-        inspect.signature(function).bind(prompts=[], completions=[])
+        inspect.signature(function).bind_partial(prompts=[], completions=[])
     except TypeError:
         return False
     except ValueError:  # of compiled code
