@@ -41,10 +41,18 @@ def vowels(prompts, completions):
         time.sleep(1.5)
     if any("break the oracle" in one for one in said):
         raise ValueError("broken")
+    if any("leave" in one for one in said):
+        raise SystemExit(1)
     return [sum(letter in "aeiou" for letter in text) / (len(text) or 1) for text in said]
 
 
+def graded(prompts, completions, grade):
+    """An oracle that reads a column, and needs it."""
+    return [float(one) for one in grade]
+
+
 ORACLE = f"{vowels.__module__}:vowels"
+GRADED = f"{graded.__module__}:graded"
 
 
 def made(config, token=""):

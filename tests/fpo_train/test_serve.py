@@ -10,7 +10,7 @@ import pytest
 from fpo_train.config import BatchingConfig, LearningConfig, ServeConfig
 from fpo_train.integrations.server.run import reward_of
 
-from .serving import ORACLE, asked, sample, scorer, serving
+from .serving import GRADED, ORACLE, asked, sample, scorer, serving
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,31 @@ def test_a_training_call_is_one_and_moves_the_scale_as_a_trainers_does(folder):
         assert agree(asked(url, **body).json(), judged(reward, body))
 
 
+def test_columns_reach_the_oracle_joined_or_not(folder):
+    config = ServeConfig(reward_model=folder, oracle=GRADED, penalty="relaxed", gamma_units="raw")
+    reward = reward_of(config)
+    bodies = [sample(f"{n}") | {"columns": {"grade": [n, n + 0.5]}} for n in range(8)]
+    wanted = [
+        reward.score(b["prompts"], b["completions"], reference=b["references"], **b["columns"]).effective.tolist()
+        for b in bodies
+    ]
+    with serving(config) as (url, _), concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda body: asked(url, **body), bodies))
+        missing = asked(url, **sample("without"))
+    assert all(alike(a.json()["effective"], b) for a, b in zip(answers, wanted, strict=True))
+    assert (missing.status_code, "grade" in missing.json()["detail"]) == (500, True)
+
+
+def test_an_update_that_fails_keeps_what_it_was_to_learn_from(folder):
+    config = ServeConfig(reward_model=folder, oracle=ORACLE, gamma_units="raw")
+    body = sample("kept")
+    body["completions"] = [f"{one} break the oracle" for one in body["completions"]]
+    with serving(config) as (url, app):
+        assert asked(url, **body, collect=True).status_code == 200
+        assert asked(url, "/update").status_code == 500
+        assert (app.state.service.worker.owner.collected, app.state.service.worker.owner.updates) == (2, 0)
+
+
 def test_a_group_is_of_one_request_alone(folder):
     config = ServeConfig(reward_model=folder, gamma_units="raw", reference="group")
     reward = reward_of(config)
@@ -159,10 +184,15 @@ def test_one_request_that_fails_does_not_fail_those_beside_it(folder):
     )
     bad = sample("bad")
     bad["completions"][1] = "break the oracle"
+    worse = sample("worse")
+    worse["completions"][0] = "leave"
     with serving(config) as (url, _), concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda body: asked(url, **body), [bad, *(sample(f"{n}") for n in range(7))]))
         text = httpx.get(f"{url}/metrics").text
+        left = asked(url, **worse)
+        assert asked(url, **sample("after")).status_code == 200
     assert [answer.status_code for answer in answers] == [500, *[200] * 7]
     assert "oracle" in answers[0].json()["detail"]
+    assert (left.status_code, left.json()["detail"]) == (500, "the reward has failed: it raised SystemExit")
     assert "Traceback" not in answers[0].text
     assert 'fpo_requests_total{route="/score",status="500"} 1' in text

@@ -126,6 +126,18 @@ def test_no_route_but_health_is_served_without_the_token(bound, route, given):
     assert httpx.get(f"{bound}/health").json() == {"status": "ready", "queue": 0}
 
 
+def test_without_a_token_the_server_must_be_called_by_its_name(folder):
+    with serving(ServeConfig(reward_model=folder, gamma_units="raw")) as (url, _):
+        for host, status in (
+            ("localhost:1", 200),
+            ("[::1]:8008", 200),
+            ("evil.example", 400),
+            ("evil.example:80", 400),
+        ):
+            answer = httpx.post(f"{url}/score", json=sample("x"), headers={"Host": host})
+            assert answer.status_code == status, answer.text
+
+
 def test_an_address_can_bring_the_token(bound):
     answer = httpx.post(bound.replace("http://", f"http://fpo:{TOKEN}@") + "/score", json=sample("x"))
     assert answer.status_code == 200

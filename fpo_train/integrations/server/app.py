@@ -26,7 +26,7 @@ from .reading import Reader
 
 ROUTES = ("/score", "/rewards", "/update", "/openrlhf", "/slime", "/health", "/metrics", "/openapi.json")
 WHY = {
-    400: "No JSON, or a body that was cut off.",
+    400: "No JSON, a body that was cut off, or another host's name.",
     401: "No token, or a wrong one.",
     408: "The body did not arrive in time.",
     409: "There is no oracle, and so nothing to learn.",
@@ -44,6 +44,7 @@ class Service:
 
     def __init__(self, config: ServeConfig, worker: Worker, metrics: Metrics) -> None:
         self.config, self.worker, self.metrics = config, worker, metrics
+        self.read = Reader(config, worker.owner.reward)
         self.draining = False
         metrics.gauges |= {
             "fpo_queue_requests": ("Requests that wait.", lambda: worker.waiting),
@@ -99,6 +100,7 @@ def create_app(config: ServeConfig, worker: Worker, metrics: Metrics, token: str
     app.add_middleware(
         Gate,
         token=token,
+        hosts=() if token else ("localhost", "127.0.0.1", "[::1]", config.host, f"[{config.host}]"),
         body=parse_bytes(config.limits.body, "limits.body"),
         seconds=config.limits.timeout,
         metrics=metrics,
@@ -117,12 +119,10 @@ ASKING = errors(400, 401, 408, 413, 415, 422, 500, 503, 504)
 
 
 def _add_batches(app: FastAPI, service: Service, bearer: Sequence[Any]) -> None:
-    read = Reader(service.config, service.worker.owner.reward)
-
     @app.post("/score", responses=ASKING, dependencies=bearer)
     async def score(batch: formats.ScoreBatch) -> formats.Scores:
         """What completions are worth at the weights and γ's scale as they are; nothing is counted."""
-        return _scores(await service.ask("score", read.batch(batch, batch.collect)))
+        return _scores(await service.ask("score", service.read.batch(batch, batch.collect)))
 
     @app.post("/rewards", responses=ASKING, dependencies=bearer)
     async def rewards(batch: formats.Batch) -> formats.Scores:
@@ -130,23 +130,21 @@ def _add_batches(app: FastAPI, service: Service, bearer: Sequence[Any]) -> None:
 
         A request is one call, by itself: bring all completions of a prompt in one.
         """
-        return _scores(await service.ask("rewards", read.batch(batch)))
+        return _scores(await service.ask("rewards", service.read.batch(batch)))
 
     @app.post("/update", responses=errors(400, 401, 408, 409, 413, 415, 500, 503, 504), dependencies=bearer)
     async def update() -> formats.Updated:
         """Train the reward model on what was collected since the last time."""
         if not service.worker.owner.reward.trains:
             raise Refused(409, "there is no oracle to label pairs; wanted fpo-train serve --oracle module:function")
-        return formats.Updated(**await service.ask("update", read.nothing()))
+        return formats.Updated(**await service.ask("update", service.read.nothing()))
 
 
 def _add_others(app: FastAPI, service: Service, bearer: Sequence[Any]) -> None:
-    read = Reader(service.config, service.worker.owner.reward)
-
     @app.post("/openrlhf", responses=ASKING, dependencies=bearer)
     async def openrlhf(query: formats.OpenRLHFQuery) -> formats.OpenRLHFScores:
         """OpenRLHF's remote reward; all is kept for the next update, where there is an oracle."""
-        worth: Worth = await service.ask("score", read.openrlhf(query))
+        worth: Worth = await service.ask("score", service.read.openrlhf(query))
         known = [_known(values, "query") for values in (worth.effective, worth.rewards, worth.penalties)]
         logs = {"fpo_reward": known[1], "fpo_penalty": known[2]}
         return formats.OpenRLHFScores(rewards=known[0], scores=known[0], extra_logs=logs)
@@ -154,7 +152,7 @@ def _add_others(app: FastAPI, service: Service, bearer: Sequence[Any]) -> None:
     @app.post("/slime", responses=ASKING, dependencies=bearer)
     async def slime(sample: formats.SlimeSample) -> float:
         """slime's remote_rm: a number alone; all is kept for the next update, where there is an oracle."""
-        worth: Worth = await service.ask("score", read.slime(sample))
+        worth: Worth = await service.ask("score", service.read.slime(sample))
         return _known(worth.effective, "response")[0]
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from fpo_train.config import BatchingConfig
 
 from .metrics import Metrics
-from .owner import Owner, Texts
+from .owner import Failed, Owner, Texts
 
 log = logging.getLogger("fpo_train.serve")
 Kind = Literal["score", "rewards", "update"]
@@ -153,12 +153,13 @@ class Worker:
                 answers = [self.owner.rewards(jobs[0].texts)]
             else:
                 answers = [self._update()]
-        except Exception as error:
+        except BaseException as error:  # whatever an oracle raises, sys.exit() too: the thread must live on
             if len(jobs) > 1:  # one of them is at fault, and the others are not to suffer for it
                 for job in jobs:
                     self._serve([job])
                 return
-            jobs[0].answer.set_exception(error)
+            named = error if isinstance(error, Exception) else Failed(f"it raised {type(error).__name__}")
+            jobs[0].answer.set_exception(named)
             return
         self._metrics.passed(len(jobs), sum(len(job.texts) for job in jobs))
         for job, answer in zip(jobs, answers, strict=True):
@@ -166,8 +167,8 @@ class Worker:
         if self.owner.due:
             try:
                 self._update()
-            except Exception:
-                log.exception("the update that was due has failed")
+            except BaseException:
+                log.exception("the update that was due has failed; the next request is the next try")
 
     def _scored(self, jobs: list[Job]) -> list[Any]:
         if not self._said and not self.owner.joins:
@@ -182,6 +183,9 @@ class Worker:
     def _update(self) -> dict[str, Any]:
         loss = self.owner.update()
         self._metrics.updated()
-        self._saved()
+        try:
+            self._saved()
+        except OSError:  # the model is trained all the same, and a second training would be wrong
+            log.exception("the state could not be written")
         log.info("update %d: loss %s, %d pairs kept", self.owner.updates, loss, self.owner.reward.pairs)
         return {"loss": loss, "pairs": self.owner.reward.pairs, "updates": self.owner.updates}

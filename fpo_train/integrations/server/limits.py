@@ -8,6 +8,7 @@ import binascii
 import hmac
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
@@ -60,6 +61,8 @@ class Gate:
 
     Args:
         token: that requests must bring as a bearer, or as a basic password; empty: none.
+        hosts: by one of which a request must call the server; none: by any. Without a token, a page in a browser on
+            this machine could else have its own name point here, and ask.
         body: bytes that one may have. seconds: in which it must have arrived.
         routes: that are counted by their name. draining: whether new work is refused.
     """
@@ -68,13 +71,14 @@ class Gate:
         self,
         app: Callable[..., Awaitable[None]],
         token: str,
+        hosts: Collection[str],
         body: int,
         seconds: float,
         metrics: Metrics,
         routes: Collection[str],
         draining: Callable[[], bool],
     ) -> None:
-        self._app, self._token, self._most, self._seconds = app, token.encode(), body, seconds
+        self._app, self._token, self._hosts, self._most, self._seconds = app, token.encode(), hosts, body, seconds
         self._metrics, self._routes, self._draining = metrics, routes, draining
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -108,6 +112,10 @@ class Gate:
         if self._token and scope["path"] != OPEN and not self._known(headers.get(b"authorization", b"")):
             told = "wanted the server's token, as Authorization: Bearer …"
             raise Refused(401, told, WWW_Authenticate="Bearer", Connection="close")
+        host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1"))
+        if self._hosts and host not in self._hosts:
+            told = f"wanted the server's own name, as {next(iter(self._hosts))}, in Host; or a token at its start"
+            raise Refused(400, told, Connection="close")
         if scope["method"] != "POST":
             return
         if self._draining():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -140,8 +141,9 @@ def _of_group(prompts: Sequence[Any], completions: Sequence[Any]) -> list[str | 
             replies.append(reply_in(completion, "completions"))
         except RunError as error:
             raise Refused(422, f"completions.{place}: {error}") from error
+    sizes = Counter(keys)
     for place, key in enumerate(keys):
-        if keys.count(key) == 1:
+        if sizes[key] == 1:
             told = "it is the only one of its prompt in this request; wanted its group, or references"
             raise Refused(422, f"completions.{place}: {told}")
     return list(next_in_group(keys, replies))
