@@ -23,8 +23,9 @@ class BatchingConfig:
     """Milliseconds that the first request of a pass may wait for others."""
     queue: int = 1024
     """Requests that may wait; more are answered 503."""
-    rows_at_once: int = 0
-    """Sequences on a tape, completions and references; 0: a pass's all."""
+    rows_at_once: int = 128
+    """Sequences on a tape, completions and references, which bounds the memory of large requests and of updates; 0: all
+    there are."""
 
     def __post_init__(self) -> None:
         positive("batching", texts=self.texts, queue=self.queue)

@@ -3,11 +3,15 @@
 import concurrent.futures
 import math
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from fpo_train.config import BatchingConfig, LearningConfig, ServeConfig
+from fpo_train.integrations.server.batching import Full, Stopped, Worker
+from fpo_train.integrations.server.metrics import Metrics
+from fpo_train.integrations.server.owner import Texts
 from fpo_train.integrations.server.run import reward_of
 
 from .serving import GRADED, ORACLE, asked, sample, scorer, serving
@@ -196,3 +200,57 @@ def test_one_request_that_fails_does_not_fail_those_beside_it(folder):
     assert (left.status_code, left.json()["detail"]) == (500, "the reward has failed: it raised SystemExit")
     assert "Traceback" not in answers[0].text
     assert 'fpo_requests_total{route="/score",status="500"} 1' in text
+
+
+class Noting:
+    """An owner that notes in which order it is asked for what."""
+
+    joins, due, updates, reward = True, False, 0, SimpleNamespace(pairs=0)
+
+    def __init__(self):
+        self.calls = []
+
+    def score(self, requests):
+        self.calls.append([one.prompts[0] for one in requests])
+        return requests
+
+    def rewards(self, texts):
+        self.calls.append(f"rewards {texts.prompts[0]}")
+
+    def update(self):
+        self.calls.append("update")
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_requests_are_served_in_order_and_joined_only_side_by_side(joins):
+    owner = Noting()
+    owner.joins = joins
+    worker = Worker(owner, BatchingConfig(texts=4, wait_ms=0, queue=20), Metrics())
+
+    def submit(kind, name, count=1, columns=()):
+        texts = Texts([name] * count, ["x"] * count, ["y"] * count, {key: [0] * count for key in columns})
+        return worker.submit(kind, texts)
+
+    jobs = [submit("score", "a"), submit("score", "b", 3), submit("score", "c"), submit("rewards", "d")]
+    jobs += [
+        submit("score", "e"),
+        submit("score", "f", columns=["grade"]),
+        submit("score", "g", 9),
+        submit("update", "h"),
+    ]
+    jobs += [submit("score", "nobody waits for it"), submit("score", "i")]
+    jobs[-2].cancel()
+    for _ in range(11):  # of which the last takes the place of that for which nobody waits
+        submit("score", "z")
+    with pytest.raises(Full, match="20 requests wait"):
+        submit("score", "z")
+    worker.start()
+    for job in jobs:
+        assert job.cancelled() or job.exception(5) is None
+    joined = [["a", "b"], ["c"], "rewards d", ["e"], ["f"], ["g"], "update", ["i"]]
+    alone = [["a"], ["b"], ["c"], "rewards d", ["e"], ["f"], ["g"], "update", ["i"]]
+    assert worker.stop(5)
+    found = [[one for one in call if one != "z"] if isinstance(call, list) else call for call in owner.calls]
+    assert [call for call in found if call] == (joined if joins else alone)
+    with pytest.raises(Stopped):
+        submit("score", "too late")

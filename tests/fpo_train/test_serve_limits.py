@@ -1,5 +1,6 @@
 """What a server refuses, and that it lives on: malformed, oversized, unauthorised, too much, too late."""
 
+import asyncio
 import concurrent.futures
 import json
 import socket
@@ -11,6 +12,8 @@ import pytest
 
 from fpo_train.cli import main
 from fpo_train.config import BatchingConfig, LimitsConfig, ServeConfig
+from fpo_train.integrations.server import limits
+from fpo_train.integrations.server.metrics import Metrics
 
 from .serving import ORACLE, SLOW, asked, sample, scorer, serving
 
@@ -105,6 +108,32 @@ def test_a_body_that_does_not_come_is_not_waited_for_long(bound):
     with socket.create_connection((host, int(port))) as line:  # and one that hangs up
         line.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
     assert lives(bound)
+
+
+def test_what_all_bodies_hold_together_is_bounded_and_given_back():
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.05)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def run():
+        gate = limits.Gate(app, "", (), 100, 5.0, Metrics(), ("/score",), lambda: False)
+        for _ in range(2):
+            answers = []
+            await asyncio.gather(*(ask_once(gate, answers) for _ in range(limits.AT_ONCE + 3)))
+            assert sorted(one for one in answers if one) == [200] * limits.AT_ONCE + [503] * 3
+            assert gate._held == 0
+
+    async def ask_once(gate, answers):
+        async def receive():
+            return {"type": "http.request", "body": b" " * 100}
+
+        async def send(message):
+            answers.append(message.get("status"))
+
+        await gate({"type": "http", "method": "POST", "path": "/score", "headers": []}, receive, send)
+
+    asyncio.run(run())
 
 
 def test_another_content_type_is_refused(bound):

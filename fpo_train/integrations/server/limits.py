@@ -20,6 +20,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 OPEN = "/health"  # the one route that asks for no token, for those who only look whether the server lives
+AT_ONCE = 64  # largest bodies that may be held at once, in the memory of the server, by all requests together
 SWALLOWED = ("/openrlhf", "/slime")  # whose callers try again, and then go on without a reward
 
 
@@ -80,6 +81,7 @@ class Gate:
     ) -> None:
         self._app, self._token, self._hosts, self._most, self._seconds = app, token.encode(), hosts, body, seconds
         self._metrics, self._routes, self._draining = metrics, routes, draining
+        self._held = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
@@ -89,10 +91,12 @@ class Gate:
         began = time.perf_counter()
         route = scope["path"] if scope["path"] in self._routes else "other"
         answer = Answer(send, lambda one: self._count(route, one, time.perf_counter() - began))
+        parts: list[bytes] = []
         try:
             self._look(scope)
             if scope["method"] == "POST":
-                receive = _again(await self._body(scope, receive), receive)
+                await self._body(receive, parts)
+                receive = _again(b"".join(parts), receive)
             await self._app(scope, receive, answer)
         except Refused as refused:
             await answer.refuse(refused)
@@ -100,6 +104,8 @@ class Gate:
             log.exception("%s failed", route)
             if not answer.status:
                 await answer.refuse(Refused(500, "the server has failed; its log says how"))
+        finally:
+            self._held -= sum(map(len, parts))
 
     def _count(self, route: str, answer: Answer, seconds: float) -> None:
         self._metrics.answered(route, answer.status, seconds)
@@ -139,22 +145,26 @@ class Gate:
             return False
         return hmac.compare_digest(given, self._token)
 
-    async def _body(self, scope: Message, receive: Receive) -> bytes:
-        async def whole() -> bytes:
-            parts, size, more = [], 0, True
+    async def _body(self, receive: Receive, parts: list[bytes]) -> None:
+        """Read a body into `parts`, which count as held from then on."""
+
+        async def whole() -> None:
+            size, more = 0, True
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise Refused(400, "the body was cut off", Connection="close")
                 parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                more = message.get("more_body", False)
+                size, more = size + len(parts[-1]), message.get("more_body", False)
+                self._held += len(parts[-1])
                 if size > self._most:
                     raise self._too_large()
-            return b"".join(parts)
+                if self._held > AT_ONCE * self._most:
+                    told = "requests under way hold as much as they may; try again later"
+                    raise Refused(503, told, Retry_After="1", Connection="close")
 
         try:
-            return await asyncio.wait_for(whole(), self._seconds)
+            await asyncio.wait_for(whole(), self._seconds)
         except asyncio.TimeoutError:
             told = f"the body had not arrived after {self._seconds:g} seconds"
             raise Refused(408, told, Connection="close") from None
