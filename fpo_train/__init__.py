@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .integrations.client import FPOClient
+    from .integrations.server.client import FPOClient
     from .integrations.made import OnBase
     from .integrations.references import BaseReplies
     from .integrations.reward import FPOReward
@@ -19,7 +19,7 @@ __all__ = ["BaseReplies", "FPOCallback", "FPOClient", "FPOReward", "OnBase", "__
 _PLACES = {
     "BaseReplies": "references",
     "FPOCallback": "trl",
-    "FPOClient": "client",
+    "FPOClient": "server.client",
     "FPOReward": "reward",
     "OnBase": "made",
 }

@@ -1,9 +1,9 @@
 """`fpo-train serve` under many clients that each wait for their answer: requests scored together, and one by one.
 
 A request is what verl, OpenRLHF and slime send: one completion and its reference. Servers and clients are processes of
-one machine, and take each other's time; servers count among the others whose share of the CPU is noted. What is saved is
-what a pass costs however much it holds: where a text's own arithmetic is all there is to pay for, as with a large model
-on a CPU, nothing is.
+one machine, and take each other's time; servers count among the others whose share of the CPU is noted. What is saved
+is what a pass costs however much it holds: where a text's own arithmetic is all there is to pay for, as with a large
+model on a CPU, nothing is.
 """
 
 from __future__ import annotations

@@ -4,6 +4,6 @@
 completions of other trainers, `references` finds what each completion is compared with, `groups` tells which of them
 belong together over all processes. `trl` is TRL's callback.
 
-`server` puts it behind HTTP (`fpo-train serve`), `client` asks it there, and `verl`, `openrlhf` and `slime` are what
+`server` puts it behind HTTP (`fpo-train serve`), with a client for those who ask it there, and `verl`, `openrlhf` and `slime` are what
 these trainers call.
 """

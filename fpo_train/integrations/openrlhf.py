@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fpo_train.errors import RunError
-from fpo_train.integrations.client import FPOClient
+from fpo_train.integrations.server.client import FPOClient
 
 log = logging.getLogger("fpo_train.openrlhf")
 

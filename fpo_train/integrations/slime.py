@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fpo_train.errors import RunError
-from fpo_train.integrations.client import GROUP, FPOClient
+from fpo_train.integrations.server.client import GROUP, FPOClient
 
 
 async def custom_rm(args: Any, sample: Any, **more: Any) -> float | list[float]:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fpo_train.errors import RunError
-from fpo_train.integrations.client import FPOClient
+from fpo_train.integrations.server.client import FPOClient
 
 if TYPE_CHECKING:
     Base: Any = object

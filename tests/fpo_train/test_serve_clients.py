@@ -17,7 +17,7 @@ import torch
 from fpo_train.config import ServeConfig
 from fpo_train.errors import RunError
 from fpo_train.integrations import openrlhf, slime, verl
-from fpo_train.integrations.client import FPOClient
+from fpo_train.integrations.server.client import FPOClient
 from fpo_train.integrations.server.run import reward_of
 
 from .serving import ORACLE, ROOT, asked, sample, scorer, serving
