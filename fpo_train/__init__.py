@@ -1,27 +1,41 @@
 """Foresighted Policy Optimization: iterative RLHF whose policy answers for how it steers its reward model.
 
-`FPOReward`, `FPOCallback`, `OnBase`, `BaseReplies` and `FPOClient` are for other people's trainers; they are imported
-when they are first asked for, all but the last with torch and transformers behind them.
+What it offers to other people's trainers (`FPOReward`, `FPOCallback`, …) is imported when it is first asked for, with
+torch and transformers behind it (behind `FPOClient` neither).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .integrations.server.client import FPOClient
-    from .integrations.made import OnBase
+    from .integrations.made import OnBase, load_model
+    from .integrations.monitor import FPOMonitor
     from .integrations.references import BaseReplies
     from .integrations.reward import FPOReward
-    from .integrations.trl import FPOCallback
+    from .integrations.server.client import FPOClient
+    from .integrations.trl import FPOCallback, MonitorCallback
 
 __version__ = "0.1.0"
-__all__ = ["BaseReplies", "FPOCallback", "FPOClient", "FPOReward", "OnBase", "__version__"]
+__all__ = [
+    "BaseReplies",
+    "FPOCallback",
+    "FPOClient",
+    "FPOMonitor",
+    "FPOReward",
+    "MonitorCallback",
+    "OnBase",
+    "__version__",
+    "load_model",
+]
 _PLACES = {
     "BaseReplies": "references",
     "FPOCallback": "trl",
     "FPOClient": "server.client",
+    "FPOMonitor": "monitor",
+    "MonitorCallback": "trl",
     "FPOReward": "reward",
     "OnBase": "made",
+    "load_model": "made",
 }
 
 

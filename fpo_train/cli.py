@@ -1,4 +1,4 @@
-"""The command line: `fpo-train run | plan | study | simulate | eval | report | serve | fetch | doctor`.
+"""The command line: `fpo-train run | plan | study | simulate | eval | attribute | report | serve | fetch | doctor`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped early and resumable.
 """
@@ -19,14 +19,13 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from fpo_train import __version__
-from fpo_train.config import PENALTY_KINDS, EvalConfig, RunConfig, ServeConfig
+from fpo_train.config import PENALTY_KINDS, AttributeConfig, EvalConfig, RunConfig, ServeConfig
 from fpo_train.config.profiles import PROFILES
-from fpo_train.config.used import refuse_idle
-from fpo_train.config.words import arranged, files_of, meant, refuse_torn
+from fpo_train.config.words import arranged, files_of, meant, refuse_idle, refuse_torn
 from fpo_train.errors import RunError
 
 CONFIGS = Path(__file__).parent / "configs"
-C = TypeVar("C", RunConfig, EvalConfig, ServeConfig)
+C = TypeVar("C", RunConfig, EvalConfig, AttributeConfig, ServeConfig)
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
@@ -101,11 +100,12 @@ def build(profile: str = "sound") -> Parser:
     simulate.add_argument("--vectorised", type=bool, default=False, help="neural: play all runs together")
     simulate.add_argument("--out", type=str, default="runs/simulate", help="new or empty folder for the results")
 
-    sub = command("eval", "Let policies answer a set of questions, and a judge compare the answers")
-    sub.add_class_arguments(EvalConfig, None, fail_untyped=True)
-
-    sub = command("serve", "Answer trainers in other processes over HTTP: rewards, and what retrains their model")
-    sub.add_class_arguments(ServeConfig, None, fail_untyped=True)
+    for name, kind, description in (
+        ("eval", EvalConfig, "Let policies answer a set of questions, and a judge compare the answers"),
+        ("attribute", AttributeConfig, "Say which training pairs taught a reward model to like or to dislike a reply"),
+        ("serve", ServeConfig, "Answer trainers in other processes over HTTP: rewards, and what retrains their model"),
+    ):
+        command(name, description).add_class_arguments(kind, None, fail_untyped=True)
 
     report = command("report", "Say what a table of pairwise judgements shows: wins, an interval, a test")
     report.add_argument("--judgements", type=str, required=True, help="CSV file with columns left, right and winner")
@@ -284,9 +284,23 @@ def _serve(options: Any) -> int:
         token = config.token()
     if missing := [name for name in ("fastapi", "uvicorn") if not importlib.util.find_spec(name)]:
         raise RunError(f"it needs {' and '.join(missing)}: pip install 'fpo-kernels[serve]', or both by their names")
-    from fpo_train.integrations.server.run import serve
+    importlib.import_module("fpo_train.integrations.server.run").serve(config, token)
+    return DONE
 
-    serve(config, token)
+
+def _attribute(options: Any) -> int:
+    config = _config(AttributeConfig, options)
+    for name, used in (("damping", config.curvature), ("seed", config.sketched)):
+        if name in options["given"] and not used:
+            wanted = "curvature true" if name == "damping" else "sketches (dim, parameters)"
+            raise UsageError(f"{name}: nothing here has a use for it; it goes with {wanted}")
+    from fpo_train.attribute.attribution import attribute
+
+    try:
+        print(f"results: {attribute(config)}")
+    except KeyboardInterrupt:
+        print("fpo-train attribute: stopped; the same command goes on", file=sys.stderr)
+        return STOPPED
     return DONE
 
 
@@ -373,6 +387,7 @@ COMMANDS = {
     "study": _study,
     "simulate": _simulate,
     "eval": _eval,
+    "attribute": _attribute,
     "report": _report,
     "serve": _serve,
     "fetch": _fetch,

@@ -10,6 +10,10 @@ class RunError(Exception):
     """A run cannot start or go on; the message says what was given and what is wanted."""
 
 
+class NoColumn(RunError):  # noqa: N818
+    """A row without the column that was asked for."""
+
+
 class NotFinite(RunError):  # noqa: N818 (RunError's kind, named for what was found)
     """Numbers that are NaN or infinite where a run has come to; whoever counts iterations says which one it is."""
 

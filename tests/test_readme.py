@@ -5,7 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
-from benchmarks.cases import influence, sketch, train_step, ways
+from benchmarks.cases import attribution, influence, sketch, train_step, ways
 from benchmarks.gpu_campaign import table
 from fpo_train.cli import main
 
@@ -116,6 +116,27 @@ def test_sketches_stores_and_checkpoints():
         rank = row["figures"]["rank correlation, ε = 0.001"]
         if row["setting"]["name"] == "LoRA" and row["competitor"] in ("formed gradients", "sketch, k = 4096"):
             assert f"{rank:.2f} from " in readme
+
+
+def test_the_attribution_page():
+    page = (ROOT / "docs" / "attribution.md").read_text(encoding="utf-8")
+    found = json.loads((RESULTS / "cpu-1threads" / "attribution.json").read_text())["rows"]
+    assert "\n".join(attribution.chart(found)) in page
+    right = [row["figures"]["accuracy"] for row in found]
+    assert f"tells {100 * min(right):.0f} to {100 * max(right):.0f} % of the validation pairs apart" in prose(
+        "docs/attribution.md"
+    )
+    auc = {(row["setting"]["name"], row["competitor"]): row["figures"]["AUC"] for row in found}
+    for setting in {row["setting"]["name"] for row in found}:
+        plain = auc[setting, attribution.PLAIN]
+        assert plain > max(
+            auc[setting, attribution.WORDS], auc[setting, attribution.CHANCE], auc[setting, attribution.BENT]
+        )
+        assert abs(plain - auc[setting, attribution.COSINE]) < 0.05
+    assert max(auc[key] for key in auc if key[0] == "length bias, LoRA") == auc["length bias, LoRA", attribution.PLAIN]
+    for kind in ("label errors", "length bias"):
+        plain = auc[f"{kind}, head", attribution.PLAIN]
+        assert min(auc[f"{kind}, head", way] for way in (attribution.LOSS, attribution.VECTORS)) > plain
 
 
 def test_what_a_llama_holds(capsys):

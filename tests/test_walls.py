@@ -110,6 +110,7 @@ TRAINING = (
     "simulate",
     "running",
     "evaluate",
+    "attribute",
     "study",
     "integrations",
     "cli",

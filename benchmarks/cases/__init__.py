@@ -8,6 +8,7 @@ from benchmarks.registry import Case
 def cases() -> dict[str, Case]:
     """Every case by name."""
     from benchmarks.cases import (
+        attribution,
         decode,
         direction,
         engine_sketch,
@@ -27,5 +28,5 @@ def cases() -> dict[str, Case]:
     )
 
     kernels = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
-    every = (*kernels, host, decode, train_step, neural, serving)
+    every = (*kernels, host, decode, train_step, neural, attribution, serving)
     return {module.CASE.name: module.CASE for module in every}

@@ -1,9 +1,11 @@
-"""Every setting of a run, a study, an evaluation or a server, documented and checked; imports no torch.
+"""Every setting of a run, a study, an evaluation, an attribution or a server, documented and checked; imports no torch.
 
-`settings` is a run's, `evaluation` that of `fpo-train eval`, `serving` that of `fpo-train serve`, `profiles` the named
-sets of defaults; `checks` and `units` read values, `words` a command line, and `seeds` makes one seed everyone's.
+`settings` is a run's, `evaluation` that of `fpo-train eval`, `attribution` that of `fpo-train attribute`, `serving`
+that of `fpo-train serve`, `profiles` the named sets of defaults; `checks` and `units` read values, `words` a command
+line, and `seeds` makes one seed everyone's.
 """
 
+from .attribution import AttributeConfig, ReadModelConfig
 from .evaluation import EvalConfig, JudgeConfig
 from .oracle import OracleConfig
 from .serving import BatchingConfig, LearningConfig, LimitsConfig, ServeConfig
@@ -27,6 +29,7 @@ from .settings import (
 __all__ = [
     "CLASSIFIER",
     "PENALTY_KINDS",
+    "AttributeConfig",
     "BatchingConfig",
     "DataConfig",
     "EvalConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "PenaltyConfig",
     "PenaltyKind",
     "PolicyConfig",
+    "ReadModelConfig",
     "RewardModelConfig",
     "RolloutConfig",
     "RunConfig",

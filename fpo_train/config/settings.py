@@ -142,8 +142,8 @@ class DataConfig:
     off (the paper)."""
     double_bos: bool = False
     """Tokenise the rendered prompt with a second BOS (the paper)."""
-    chat_template: Literal["auto", "none"] = "auto"
-    """`auto`: the policy's, where it has one; `none`: prompts as they are written, whatever it has."""
+    chat_template: str = "auto"
+    """`auto`: the policy's, where it has one; `none`: prompts as they are written, whatever it has; or a Jinja file."""
     date: str = ""
     """What chat templates take for now, as 2026-01-31; empty: when the run began, also after a resume."""
 

@@ -17,6 +17,7 @@ from .sources import KNOWN, load_tokenizer
 from .weights import ADAPTER_CONFIG, is_json
 
 WEIGHTS = "adapter_model.safetensors"
+TRAINED = "trained.safetensors"  # of a classifier's weights, those that a run has trained
 WHOLE = ("model*.safetensors", "pytorch_model*.bin", "*.gguf")  # files of a model that is no adapter
 TASKS = (None, "CAUSAL_LM")
 INITIAL = (None, True, False, "gaussian", "orthogonal", "eva")  # beginnings that leave the base as it is
@@ -117,6 +118,47 @@ def base_of(folder: Path) -> str:
         raise RunError(f"{folder / ADAPTER_CONFIG} does not name the adapter's base; add it there")
     elsewhere = told not in KNOWN and not Path(told).expanduser().exists() and (folder / told).exists()
     return str(folder / told) if elsewhere else told
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A classifier that a run has trained, as its `reward_model/` keeps it.
+
+    Attributes:
+        model: the classifier that was trained, by the name it had. trained: `head` or `lora`.
+    """
+
+    folder: Path
+    model: str
+    trained: str
+
+
+def kept_in(name: str) -> Kept | None:
+    """What a folder of that name keeps, if it is one of a run's.
+
+    Raises:
+        RunError: it does not say of which model.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / TRAINED).is_file():
+        return None
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return Kept(folder, str(said["model"]), str(said["trained"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f'model {folder}: it has no config.json that names its "model"') from error
+
+
+def classifier_of(name: str) -> str:
+    """The whole model beneath what a name stands for: a model, a folder of a run's, or one of PEFT's.
+
+    Raises:
+        RunError: a folder that does not say on what it sits.
+    """
+    if kept := kept_in(name):
+        return classifier_of(kept.model)
+    folder = Path(name).expanduser()
+    return base_of(folder) if (folder / ADAPTER_CONFIG).is_file() else name
 
 
 def same_model(one: str, other: str) -> bool:

@@ -55,7 +55,7 @@ def of_adapter(model: nn.Module, name: str) -> str:
 def of_model(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
     """Digests of a loaded model's weights, adapters left out, and of its tokenizer."""
     known = {"weights": fk.fingerprint(_Base(model))}
-    return known if tokenizer is None else known | {"tokenizer": _of_tokenizer(tokenizer)}
+    return known if tokenizer is None else known | {"tokenizer": of_tokenizer(tokenizer)}
 
 
 def of_prompts(prompts: Iterable[Prompt]) -> str:
@@ -63,7 +63,7 @@ def of_prompts(prompts: Iterable[Prompt]) -> str:
     return hashlib.sha256(json.dumps([(prompt.name, prompt.ids) for prompt in prompts]).encode()).hexdigest()
 
 
-def _of_tokenizer(tokenizer: Any) -> str:
+def of_tokenizer(tokenizer: Any) -> str:
     """SHA-256 of what the tokenizer makes of texts: its vocabulary and rules, special tokens, chat template."""
     if tokenizer.is_fast:
         told = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -43,30 +43,36 @@ def lies_here(name: str) -> bool:
     return bool(slash) and Path(first).is_dir()
 
 
-def look_on_hub(name: str) -> None:
+def look_on_hub(name: str, identifier: str, revision: str | None = None) -> None:
     """See, with one short question, that the hub has a model of that id; one that is in its cache is not asked for.
+
+    Args:
+        name: as the user wrote it. identifier, revision: its parts; None: the main revision.
 
     Raises:
         RunError: no answer, no such model, or one that it does not show to this user.
     """
-    import httpx
     from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import build_hf_headers
 
     complaint = f"model {name}: there is no such folder here"
     try:
-        if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if constants.HF_HUB_OFFLINE or isinstance(
+            try_to_load_from_cache(identifier, "config.json", revision=revision), str
+        ):
             return
-        url = hf_hub_url(name, "config.json")
+        url = hf_hub_url(identifier, "config.json", revision=revision)
     except HFValidationError as error:
         raise RunError(f"{complaint}, and it can be no id on the hub") from error
     try:
         answer = get_session().head(url, headers=build_hf_headers(), timeout=PATIENCE)
-    except httpx.HTTPError as error:
+    except Exception as error:  # of the HTTP library that this version of the hub's client happens to use
         why = str(error) or type(error).__name__
         raise RunError(f"{complaint}, and the hub cannot be asked for it ({why})") from error
     if answer.headers.get("X-Error-Code") == "GatedRepo":
         raise RunError(f"model {name}: it is gated; ask for access on its page, then log in with `hf auth login`")
+    if answer.headers.get("X-Error-Code") == "RevisionNotFound":
+        raise RunError(f"model {name}: the hub has {identifier}, but no revision {revision} of it")
     if answer.headers.get("X-Error-Code") == "RepoNotFound" or answer.status_code == 401:
         raise RunError(f"{complaint}, and the hub has none of that id, or does not show it without a login")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fpo_train.config import DataConfig
-from fpo_train.errors import RunError
+from fpo_train.errors import NoColumn, RunError
 
 from .limits import check_tokens, named
 from .places import rows_at
@@ -93,6 +93,8 @@ def read_prompts(
     path = rows_at(name, "data.prompts")
 
     def refuse(error: RunError) -> None:
+        if skipped is None and isinstance(error, NoColumn):
+            raise error
         if skipped is None:
             raise RunError(f"{error} (data.bad_rows skip leaves such rows out)") from error
         skipped.append(str(error))
@@ -117,7 +119,8 @@ def read_prompts(
         if len(found) == limit:
             break
     if not found:
-        why = f" that can be read, the first complaint of {len(skipped)} being: {skipped[0]}" if skipped else ""
+        first = skipped[0].removeprefix("data.prompts: ") if skipped else ""
+        why = f" that can be read, the first complaint of {len(skipped)} being: {first}" if skipped else ""
         raise RunError(f"data.prompts: {name} holds no prompts{why}")
     return list(found.items())
 

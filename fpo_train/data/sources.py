@@ -38,16 +38,17 @@ class Wheel:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What `from_pretrained` needs: a folder or a hub id (and which of them), and the GGUF file inside if it is one."""
+    """What `from_pretrained` needs: a folder, with the GGUF file inside if it is one, or a hub id and its revision."""
 
     location: str
     gguf_file: str | None = None
     on_hub: bool = False
+    revision: str | None = None
 
     @property
     def arguments(self) -> dict[str, str]:
         """Keyword arguments for transformers' loaders."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        return {name: value for name in ("gguf_file", "revision") if (value := getattr(self, name)) is not None}
 
 
 KNOWN = {
@@ -73,7 +74,7 @@ def cache_folder() -> Path:
 
 
 def resolve(name: str) -> Source:
-    """Find a model by known name (fetched once), local folder, GGUF file or hub id.
+    """Find a model by known name (fetched once), local folder, GGUF file, or hub id, which may end in @revision.
 
     Raises:
         RunError: a path that does not exist, a folder without a model, a damaged or failed download.
@@ -91,14 +92,15 @@ def resolve(name: str) -> Source:
     here = path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or lies_here(name)
     if here or name.count("/") > 1:
         raise RunError(f"model {name}: no such file or folder")
-    return Source(location=name, on_hub=True)
+    location, _, revision = name.partition("@")
+    return Source(location=location, on_hub=True, revision=revision or None)
 
 
 def _found(name: str) -> Source:
     """`resolve`, and a hub id looked up."""
     source = resolve(name)
     if source.on_hub:
-        look_on_hub(name)
+        look_on_hub(name, source.location, source.revision)
     return source
 
 
@@ -197,7 +199,7 @@ def load_causal_lm(name: str, dtype: Any, quantization: str = "none") -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     source = _found(name)
-    ends = _stated_end(name, source.location)
+    ends = _stated_end(name, source)
     options = {"dtype": dtype, "generation_config": GenerationConfig(), **quantized(quantization, dtype)}
     model, tokenizer, info = _load(AutoModelForCausalLM, name, source, **options)
     refuse_missing(name, model, info)
@@ -330,7 +332,7 @@ def _without_lost_padding(source: Source) -> dict[str, Any]:
 
     if source.gguf_file:  # its configuration says nothing that its weights do not
         return {}
-    config = AutoConfig.from_pretrained(source.location).get_text_config()
+    config = AutoConfig.from_pretrained(source.location, **source.arguments).get_text_config()
     pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     return {"pad_token_id": None} if pad is not None and rows is not None and not -rows <= pad < rows else {}
 
@@ -375,7 +377,7 @@ def _cut_short(path: Path, why: str) -> str:
     return f"{path} is damaged or cut short ({why}); put the whole file back"
 
 
-def _stated_end(name: str, location: str) -> Any:
+def _stated_end(name: str, source: Source) -> Any:
     """`eos_token_id` as the `generation_config.json` of a folder or hub id has it; None where there is no such thing.
 
     Nothing else of that file is looked at: a setting that transformers finds invalid must keep no model from loading.
@@ -386,7 +388,8 @@ def _stated_end(name: str, location: str) -> Any:
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(location, GENERATION, _raise_exceptions_for_missing_entries=False)
+        options: dict[str, Any] = {"revision": source.revision, "_raise_exceptions_for_missing_entries": False}
+        path = cached_file(source.location, GENERATION, **options)
         raw = Path(path).read_bytes() if path else b"null"
     except (OSError, ValueError):  # no such model, or no way to the hub: who loads it says which
         return None

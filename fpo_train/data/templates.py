@@ -1,13 +1,38 @@
-"""Chat templates that write the date, as Llama 3's do: all that a run renders is rendered as of one moment."""
+"""Chat templates: from a file; and those that write the date, as Llama 3's do, which a run renders as of one moment."""
 
 from __future__ import annotations
 
 import functools
 import json
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from fpo_train.errors import RunError
+
 CLOCK = "{{ strftime_now('%Y-%m-%dT%H:%M:%S') }}"
+
+
+def read(name: str) -> str | None:
+    """The chat template that `data.chat_template` names: a Jinja file's; None for "auto" and "none".
+
+    Raises:
+        RunError: no such file, or none that can be read.
+    """
+    if name in ("auto", "none"):
+        return None
+    path = Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "is no UTF-8 text" if isinstance(error, UnicodeDecodeError) else "cannot be read"
+        raise RunError(f"data.chat_template: {path} {why}; wanted auto, none or a Jinja file") from error
+
+
+def choose(tokenizer: Any, name: str) -> None:
+    """Give a tokenizer the chat template that `data.chat_template` names."""
+    if name != "auto":
+        tokenizer.chat_template = read(name)
 
 
 def now() -> str:

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from fpo_train.errors import RunError
+from fpo_train.errors import NoColumn, RunError
 
 Turn = tuple[str, str]  # whose it is, and what it says
 Talk = str | tuple[Turn, ...]
@@ -119,7 +119,9 @@ def text_of(row: Mapping[str, Any], name: str, where: str, reply: bool = False, 
     if not isinstance(text, str) or not (reply or text.strip()):
         told = f'{where} has no text under "{name}"'
         if row and name not in row:
-            told += f", it has {', '.join(map(str, row)):.200}" + (f"; {setting} names another" if setting else "")
+            told += f", it has {', '.join(map(str, row)):.200}"
+            told += f"; which of them, {setting} says" if setting else ""
+            raise NoColumn(told)
         raise RunError(told)
     writable(text, name, where)
     if reply:

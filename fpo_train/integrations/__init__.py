@@ -4,6 +4,6 @@
 completions of other trainers, `references` finds what each completion is compared with, `groups` tells which of them
 belong together over all processes. `trl` is TRL's callback.
 
-`server` puts it behind HTTP (`fpo-train serve`), with a client for those who ask it there, and `verl`, `openrlhf` and `slime` are what
-these trainers call.
+`monitor` looks on without a penalty; `server` puts the reward behind HTTP (`fpo-train serve`), with a client for those
+who ask it there, and `verl`, `openrlhf` and `slime` are what these trainers call.
 """

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-from fpo_train.config import OracleConfig, PenaltyConfig, PenaltyKind, RewardModelConfig, RunConfig
-from fpo_train.data.sources import Classifier, load_sequence_classifier
+from fpo_train.config import PENALTY_KINDS, OracleConfig, PenaltyConfig, PenaltyKind, RewardModelConfig, RunConfig
+from fpo_train.data.sources import Classifier, load_causal_lm
 from fpo_train.data.turns import messages_of
 from fpo_train.errors import RunError, about
 from fpo_train.oracle import Oracle
@@ -22,6 +22,7 @@ from fpo_train.policy.adapters import POLICY
 from fpo_train.processes import Ranks
 from fpo_train.reward_model import RewardModel
 from fpo_train.reward_model.classifier import ClassifierRewardModel
+from fpo_train.reward_model.kept import load_classifier
 from fpo_train.reward_model.on_base import AdapterRewardModel, HeadRewardModel
 from fpo_train.rollout import Said
 
@@ -58,6 +59,13 @@ def run_config(
     Raises:
         RunError: settings that make no sense, as a run says it.
     """
+    for name, value, wanted in (
+        ("penalty", penalty, PENALTY_KINDS),
+        ("gamma_units", gamma_units, ("raw", "reward_std")),
+        ("train", train, (None, "head", "lora", "all")),
+    ):
+        if value not in wanted and not isinstance(value, PenaltyConfig):
+            raise RunError(f"{name}: wanted one of {', '.join(map(str, wanted))}, got {value!r}")
     kind = given.kind if isinstance(given, OnBase) else "classifier"
     follows = parameters if parameters in ("head", "lora") else "all"
     named = given if isinstance(given, str) else type(given).__name__
@@ -84,10 +92,8 @@ def reward_model(given: Any, tokenizer: Any, config: RunConfig, ranks: Ranks) ->
         return _on_base(given, tokenizer, config, ranks, reads)
     if isinstance(given, str):
         with about("reward_model"):
-            loaded = load_sequence_classifier(given, getattr(torch, config.reward_model.dtype))
+            loaded = load_classifier(given, getattr(torch, config.reward_model.dtype))
         own, device = Classifier(loaded.model, tokenizer or loaded.tokenizer, loaded.trained), own_device()
-        if not loaded.trained:
-            raise RunError(f"reward_model.model {given}: its files hold no score head; wanted a trained reward model")
     elif isinstance(given, nn.Module):
         if tokenizer is None:
             raise RunError("tokenizer: wanted the reward model's, got None")
@@ -98,6 +104,22 @@ def reward_model(given: Any, tokenizer: Any, config: RunConfig, ranks: Ranks) ->
     else:
         raise RunError(f"reward_model: wanted a model, a folder, a hub id or OnBase, got a {type(given).__name__}")
     return ClassifierRewardModel(config, ranks, device, own, reads)
+
+
+def load_model(name: str, dtype: str = "float32", quantization: str = "none") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer: `smollm2`, a local folder, a GGUF file or a hub id.
+
+    Args:
+        dtype: "float32" or "bfloat16", of the weights, or of the computation where they are quantised.
+        quantization: "none", "nf4" or "int8".
+
+    Raises:
+        RunError: it cannot be loaded.
+    """
+    model, tokenizer = load_causal_lm(name, getattr(torch, dtype), quantization)
+    if quantization == "none" and getattr(model, "is_quantized", False):  # a GGUF file's weights are unpacked by now
+        model.hf_quantizer.remove_quantization_config(model)  # trainers refuse what is marked so
+    return model, tokenizer
 
 
 def own_device() -> torch.device:
@@ -160,6 +182,10 @@ class CalledOracle(FunctionOracle):
         columns: dict[str, list[Any]] = {}
         if isinstance(rollout, Grouped):
             places = [rollout.place(row) for row in rows]
-            wanted = {key: all_ for key, all_ in rollout.columns.items() if self._takes_all or key in self._takes}
-            columns = {key: [values[place] for place in places] for key, values in wanted.items()}
+            columns = {key: [values[place] for place in places] for key, values in rollout.columns.items()}
         return prompts, completions, columns
+
+    def ask(self, prompts: list[Any], completions: list[Any], columns: Mapping[str, list[Any]]) -> list[float]:
+        """See `FunctionOracle`: of the columns, those that the function takes."""
+        takes = {key: values for key, values in columns.items() if self._takes_all or key in self._takes}
+        return super().ask(prompts, completions, takes)

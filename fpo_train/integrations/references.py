@@ -11,11 +11,23 @@ import torch
 from fpo_train.config import RolloutConfig
 from fpo_train.config.seeds import mix
 from fpo_train.data.prompts import render
-from fpo_train.data.turns import Talk
+from fpo_train.data.turns import Talk, turn_of
+from fpo_train.errors import RunError
 from fpo_train.policy.generation import end_tokens, ended, generate
 from fpo_train.rollout.sampling import RowSampler
 
-from .texts import talk_in
+
+def talk_in(prompt: Any, where: str) -> Talk:
+    """What is asked: a text stays one, messages become turns, all of them.
+
+    Raises:
+        RunError: it is neither, or a message of another role than system, user and assistant.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise RunError(f"{where}: wanted a text or a list of messages, got {prompt!r:.80}")
+    return tuple(turn_of(message, "prompt", where) for message in prompt)
 
 
 def next_in_group(keys: Sequence[str], replies: Sequence[str]) -> list[str]:

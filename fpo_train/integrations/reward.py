@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fpo_train.config import PenaltyConfig, PenaltyKind, RewardModelConfig
 from fpo_train.config.seeds import mix
 from fpo_train.data.prompts import Prompt
+from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError
 from fpo_train.oracle import Labels, Oracle
 from fpo_train.oracle.base import Unasked
@@ -25,12 +26,8 @@ from fpo_train.rollout import NotRead
 from . import groups, made
 from .groups import Grouped, InGroups, Scored
 from .made import OnBase, Train
-from .references import at_rest, next_in_group
-from .texts import column, reply_in, talk_in
-
-Reference = str | Callable[[Sequence[Any]], Sequence[str]]
-OF_GROUP = "group"
-BLANK = "–"  # stands in where a text cannot be read, and is not scored
+from .references import at_rest
+from .texts import Reference, grouped, reply_in, talk_in
 
 
 class Judgement(NamedTuple):
@@ -121,6 +118,7 @@ class FPOReward:
         self._rows_at_once = rows_at_once
         self._calls = self._updates = self._updated = 0  # of the calls that counted, the number of the last update's
         self._loss: float | None = None  # of the last update
+        self._fresh = isinstance(reward_model, str) and not self.model.comes_trained
         self._learning: Callable[[], bool] = lambda: True
         self._normalised = self._checked = False
         self._said: set[str] = set()
@@ -172,6 +170,40 @@ class FPOReward:
         """
         with at_rest(self.model.module):
             return judgement(self._judge(prompts, completions, columns, learn=False)[2])
+
+    def fit(
+        self,
+        prompts: Sequence[Any],
+        chosen: Sequence[Any],
+        rejected: Sequence[Any],
+        preferences: Sequence[float] | None = None,
+    ) -> None:
+        """Set the score head by logistic regression on preference pairs, which are kept for later updates' replay.
+
+        A reward model whose files hold no score head, or a fresh one on a trainer's base, begins so. Every process
+        must call it with the same pairs.
+
+        Args:
+            prompts, chosen, rejected: texts or messages, one a pair. preferences: p* of `chosen`; None: 1 each.
+
+        Raises:
+            RunError: a pair that is none, with its number.
+        """
+        soft = [1.0] * len(prompts) if preferences is None else list(preferences)
+        if not len(prompts) == len(chosen) == len(rejected) == len(soft) or not len(prompts):
+            sizes = f"{len(prompts)}, {len(chosen)}, {len(rejected)} and {len(soft)}"
+            raise RunError(f"fit: wanted as many prompts, chosen and rejected replies and preferences, got {sizes}")
+        pairs = []
+        for n, (prompt, good, bad, p) in enumerate(zip(prompts, chosen, rejected, soft, strict=True)):
+            if not 0 <= p <= 1:
+                raise RunError(f"fit: pair {n}: preference: wanted a number from 0 to 1, got {p!r}")
+            talk, where = talk_in(prompt, f"fit: pair {n}"), f"fit: pair {n}"
+            pairs.append(labelled(talk, reply_in(good, where), reply_in(bad, where), float(p), 0))
+        with at_rest(self.model.module):
+            self.model.check([(pair.prompt.talk, pair.chosen_text) for pair in pairs])
+            self.model.fit(pairs, self._rows_at_once)
+        self._replay.add(pairs)
+        self._fresh = False
 
     def update(self) -> float | None:
         """Train the reward model on the pairs since its last training, and on kept ones; mean loss in nats a pair.
@@ -245,7 +277,7 @@ class FPOReward:
                 self._oracle.load_state_dict(state["oracle"])
             if state["reference"]:
                 self.reference.load_state_dict(state["reference"])  # type: ignore[union-attr]
-            counts = state["counts"]
+            self._fresh, counts = False, state["counts"]
             self._calls, self._updates, self._updated = counts["calls"], counts["updates"], counts["updated"]
             self._loss = counts["loss"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -254,7 +286,12 @@ class FPOReward:
     def _judge(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any], learn: bool
     ) -> tuple[Grouped, Labels, Judged]:
-        said = self._read(prompts, completions, columns)
+        if self._fresh:
+            told = "its files hold no score head; fit(prompts, chosen, rejected) sets one"
+            raise RunError(f"reward_model {self.config.reward_model.model}: {told}")
+        said, complaints = grouped(prompts, completions, columns, self.reference, self.ranks, self.model.device)
+        for complaint in complaints:
+            self._say(f"cannot be scored: {complaint}")
         if not self._checked:
             self.model.check([(said.talk(row), text) for row, text in enumerate(said.texts)])
             self._checked = True
@@ -263,57 +300,6 @@ class FPOReward:
         reading = self.model.read(said, readings, self._rows_at_once)
         judged = self._penalty(self.model, reading, labels, self._replay, said, self._rows_at_once, learn)
         return said, labels, judged
-
-    def _read(self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]) -> Grouped:
-        """Talks, replies and references; what cannot be read is not usable, and said once."""
-        if len(prompts) != len(completions):
-            raise RunError(f"completions: wanted one for each of {len(prompts)} prompts, got {len(completions)}")
-        if not len(prompts):
-            raise RunError("prompts: wanted at least one, got none")
-        talks, replies, usable = [], [], []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            try:
-                talk, reply = talk_in(prompt, "prompts"), reply_in(completion, "completions")
-                usable.append(True)
-            except RunError as error:
-                talk, reply = BLANK, BLANK
-                usable.append(False)
-                self._say(f"cannot be scored: {error}")
-            talks.append(talk)
-            replies.append(reply)
-        keys = [f"{'' if may else n}{talk!r}" for n, (talk, may) in enumerate(zip(talks, usable, strict=True))]
-        others = self._references(prompts, keys, replies, columns)
-        for place, other in enumerate(others):
-            if other is None:
-                usable[place] = False
-                self._say("cannot be scored: the reference is no text")
-        known = [BLANK if other is None else other for other in others]
-        passed = {key: value for key, value in columns.items() if isinstance(value, list) and len(value) == len(talks)}
-        written = Grouped.of(talks, replies, known, self.model.device, usable)
-        return Grouped(**vars(written) | {"groups": keys, "columns": passed})
-
-    def _references(
-        self, prompts: Sequence[Any], keys: list[str], replies: list[str], columns: Mapping[str, Any]
-    ) -> list[str | None]:
-        if self.reference == OF_GROUP:
-            every = self.ranks.gather_objects(list(zip(keys, replies, strict=True)))
-            after = dict(zip(every, next_in_group(*map(list, zip(*every, strict=True))), strict=True))
-            return [after[one] for one in zip(keys, replies, strict=True)]
-        if isinstance(self.reference, str):
-            found = column(columns, self.reference, len(keys))
-        else:
-            found = self.reference(prompts)
-            if not isinstance(found, list | tuple) or len(found) != len(keys):
-                raise RunError(
-                    f"reference: the function returned {found!r:.80}; wanted {len(keys)} texts, one a prompt"
-                )
-        others: list[str | None] = []
-        for one in found:
-            try:
-                others.append(reply_in(one, self.reference if isinstance(self.reference, str) else "reference"))
-            except RunError:
-                others.append(None)
-        return others
 
     def _gathered(self, said: Grouped, judged: Judged) -> list[Scored]:
         """All processes' completions, in rank order."""
@@ -336,17 +322,8 @@ class FPOReward:
             if preferences[place] != preferences[place]:
                 continue
             row, reference = int(said.rows[place]), int(said.references[place])
-            pair = Pair(
-                prompt=Prompt.of("", said.talk(row), ()),
-                chosen=(),
-                reference=(),
-                chosen_text=said.texts[row],
-                reference_text=said.texts[reference],
-                preference=preferences[place],
-                iteration=self._calls,
-                features=None,
-            )
-            pairs.append(pair)
+            texts = said.texts[row], said.texts[reference]
+            pairs.append(labelled(said.talk(row), *texts, preferences[place], self._calls))
         self._replay.add(self.ranks.gather_objects(pairs))
 
     def _warn_of_gamma(self, scored: list[Scored]) -> None:
@@ -366,6 +343,20 @@ class FPOReward:
         if kind not in self._said:
             self._said.add(kind)
             warnings.warn(f"fpo: {sentence}", stacklevel=4)
+
+
+def labelled(talk: Talk, chosen: str, reference: str, preference: float, call: int) -> Pair:
+    """A pair of texts."""
+    return Pair(
+        prompt=Prompt.of("", talk, ()),
+        chosen=(),
+        reference=(),
+        chosen_text=chosen,
+        reference_text=reference,
+        preference=preference,
+        iteration=call,
+        features=None,
+    )
 
 
 def judgement(judged: Judged) -> Judgement:

@@ -2,24 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from fpo_train.data.turns import Talk, turn_of
 from fpo_train.errors import RunError
+from fpo_train.processes import Ranks
+
+from .groups import Grouped
+from .references import next_in_group, talk_in
+
+Reference = str | Callable[[Sequence[Any]], Sequence[str]]
+OF_GROUP = "group"
+BLANK = "–"  # stands in where a text cannot be read, and is not scored
 
 
-def talk_in(prompt: Any, where: str) -> Talk:
-    """What is asked: a text stays one, messages become turns, all of them.
+def grouped(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Any],
+    reference: Reference,
+    ranks: Ranks,
+    device: torch.device,
+) -> tuple[Grouped, list[str]]:
+    """Completions with their references, and why some cannot be scored: these are not usable.
+
+    Args:
+        reference: see `FPOReward`. ranks: among which groups may be split. device: of the tensors.
 
     Raises:
-        RunError: it is neither, or a message of another role than system, user and assistant.
+        RunError: nothing to score, lists of different lengths, or no such column.
     """
-    if isinstance(prompt, str):
-        return prompt
-    if not isinstance(prompt, list | tuple) or not prompt:
-        raise RunError(f"{where}: wanted a text or a list of messages, got {prompt!r:.80}")
-    return tuple(turn_of(message, "prompt", where) for message in prompt)
+    if len(prompts) != len(completions):
+        raise RunError(f"completions: wanted one for each of {len(prompts)} prompts, got {len(completions)}")
+    if not len(prompts):
+        raise RunError("prompts: wanted at least one, got none")
+    talks: list[Talk] = []
+    replies, usable, complaints = [], [], []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        try:
+            talk, reply = talk_in(prompt, "prompts"), reply_in(completion, "completions")
+            usable.append(True)
+        except RunError as error:
+            talk, reply = BLANK, BLANK
+            usable.append(False)
+            complaints.append(str(error))
+        talks.append(talk)
+        replies.append(reply)
+    keys = [f"{'' if may else n}{talk!r}" for n, (talk, may) in enumerate(zip(talks, usable, strict=True))]
+    others = references(prompts, keys, replies, columns, reference, ranks)
+    for place, other in enumerate(others):
+        if other is None:
+            usable[place] = False
+            complaints.append("the reference is no text")
+    known = [BLANK if other is None else other for other in others]
+    passed = {key: value for key, value in columns.items() if isinstance(value, list) and len(value) == len(talks)}
+    written = Grouped.of(talks, replies, known, device, usable)
+    return Grouped(**vars(written) | {"groups": keys, "columns": passed}), complaints
+
+
+def references(
+    prompts: Sequence[Any],
+    keys: Sequence[str],
+    replies: Sequence[str],
+    columns: Mapping[str, Any],
+    reference: Reference,
+    ranks: Ranks,
+) -> list[str | None]:
+    """What each completion is compared with; None where that is no text.
+
+    Args:
+        keys: the completions' groups. The rest: see `grouped`.
+
+    Raises:
+        RunError: no such column, or a function that returns something else than a text a prompt.
+    """
+    if reference == OF_GROUP:
+        every = ranks.gather_objects(list(zip(keys, replies, strict=True)))
+        after = dict(zip(every, next_in_group(*map(list, zip(*every, strict=True))), strict=True))
+        return [after[one] for one in zip(keys, replies, strict=True)]
+    if isinstance(reference, str):
+        found = column(columns, reference, len(keys))
+    else:
+        found = reference(prompts)
+        if not isinstance(found, list | tuple) or len(found) != len(keys):
+            wanted = f"wanted {len(keys)} texts, one a prompt"
+            raise RunError(f"reference: the function returned {found!r:.80}; {wanted}")
+    others: list[str | None] = []
+    for one in found:
+        try:
+            others.append(reply_in(one, "reference"))
+        except RunError:
+            others.append(None)
+    return others
 
 
 def reply_in(completion: Any, where: str) -> str:

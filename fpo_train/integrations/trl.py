@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,9 +14,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fpo_train.errors import RunError
 
+from .monitor import FPOMonitor
 from .reward import FPOReward
 
-STATE = "fpo.pt"
+STATE, WATCHED = "fpo.pt", "fpo_watch.json"
 
 
 class FPOCallback(TrainerCallback):
@@ -72,6 +74,32 @@ class FPOCallback(TrainerCallback):
         """Write the reward model."""
         if state.is_world_process_zero:
             self.reward.model.save(Path(args.output_dir or ".") / "reward_model")
+
+
+class MonitorCallback(TrainerCallback):
+    """Tells an FPOMonitor which model is trained, and keeps its steps with the trainer's checkpoints.
+
+    GRPOTrainer(…, reward_funcs=monitor, callbacks=[MonitorCallback(monitor)])
+    """
+
+    def __init__(self, monitor: FPOMonitor) -> None:
+        self.monitor = monitor
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **more: Any
+    ) -> None:
+        """Learn which model is trained, and go on from a checkpoint; one without a watch begins it anew."""
+        self.monitor.watch(model)
+        path = checkpoint(args, state) / WATCHED
+        if state.global_step and path.is_file():
+            self.monitor.load_state_dict({"rows": json.loads(path.read_text(encoding="utf-8"))})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Write the steps so far beside the trainer's state."""
+        if state.is_world_process_zero:
+            folder = checkpoint(args, state)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / WATCHED).write_text(json.dumps(self.monitor.state_dict()["rows"]) + "\n", encoding="utf-8")
 
 
 def checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

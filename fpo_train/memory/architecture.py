@@ -171,7 +171,7 @@ def _config(name: str) -> dict[str, Any]:
         return _gguf(name, source.location, source.gguf_file)
     path = Path(source.location) / "config.json"
     if not path.is_file():
-        path = _in_cache(source.location)
+        path = _in_cache(source.location, source.revision)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -188,10 +188,10 @@ def _gguf(name: str, folder: str, file: str) -> dict[str, Any]:
         raise RunError(f"model {name}: its metadata cannot be read: {first}; put the whole file back") from error
 
 
-def _in_cache(identifier: str) -> Path:
+def _in_cache(identifier: str, revision: str | None) -> Path:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(identifier, "config.json")
+    found = try_to_load_from_cache(identifier, "config.json", revision=revision)
     if not isinstance(found, str):
         raise RunError(
             f"model {identifier}: no configuration of it is at hand; fetch the model, or name its folder or one of "

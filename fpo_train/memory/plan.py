@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fpo_train.config import RunConfig
 from fpo_train.config.units import parse_bytes, show_bytes
-from fpo_train.data.adapters import base_model, settle
+from fpo_train.data.adapters import base_model, classifier_of, settle
 from fpo_train.errors import RunError
 
 from .architecture import Architecture, architecture, from_config, scorer
@@ -116,7 +116,7 @@ def make_plan(
     peaks = Peaks(
         config=config,
         policy=policy,
-        reward=scorer(architecture(config.reward_model.classifier)) if classifier else None,
+        reward=scorer(architecture(classifier_of(config.reward_model.classifier))) if classifier else None,
         gold=_gold(config),
         prompt_tokens=prompt_tokens,
         prompts=-(-config.rollout.prompts // processes),

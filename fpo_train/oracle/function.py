@@ -6,7 +6,8 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ class FunctionOracle(UtilityOracle):
         def score(prompts, replies):
             return [-abs(len(reply) - 80) for reply in replies]
 
-    A prompt of several turns, or with a system prompt, comes as messages: [{"role": …, "content": …}, …].
+    A prompt that is a user's one turn comes as its text, one of several turns, or with a system prompt, as messages:
+    [{"role": …, "content": …}, …].
     It returns one number a completion, in a list, tuple, array or tensor: the completion's utility, finite, or NaN
     or None where it cannot say.
     """
@@ -53,17 +55,28 @@ class FunctionOracle(UtilityOracle):
         Raises:
             RunError: the function raises, or returns something else than one finite number, NaN or None a reply.
         """
-        numbers = rows.tolist()
-        prompts, completions, columns = self._asked(rollout, numbers)
+        values = self.ask(*self._asked(rollout, rows.tolist()))
+        return self._count(torch.tensor(values, dtype=torch.float32, device=rows.device), silent="no_answer")
+
+    def report(self) -> str:
+        """See `Oracle`."""
+        silent = self.counts["no_answer"]
+        return super().report() + (f"; {self._name} said None or NaN of {silent} completions" if silent else "")
+
+    def ask(self, prompts: list[Any], completions: list[Any], columns: Mapping[str, list[Any]]) -> list[float]:
+        """What the function says of completions, NaN where it cannot.
+
+        Raises:
+            RunError: see `utility`.
+        """
         try:
             if self._by_name:
                 returned = self._function(prompts=prompts, completions=completions, **columns)
             else:
                 returned = self._function(prompts, completions)
         except Exception as error:
-            raise RunError(f"{self.setting}: {self._name} raised {_first_line(error)}") from error
-        values = self._values(returned, len(numbers))
-        return self._count(torch.tensor(values, dtype=torch.float32, device=rows.device), silent="no_answer")
+            raise RunError(f"{self.setting}: {self._name} raised {_first_line(error)}{_place(error)}") from error
+        return self._values(returned, len(completions))
 
     def _asked(self, rollout: Said, rows: list[int]) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
         """Prompts, completions and what else the function is given of some rows."""
@@ -120,7 +133,33 @@ def import_function(name: str) -> Callable[..., Any]:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise RunError(f"oracle.function: module {module_name} has no function {attribute!r}")
+    refuse_signature(function, f"oracle.function: {name}")
     return function
+
+
+def refuse_signature(function: Callable[..., Any], name: str) -> None:
+    """See that a function can be called with prompts and completions, by name or by place.
+
+    Raises:
+        RunError: it cannot.
+    """
+    try:
+        takes = inspect.signature(function)
+    except (TypeError, ValueError):  # of compiled code
+        return
+    if takes_names(function):
+        return
+    try:
+        takes.bind([], [])
+    except TypeError as error:
+        wanted = "wanted two lists, prompts and completions, by these names or by place"
+        raise RunError(f"{name} takes {takes}; {wanted}") from error
+
+
+def _place(error: Exception) -> str:
+    """Where it was raised, unless that is here."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return "" if last.filename == __file__ else f" ({Path(last.filename).name}, line {last.lineno})"
 
 
 def _first_line(error: Exception) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpo_train.data.rows import rows_of
+from fpo_train.data.rows import Row, rows_of
 from fpo_train.data.turns import Talk, instructed, messages_of, reply_of, talk_of
 from fpo_train.errors import RunError
 from fpo_train.rollout import Readings, Said
@@ -77,17 +77,32 @@ class FileOracle(Oracle):
 def read_preferences(path: Path, system: str = "") -> list[Labelled]:
     """The rows (prompt, chosen, rejected, preference) of a file (`rows_of`); `preference` is 1 where it is left out.
 
-    A prompt is a text or messages, a reply a text or messages that end with it; without a prompt, the turns before
-    both replies are the prompt. `system` is put before what has no system prompt of its own.
+    `system` is put before what has no system prompt of its own; see `labelled`.
 
     Raises:
         RunError: no such file, nothing in it, or a row of another form; the message gives its number.
     """
-    read = ((row.columns, f"oracle.file: {row.where}") for row in rows_of(path, "oracle.file"))
-    rows = [(instructed(row[0], system), *row[1:]) for row in (_checked(*one) for one in read)]
+    rows = [row for _, row in labelled(rows_of(path, "oracle.file"), "oracle.file", system)]
     if not rows:
         raise RunError(f"oracle.file: {path} holds no preferences")
     return rows
+
+
+def labelled(rows: Iterable[Row], setting: str, system: str = "") -> Iterator[tuple[str, Labelled]]:
+    """Each row as a labelled pair, behind the place where it stands.
+
+    A prompt is a text or messages, a reply a text or messages that end with it; without a prompt, the turns before
+    both replies are the prompt.
+
+    Args:
+        setting: what a complaint begins with. system: put before what has no system prompt of its own.
+
+    Raises:
+        RunError: a row of another form; the message gives its number.
+    """
+    for row in rows:
+        prompt, chosen, rejected, preference = _checked(row.columns, f"{setting}: {row.where}")
+        yield row.where, (instructed(prompt, system), chosen, rejected, preference)
 
 
 def _checked(row: Any, where: str) -> Labelled:

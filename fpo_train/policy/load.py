@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -131,7 +132,9 @@ def _put_on(lm: Any, lora: Any, base: str, where: str) -> Any:
 
     lora.base_model_name_or_path = None  # PEFT complains of another one than it would write
     try:
-        model = get_peft_model(lm, lora, adapter_name=POLICY)
+        with warnings.catch_warnings():  # peft asks transformers ≥ 5.24 by an old name, and every run would say so
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            model = get_peft_model(lm, lora, adapter_name=POLICY)
     except ValueError as error:
         raise RunError(f"{where}: {complaint(error)}") from error
     if any(".lora_embedding_" in name for name, _ in model.named_parameters()):

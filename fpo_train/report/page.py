@@ -60,6 +60,7 @@ def write_report(out: Path) -> Path:
     drawn = panels.draw(runs, out / "figures", kind)
     began = json.loads((out / "environment.json").read_text(encoding="utf-8"))
     on_cpu = began.get("device") == "cpu"
+    beside = "; penalty.kind is each of compare in turn" if config.get("compare") else ""
     sections = [
         *_said_of(runs, folders, out, oracle),
         _summary(runs, oracle, audits, on_cpu),
@@ -73,7 +74,7 @@ def write_report(out: Path) -> Path:
         _oracle(runs, folders, audits),
         *_controlled(out),
         "<h2>How it was run</h2>",
-        details("config.yaml", (out / "config.yaml").read_text(encoding="utf-8")),
+        details(f"config.yaml{beside}", (out / "config.yaml").read_text(encoding="utf-8")),
         details("environment.json", (out / "environment.json").read_text(encoding="utf-8")),
     ]
     title = escape("Foresighted Policy Optimization: " + " / ".join(runs))
@@ -101,7 +102,8 @@ def _said_of(runs: Runs, folders: dict[str, Path], out: Path, oracle: Oracle) ->
         name = f"<a href='{escape(path.relative_to(out).as_posix())}'>{escape(kind)}</a>" if led else escape(kind)
         said = verdicts.verdict(rows, key, oracle.unit)
         if key and rows and kind != BASELINE and runs.get(BASELINE):
-            said += f" At the end, against {BASELINE}: {verdicts.against(rows, runs[BASELINE], key, oracle.unit)}."
+            beside = verdicts.against(rows, runs[BASELINE], key, oracle.unit)
+            said += "" if beside == verdicts.TOO_FEW else f" At the end, against {BASELINE}: {beside}."
         lines.append(Html(f"<b>{name}</b>. {escape(said)}"))
     return ["<h2>What can be said</h2>", items(lines), *_over_which(runs, key), f"<p><small>{INTERVALS}</small></p>"]
 
@@ -153,7 +155,7 @@ def _summary(runs: Runs, oracle: Oracle, audits: dict[str, int], on_cpu: bool) -
     quantities = (
         Quantity("iterations", "", lambda rows: str(len(rows))),
         Quantity(f"oracle on all candidates: {gain}", f"{better} · audit_gain", change("audit_gain")),
-        Quantity("oracle on all candidates", f"{better} · audit_utility", change("audit_utility")),
+        Quantity("oracle on all candidates", f"{better}; questions differ · audit_utility", change("audit_utility")),
         Quantity("oracle on the learnt reply", f"{better}, but chosen · oracle_utility", change("oracle_utility")),
         Quantity("reward model on all candidates", "no way is good by itself, log-odds · reward", change("reward")),
         Quantity("gap of the learnt reply", "nearer to 0 is better · proxy_gap", change("proxy_gap")),
@@ -257,9 +259,9 @@ def _oracle(runs: Runs, folders: dict[str, Path], audits: dict[str, int]) -> str
         "the oracle counted",
     )
     told = (
-        "Labels are counted in pairs of a reply and the base model's reply, the first fit's left out. The oracle "
-        "counts what it did itself, with all of these and the first fit, which a comparison makes once: scored is "
-        "single replies that it gave a utility to."
+        "Labels are counted in pairs of a reply and the base model's reply. The oracle counts what it did itself, with "
+        "all of these and those of a first fit of the score head, where there was one (a comparison makes it once): "
+        "scored is single replies that it gave a utility to."
     )
     return f"<h2>The oracle</h2>{table(head, body)}<p><small>{told}</small></p>"
 
@@ -338,6 +340,8 @@ def _controlled(out: Path) -> list[str]:
         raise RunError(f"{folder / 'summary.json'} is damaged; delete {folder}, it will be made again") from error
     return [
         "<h2>The paper's linear environment</h2>",
+        "<p>A second of arithmetic that shows what the penalty is for; it knows nothing of this run's model or prompts "
+        "(logging.controlled false leaves it out).</p>",
         f"<pre>{escape(format_table(summary))}</pre>",
         "<div class='figures'>",
         *[_drawn(folder / "figures", name, caption) for name, caption in CONTROLLED.items()],

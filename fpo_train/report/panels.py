@@ -80,13 +80,13 @@ PANELS = {
 SECONDS = "Wall-clock time of an iteration by phase, mean over the run; audit is what the report alone asks for."
 CAPTIONS = {**{key: caption for key, (_, _, caption) in PANELS.items()}, "seconds": SECONDS}
 WARNED = ("audit_gain", "reward", "oracle_utility")  # figures that mark the warnings
-UNITS = {"base": "nats/token", "gold": "log-odds", "function": "its own units"}
+UNITS = {"base": "nats/token", "gold": "log-odds", "function": "units of its own"}
 PHASES = {"generate": "#999999", "score": "#56B4E9", "update": "#E69F00", "retrain": "#009E73", "audit": "#CC79A7"}
 
 
 def unit_of(oracle: str, preference: bool) -> str:
     """The unit of what the oracle says, by `oracle.kind`; `preference`: it has no utilities."""
-    return "probability" if preference else UNITS.get(oracle, "its own units")
+    return "probability" if preference else UNITS.get(oracle, "units of its own")
 
 
 def is_preference(runs: Runs) -> bool:

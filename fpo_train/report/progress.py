@@ -21,7 +21,7 @@ from .records import Row
 LIVE = True  # whether a terminal is this process's alone, so that bars can be drawn on it
 WHO = ""  # what a log's lines say is going on where several processes write into it
 PATIENCE = 5.0  # seconds after which a log says what it is that lasts, and again how far it is
-SILENT = 20.0  # seconds after which a log names the phase that an iteration begins
+SILENT = 20.0  # seconds after which a silent log names the phase that an iteration is in
 SLOW = 1.0  # seconds from which on each step is worth a line
 
 
@@ -124,6 +124,8 @@ class Progress:
         self._seconds: list[float] = []  # of the iterations so far
         live = on_terminal(shown)
         self._bar = tqdm(total=total, initial=done, desc=title, unit="it", dynamic_ncols=True) if live else None
+        self._lines = shown and not live
+        self._later: threading.Timer | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -131,15 +133,31 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._quiet()
         if self._bar is not None:
             self._bar.close()
 
     def phase(self, name: str) -> None:
-        """Name the phase that runs now; in a log where nothing was said for a while, the iteration's line being due."""
+        """Name the phase that runs now; in a log, each time that nothing has been said for a while."""
+        self._quiet()
         if self._bar is not None:
             self._bar.set_description_str(f"{self._title} {name:<8}")
-        elif time.monotonic() - self._said > SILENT:
-            self._say(f"{self._title} {self._done + 1:>4}/{self._total}  {name} …")
+        elif self._lines:
+            self._wait(name)
+
+    def _wait(self, name: str) -> None:
+        """Name a phase once the log has been silent for long enough."""
+        self._later = threading.Timer(max(0.0, self._said + SILENT - time.monotonic()), self._lasts, [name])
+        self._later.daemon = True
+        self._later.start()
+
+    def _lasts(self, name: str) -> None:
+        self._say(f"{self._title} {self._done + 1:>4}/{self._total}  {name} …")
+        self._wait(name)
+
+    def _quiet(self) -> None:
+        if self._later is not None:
+            self._later.cancel()
 
     def __call__(self, row: Row) -> None:
         """Show one iteration, and its warning if it has one."""
@@ -147,6 +165,7 @@ class Progress:
             f"reward {number(row['reward'])}, oracle {number(row['oracle_utility'])}, "
             f"gap {number(row['proxy_gap'])}, kl {number(row['kl'], '.4f')}"
         )
+        self._quiet()
         self._done = row["iteration"]
         self._seconds.append(sum(row["seconds"].values()))
         if self._bar is not None:
@@ -180,4 +199,7 @@ def duration(seconds: float) -> str:
 
 def number(value: float | None, form: str = "+.3f") -> str:
     """A number as text; a dash where there is none."""
-    return "–" if value is None else format(value, form)
+    if value is None:
+        return "–"
+    text = format(value, form)
+    return format(0.0, form) if float(text) == 0 else text  # a zero has no sign

@@ -86,6 +86,9 @@ def headline(runs: Mapping[str, Rows]) -> str | None:
     return None
 
 
+TOO_FEW = "too few iterations to say"
+
+
 def verdict(rows: Rows, key: str | None, unit: str) -> str:
     """What can be said of one run, in one or two sentences.
 
@@ -101,8 +104,8 @@ def verdict(rows: Rows, key: str | None, unit: str) -> str:
     if found.way is None:
         wanted = f"{len(rows)} of them, and a quarter must have {LEAST}, so {4 * LEAST} are needed"
         return (
-            f"Too few iterations to say: {wanted}. So far {what} went from {number(found.first)} to "
-            f"{number(found.last)} {unit}."
+            f"Too few iterations to say: {wanted}. So far {what} went from {number(found.first)} "
+            f"(first quarter) to {number(found.last)} {unit} (last quarter)."
         )
     size = f"{number(found.size)} [{number(found.low)}, {number(found.high)}] {unit}"
     said = {
@@ -131,7 +134,7 @@ def against(rows: Rows, other: Rows, key: str, unit: str) -> str:
     last = [row for row in rows[-max(1, len(rows) // 4) :] if row.get(key) is not None]
     found = paired([row[key] - theirs[row["iteration"]] for row in last if row["iteration"] in theirs])
     if found["pairs"] < LEAST:
-        return "too few iterations to say"
+        return TOO_FEW
     size = f"{number(found['mean'])} [{number(found['low'])}, {number(found['high'])}] {unit}"
     if found["low"] > 0:
         return f"higher by {size}"

@@ -128,8 +128,8 @@ class RewardModel(ABC):
     def save(self, folder: Path) -> None:
         """Write what was trained, and a `config.json` that says on what it sits and what it reads."""
 
-    def names(self, parameters: str) -> list[str]:
-        """Names in `module` of the weights that `penalty.parameters` chooses.
+    def names(self, parameters: str, setting: str = "penalty.parameters") -> list[str]:
+        """Names in `module` of the weights that `penalty.parameters`, or another `setting`, chooses.
 
         Raises:
             RunError: a choice that names nothing of this reward model.
@@ -146,10 +146,10 @@ class RewardModel(ABC):
             patterns = [pattern.strip() for pattern in parameters.split(",")]
             lost = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in own)]
             if lost:
-                raise RunError(f"penalty.parameters: {lost[0]!r} names no weight of the reward model")
+                raise RunError(f"{setting}: {lost[0]!r} names no weight of the reward model")
             found = [name for name in own if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if not found:
-            raise RunError(f"penalty.parameters: the reward model has no {parameters} weights")
+            raise RunError(f"{setting}: the reward model has no {parameters} weights")
         return found
 
     def _is_own(self, name: str) -> bool:

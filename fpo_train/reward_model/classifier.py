@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fpo_train.config import RunConfig
 from fpo_train.config.seeds import mix
+from fpo_train.data.adapters import TRAINED, kept_in
 from fpo_train.data.limits import alike, context_of, pad_id, rows_of
-from fpo_train.data.sources import Classifier, load_sequence_classifier
+from fpo_train.data.sources import Classifier
 from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError, about
 from fpo_train.policy.adapters import REWARD, complaint, refuse_unmatched
@@ -24,6 +25,7 @@ from fpo_train.rollout import rows_of as texts_of
 
 from .base import Reading, RewardModel, Scores
 from .inputs import TextInputs
+from .kept import load_classifier, take_up
 
 if TYPE_CHECKING:
     from .replay import Pair
@@ -83,11 +85,12 @@ class ClassifierRewardModel(RewardModel):
         Raises:
             RunError: it cannot be loaded, has no score head, or no layers to adapt.
         """
-        settings = config.reward_model
+        settings, kept = config.reward_model, kept_in(config.reward_model.classifier)
         if given is None:
             with about("reward_model"):
-                given = load_sequence_classifier(settings.classifier, getattr(torch, settings.dtype))
+                given = load_classifier(settings.classifier, getattr(torch, settings.dtype))
         self._whole, tokenizer, self.comes_trained = given
+        self._named = settings.classifier if kept is None else kept.model
         self._whole.requires_grad_(False)
         if not getattr(self._whole, "is_quantized", False):  # such weights lie where they were loaded to
             self._whole.to(device)
@@ -112,6 +115,9 @@ class ClassifierRewardModel(RewardModel):
         ]
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
+        if kept is not None:
+            take_up(kept, dict(module.named_parameters()), trained if kept.trained == settings.train else ())
+            self.comes_trained = True
         super().__init__(module, heads[-1], trained, config, processes)
 
     @property
@@ -121,7 +127,7 @@ class ClassifierRewardModel(RewardModel):
 
     def read(self, rollout: Said, readings: Readings, rows_at_once: int = 0) -> Reading:
         """See `RewardModel`."""
-        return self._read(texts_of(rollout), rows_at_once)
+        return self.read_texts(texts_of(rollout), rows_at_once)
 
     def check(self, texts: Sequence[tuple[Talk, str]]) -> None:
         """See `RewardModel`. It also refuses a model that reads a text otherwise beside a longer one."""
@@ -142,7 +148,12 @@ class ClassifierRewardModel(RewardModel):
         known = [row for pair in pairs for row in pair.features or ()]
         if self._frozen_body and len(known) == len(rows):
             return Reading(self._texts.batch(rows, self.device), torch.stack(known).to(self.device))
-        return self._read(rows, rows_at_once)
+        return self.read_texts(rows, rows_at_once)
+
+    def read_texts(self, texts: Sequence[tuple[Talk, str]], rows_at_once: int = 0) -> Reading:
+        """What it reads of (prompt, reply) rows; what its head reads too, where all beneath the head is frozen."""
+        reading = Reading(self._texts.batch(texts, self.device), None)
+        return Reading(reading.batch, self.head_inputs(reading, rows_at_once)) if self._frozen_body else reading
 
     def save(self, folder: Path) -> None:
         """Write the model as `save_pretrained` does, or its adapter and head alone where only those are trained."""
@@ -153,9 +164,9 @@ class ClassifierRewardModel(RewardModel):
             self._tokenizer.save_pretrained(folder)
             return
         trained = {name: weight.contiguous() for name, weight in self.weights().items()}
-        save_file(trained, folder / "trained.safetensors")
+        save_file(trained, folder / TRAINED)
         description: dict[str, str | int] = {
-            "model": settings.classifier,
+            "model": self._named,
             "trained": settings.train,
             "reads": settings.input,
         }
@@ -178,7 +189,3 @@ class ClassifierRewardModel(RewardModel):
                 found = list(settings.lora_targets)
                 raise RunError(f"reward_model.lora_targets {found}: {complaint(error)}") from error
         refuse_unmatched(self._whole, REWARD, settings.lora_targets, "reward_model.lora_targets")
-
-    def _read(self, rows: list[tuple[Talk, str]], rows_at_once: int) -> Reading:
-        reading = Reading(self._texts.batch(rows, self.device), None)
-        return Reading(reading.batch, self.head_inputs(reading, rows_at_once)) if self._frozen_body else reading

@@ -55,6 +55,7 @@ class VllmSampler:
         self._request = import_module("vllm.lora.request").LoRARequest
         self._engine = vllm.LLM(
             model=source.location,
+            revision=source.revision,
             dtype=str(policy.lm.dtype).removeprefix("torch."),
             quantization="bitsandbytes" if getattr(policy.lm, "is_loaded_in_4bit", False) else None,
             enable_lora=True,

@@ -19,6 +19,7 @@ import yaml
 from fpo_train.config import RunConfig
 from fpo_train.data.adapters import base_model, settle
 from fpo_train.data.sources import KNOWN
+from fpo_train.errors import RunError
 from fpo_train.memory.architecture import architecture
 from fpo_train.memory.plan import USUAL_PROMPT, make_plan
 from fpo_train.report.records import CHECKPOINTS, METRICS, read
@@ -38,8 +39,10 @@ def rehearse(config: RunConfig) -> None:
     step of the policy and `reward_model.steps` of the reward model. Models and budget are those asked for, where they
     are at hand.
 
-    Raises: as `run`; also where the budget does not hold the sizes that were asked for.
+    Raises: as `run`; also where `resume` is asked for, or where the budget does not hold the sizes that were asked for.
     """
+    if config.resume:
+        raise RunError("dry_run: it rehearses a run from its beginning; wanted resume false, got true")
     print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
     whole, changes = stand_ins(config)
     for change in changes:

@@ -115,8 +115,7 @@ class Workshop:
         what, main = f"loading policy.model {config.policy.model}", self.processes.main
         with Steps(what, STEPS + 1, "steps", shown=main, even=False) as step:
             self.policy = load_policy(self.config.policy, config.seed, self.processes.device, partial(step, 1))
-            if self.config.data.chat_template == "none":
-                self.policy.tokenizer.chat_template = None
+            templates.choose(self.policy.tokenizer, self.config.data.chat_template)
             self._base = identity.of_model(self.policy.lm, self.policy.tokenizer)
             step(1, "fingerprint taken")
         self._begun_on = adapter_at(self.config.policy.model)
@@ -130,7 +129,8 @@ class Workshop:
         if self._skipped and self.processes.main:
             rows_told = "1 row" if len(self._skipped) == 1 else f"{len(self._skipped)} rows"
             told = f"{rows_told} skipped, {len(self.prompts)} prompts left"
-            print(f"data.prompts: {told}; the first: {self._skipped[0]}", file=sys.stderr)
+            first = self._skipped[0].removeprefix("data.prompts: ")
+            print(f"data.prompts: {told}; the first: {first}", file=sys.stderr)
         beyond_windows(self.policy, self.prompts.longest + config.rollout.max_new_tokens)
         self._human = human_pairs(config, self.policy) if config.oracle.kind == "file" else HumanPairs()
         if self.processes.main and (told := self._human.told()):
@@ -286,6 +286,9 @@ def _run_one(config: RunConfig, workshop: Workshop, request: Request, turn: str)
             records.cut(out / name, done)
         cut(out / records.WATCHED, done, config.iterations)
     processes = parts.processes
+    if main and done:
+        rest = config.iterations - done
+        say(f"goes on after iteration {done} of {config.iterations}" + ("" if rest else ": nothing is left to do"))
     if main and workshop.config.compare:
         say(f"{config.penalty.kind}: {turn}")
     processes.barrier()

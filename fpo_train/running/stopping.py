@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+SAID = b"\nstopping once this iteration is done; the same again stops at once, and the iteration is lost\n"
 
 
 class Stopped(Exception):  # noqa: N818 - an end that was asked for, not an error
@@ -38,6 +41,7 @@ class Request:
         if self.made or not self._working:
             raise KeyboardInterrupt
         self.made = True
+        os.write(2, SAID)  # printing is not safe inside a signal's handler
 
 
 @contextmanager

@@ -69,3 +69,28 @@ def prompts(policy):
     from fpo_train.data.prompts import render_prompts
 
     return render_prompts(read_prompts("questions"), seed=0, tokenizer=policy.tokenizer, room=200)
+
+
+@pytest.fixture(scope="session")
+def classifiers(tiny, tmp_path_factory):
+    """Folders of tiny trained classifiers, by name, whose rewards differ by about 1."""
+    from transformers import (
+        AutoTokenizer,
+        BertConfig,
+        BertForSequenceClassification,
+        LlamaConfig,
+        LlamaForSequenceClassification,
+    )
+
+    folders, tokenizer = {}, AutoTokenizer.from_pretrained(tiny)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    shape |= {"vocab_size": len(tokenizer), "num_labels": 1, "initializer_range": 0.5}
+    torch.manual_seed(1)
+    for name, kind, config in (
+        ("bert", BertForSequenceClassification, BertConfig(**shape, max_position_embeddings=128)),
+        ("llama", LlamaForSequenceClassification, LlamaConfig(**shape, pad_token_id=tokenizer.pad_token_id)),
+    ):
+        folders[name] = tmp_path_factory.mktemp("models") / name
+        kind(config).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders

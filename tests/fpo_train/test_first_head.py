@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 from fpo_train.cli import main
+from fpo_train.errors import RunError
+from fpo_train.reward_model.kept import load_classifier
 
 from .runs import arguments
 
@@ -60,3 +62,46 @@ def test_a_gold_oracle_has_to_come_trained(tiny, encoders, tmp_path, capfd):
     assert main(arguments(tiny, tmp_path / "run", *options)) == 1
     assert "its files hold no score head; wanted a trained reward model" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_the_reward_model_that_another_trained(tiny, encoders, tmp_path, capfd):
+    trained, first, second = encoders["trained"], tmp_path / "first", tmp_path / "second"
+    shared = ["--reward_model.kind", "classifier", "--reward_model.input", "pair", "--penalty.kind", "none"]
+    asked = [*shared, "--reward_model.model", trained, "--iterations", "2", "--reward_model.learning_rate", "0.01"]
+    assert main(arguments(tiny, first, *asked)) == 0
+    weights = load_file(first / "reward_model" / "trained.safetensors")["classifier.weight"]
+    assert not torch.equal(weights, load_file(trained / "model.safetensors")["classifier.weight"])
+    head = head_after(tiny, second, first / "reward_model")
+    assert torch.equal(head, weights)
+    assert f"its score head is trained, from {first / 'reward_model'}; taken as it is" in capfd.readouterr().err
+    assert json.loads((second / "reward_model" / "config.json").read_text())["model"] == str(trained)
+    lost = ["--reward_model.model", first / "reward_model", "--iterations", "1", "--reward_model.fit_pairs", "0"]
+    (first / "reward_model" / "trained.safetensors").write_bytes(b"cut")
+    assert main(arguments(tiny, tmp_path / "third", *shared, *lost)) == 1
+    assert "its trained.safetensors is damaged" in capfd.readouterr().err
+
+
+def test_an_adapter_of_pefts_comes_with_its_score_head(tiny, tmp_path, capfd):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    adapted = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    folder = tmp_path / "adapter"
+    adapted.save_pretrained(folder)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tiny)("Name a bird.")["input_ids"]])
+    wanted = adapted.eval()(input_ids=ids).logits
+    loaded = load_classifier(str(folder), torch.float32)
+    assert loaded.trained
+    assert torch.allclose(loaded.model.eval()(input_ids=ids).logits, wanted, rtol=1e-4)
+    asked = ["--reward_model.kind", "classifier", "--reward_model.model", folder, "--penalty.kind", "none"]
+    assert main(arguments(tiny, tmp_path / "run", *asked, "--iterations", "1")) == 0
+    assert f"its score head is trained, from {folder}; taken as it is" in capfd.readouterr().err
+    (folder / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(RunError, match="its adapter cannot be put on"):
+        load_classifier(str(folder), torch.float32)

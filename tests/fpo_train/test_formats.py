@@ -19,6 +19,7 @@ from fpo_train.errors import RunError
 from fpo_train.evaluate.questions import read_questions
 from fpo_train.oracle.preferences import FileOracle, read_preferences
 from fpo_train.reward_model.inputs import TextInputs
+from fpo_train.rollout import Written
 
 from .conftest import TEMPLATE
 from .runs import arguments, contents, rows
@@ -125,7 +126,7 @@ def test_what_is_no_talk(tmp_path, value):
 
 
 REFUSED = {
-    ("a.csv", "question,answer\nWhy?,So.\n"): 'row 1 has no text under "prompt", it has question, answer; data',
+    ("a.csv", "question,answer\nWhy?,So.\n"): 'row 1 has no text under "prompt", it has question, answer; which of',
     ("a.csv", "prompt,note\nWhy?,a\nHow?\n"): "row 2, on line 3, has too many or too few fields; wanted",
     ("a.csv", 'prompt\n"Why?\nHow?\n'): "behind row 0 is no table",
     ("a.csv", "prompt\n"): "holds no prompts",
@@ -328,21 +329,17 @@ def test_preferences_in_conversations_and_tables(tmp_path):
 def test_unlabelled_turns_come_back_as_they_were_asked(tmp_path):
     import torch
 
-    class Rollout:
-        prompts = (Prompt.of("a", TALK, (1, 2)),)
-        candidates = 1
-        texts = ("Good.", "Bad.")
-
+    said = Written.of([TALK], ["Good."], ["Bad."], torch.device("cpu"))
     path = tmp_path / "people.jsonl"
     path.write_text(json.dumps({"prompt": "Hello", "chosen": "a", "rejected": "b"}))
     rows = torch.tensor([0]), torch.tensor([1])
     waiting = tmp_path / "unlabelled.jsonl"
-    assert FileOracle(path, waiting, "Rhyme.").preference(Rollout, None, *rows).isnan()
+    assert FileOracle(path, waiting, "Rhyme.").preference(said, None, *rows).isnan()
     assert json.loads(waiting.read_text())["prompt"] == messages_of(TALK)
     again = FileOracle(path, waiting, "Rhyme.")
-    again.preference(Rollout, None, *rows)
+    again.preference(said, None, *rows)
     assert len(waiting.read_text().splitlines()) == 1
-    assert float(FileOracle(waiting, tmp_path / "other.jsonl", "Rhyme.").preference(Rollout, None, *rows)) == 1.0
+    assert float(FileOracle(waiting, tmp_path / "other.jsonl", "Rhyme.").preference(said, None, *rows)) == 1.0
 
 
 def test_a_run_on_turns_that_was_cut_off_goes_on_to_the_bit(tiny, tmp_path):

@@ -31,6 +31,7 @@ def text(prompts, completions): return ["7"] * len(prompts)
 def pairs(prompts, completions): return [[1.0, 2.0]] * len(prompts)
 def endless(prompts, completions): return [float("inf")] * len(prompts)
 def nothing(prompts, completions): return None
+def lone(prompts): return [0.0] * len(prompts)
 def broken(prompts, completions): raise KeyError("no such key\\nand more")
 '''  # fmt: skip
 
@@ -70,6 +71,7 @@ def test_a_function_that_cannot_say(rollout, module):  # noqa: F811
     assert p.isnan().flatten().tolist() == [True, True, False, False, False, False]
     assert (labels.calls, labels.failures) == (6, 2)
     assert oracle.counts == {"scored": 6, "no_answer": 2}
+    assert oracle.report() == "no_answer 2, scored 6; my_taste:silent said None or NaN of 2 completions"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_a_function_that_cannot_say(rollout, module):  # noqa: F811
         ("text", "returned '7' for completion 0; wanted a finite number"),
         ("pairs", r"returned \[1.0, 2.0\] for completion 0; wanted a number"),
         ("endless", "returned inf for completion 0; wanted a finite number"),
-        ("broken", "my_taste:broken raised KeyError: 'no such key"),
+        ("broken", r"my_taste:broken raised KeyError: 'no such key.* \(my_taste.py, line 18\)"),
     ],
 )
 def test_a_function_that_errs_is_named(rollout, module, name, says):  # noqa: F811
@@ -95,6 +97,7 @@ def test_functions_that_do_not_exist(module):
         ("my_taste", "wanted module:function"),
         ("my_taste:no_such", "module my_taste has no function 'no_such'"),
         ("no_such_module:f", "cannot be imported: ModuleNotFoundError"),
+        ("my_taste:lone", r"my_taste:lone takes \(prompts\); wanted two lists, prompts and completions"),
         ("my_ruin:f", "cannot be imported: .*no_such_thing_at_all"),
     ):
         with pytest.raises(RunError, match=says):

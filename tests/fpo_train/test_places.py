@@ -24,12 +24,15 @@ class Hub:
         self.answer, self.asked = answer, 0
 
     def head(self, url, headers, timeout):
-        self.asked += 1
+        self.asked, self.url = self.asked + 1, url
         assert timeout <= 10
         if isinstance(self.answer, Exception):
             raise self.answer
         status, code = self.answer
         return httpx.Response(status, headers={"X-Error-Code": code} if code else {})
+
+
+OTHER = "(another library's)"  # the hub's client has had two
 
 
 @pytest.fixture
@@ -49,6 +52,7 @@ def hub(monkeypatch, tmp_path):
     ("answer", "says"),
     [
         (httpx.ConnectError("no way there"), "no such folder here, and the hub cannot be asked for it (no way there)"),
+        (OSError(OTHER[1:-1]), f"the hub cannot be asked for it {OTHER}"),
         ((404, "RepoNotFound"), "the hub has none of that id"),
         ((401, ""), "does not show it without a login"),
         ((403, "GatedRepo"), "it is gated; ask for access on its page"),
@@ -60,22 +64,31 @@ def test_a_model_that_the_hub_does_not_give_is_one_sentence_after_one_question(h
     told = capfd.readouterr().err
     assert "policy.model someone/something: " in told
     assert says in told
-    assert told.strip().split("something: ")[1].replace("(no way there)", "(…)") in MODELS
+    assert told.strip().split("something: ")[1].replace("(no way there)", "(…)").replace(OTHER, "(…)") in MODELS
     assert one.asked == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_revision_is_asked_for(hub, capfd, tmp_path):
+    one = hub((404, "RevisionNotFound"))
+    assert main(["run", "--policy.model", "someone/something@v9", "--out", str(tmp_path / "run")]) == 1
+    assert "something@v9: the hub has someone/something, but no revision v9 of it" in capfd.readouterr().err
+    assert "/resolve/v9/config.json" in one.url
+    found = sources.resolve("someone/something@v9")
+    assert (found.location, found.arguments) == ("someone/something", {"revision": "v9"})
 
 
 @pytest.mark.parametrize("answer", [(200, ""), (302, ""), (404, "EntryNotFound")])
 def test_what_may_be_there_is_left_to_transformers(hub, answer):
     one = hub(answer)
-    look_on_hub("someone/something")
+    look_on_hub("someone/something", "someone/something")
     assert one.asked == 1
 
 
 def test_no_name_of_a_model(hub):
     one = hub((200, ""))
     with pytest.raises(RunError, match="it can be no id on the hub"):
-        look_on_hub("someone/some thing")
+        look_on_hub("someone/some thing", "someone/some thing")
     assert one.asked == 0
 
 

@@ -86,3 +86,8 @@ def test_a_rehearsal_that_is_broken_off_is_nothing_to_go_on_with(tmp_path, monke
     (tmp_path / "config.yaml").touch()  # of a run that has nothing to do with it
     assert main(["run", "--dry_run", "true", "--out", str(tmp_path)]) == 1
     assert "go on with" not in capfd.readouterr().err
+
+
+def test_a_rehearsal_is_no_resume(tiny, tmp_path, capfd):
+    assert main(arguments(tiny, tmp_path / "out", "--dry_run", "true", "--resume", "true")) == 1
+    assert "dry_run: it rehearses a run from its beginning; wanted resume false" in capfd.readouterr().err

@@ -264,12 +264,16 @@ def test_a_log_names_the_phase_of_an_iteration_that_lasts(capsys, monkeypatch):
     with Progress("relaxed", 20, 3) as shows:
         shows.phase("generate")
         assert capsys.readouterr().err == ""
-        monkeypatch.setattr(progress, "SILENT", 0.0)
+        monkeypatch.setattr(progress, "SILENT", 0.4)
         shows.phase("score")
+        time.sleep(1.0)
         shows(row_of(4))
         shows.phase("update")
+        shows.phase("retrain")
+        time.sleep(0.7)
     lines = [re.sub(TIME, "", line) for line in capsys.readouterr().err.splitlines()]
-    assert [lines[0], lines[2]] == ["relaxed    4/20  score …", "relaxed    5/20  update …"]
+    assert lines[0] == lines[1] == "relaxed    4/20  score …"  # and again, as it goes on
+    assert [line for line in lines if "…" in line and " 5/20" in line] == ["relaxed    5/20  retrain …"]
 
 
 @pytest.mark.parametrize("live", [True, False])

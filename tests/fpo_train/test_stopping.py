@@ -9,11 +9,12 @@ from fpo_train.running.stopping import listening
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_does_not_wait(number):
+def test_a_second_signal_does_not_wait(number, capfd):
     former = signal.getsignal(number)
     with listening() as request, request.finishing():
         os.kill(os.getpid(), number)
         assert request.made
+        assert "stopping once this iteration is done; the same again stops at once" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is former

@@ -152,3 +152,22 @@ def test_whoever_renders_says_so_before_anything_is_written(tiny, tmp_path, capf
     assert f"model {broken}: its chat template cannot render" in told
     assert "TemplateError: wanted" in told
     assert not out.exists()
+
+
+def test_a_chat_template_of_ones_own(tiny, tmp_path, capfd):
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    )
+    asked = ["--data.chat_template", tmp_path / "own.jinja", "--iterations", "1", "--logging.watched", "0"]
+    seen = []
+    from fpo_train.running import run as running
+
+    whole = running.render_prompts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "render_prompts", lambda *given: seen.append((whole(*given), given[2])) or seen[0][0])
+        assert main(arguments(tiny, tmp_path / "run", *asked)) == 0
+    prompts, tokenizer = seen[0]
+    first = next(iter(prompts))
+    assert tokenizer.decode(first.ids) == f"[user] {first.text}\n[assistant]"
+    assert main(arguments(tiny, tmp_path / "other", "--data.chat_template", tmp_path / "none.jinja")) == 1
+    assert "none.jinja cannot be read; wanted auto, none or a Jinja file" in capfd.readouterr().err
