@@ -94,7 +94,7 @@ def reward_of(config: ServeConfig) -> FPOReward:
         config.gamma,
         config.gamma_units,
         config.parameters,
-        import_function(config.oracle) if config.oracle else None,
+        import_function(config.oracle, columns=True) if config.oracle else None,
         REFERENCE,
         train=None if learning.train == "parameters" else learning.train,
         settings=settings,
