@@ -254,3 +254,20 @@ def test_requests_are_served_in_order_and_joined_only_side_by_side(joins):
     assert [call for call in found if call] == (joined if joins else alone)
     with pytest.raises(Stopped):
         submit("score", "too late")
+
+
+def test_an_update_that_was_due_and_failed_is_not_tried_with_every_request():
+    class Failing(Noting):
+        due = True
+
+        def update(self):
+            super().update()
+            raise RuntimeError("the oracle is away")
+
+    owner = Failing()
+    worker = Worker(owner, BatchingConfig(wait_ms=0), Metrics())
+    worker.start()
+    for name in "abc":
+        worker.submit("score", Texts([name], ["x"], ["y"])).result(5)
+    assert worker.stop(5)
+    assert owner.calls == [["a"], "update", ["b"], ["c"]]

@@ -22,6 +22,7 @@ from .metrics import Metrics
 from .owner import Failed, Owner, Texts
 
 log = logging.getLogger("fpo_train.serve")
+PAUSE = 60.0  # seconds until an update that the server makes by itself, and that has failed, is tried again
 Kind = Literal["score", "rewards", "update"]
 
 
@@ -58,7 +59,7 @@ class Worker:
         self._queue: deque[Job] = deque()
         self._more = threading.Condition()
         self._stopped = self._said = False
-        self._running = 0
+        self._running, self._not_before = 0, 0.0
         self._thread = threading.Thread(target=self._run, name="fpo-model", daemon=True)
 
     def start(self) -> None:
@@ -164,11 +165,12 @@ class Worker:
         self._metrics.passed(len(jobs), sum(len(job.texts) for job in jobs))
         for job, answer in zip(jobs, answers, strict=True):
             job.answer.set_result(answer)
-        if self.owner.due:
+        if self.owner.due and time.monotonic() >= self._not_before:
             try:
                 self._update()
             except BaseException:
-                log.exception("the update that was due has failed; the next request is the next try")
+                self._not_before = time.monotonic() + PAUSE
+                log.exception("the update that was due has failed; it is tried again after %g seconds", PAUSE)
 
     def _scored(self, jobs: list[Job]) -> list[Any]:
         if not self._said and not self.owner.joins:
