@@ -8,6 +8,7 @@ FLOOR := .floor/bin
 NEWEST := .newest/bin
 # of the training layer, what stands on transformers and peft
 ON_TRANSFORMERS := $(addprefix tests/fpo_train/test_,policy.py generation.py decoding.py trial.py loop.py reward_model.py weights.py)
+ON_TRL := $(addprefix tests/fpo_train/test_,trl.py reward_function.py monitor.py)
 # a native build that fails ends the target; 0 goes on without, as plain pip does
 FPO_REQUIRE_NATIVE ?= 1
 
@@ -57,6 +58,11 @@ floor: ## build and test with the oldest versions served (constraints-floor.txt)
 	cd .floor/tree && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile --timeout 900 -p no:cacheprovider \
 		tests/fpo_kernels tests/compile_only tests/gpu tests/test_sanitizers.py $(ON_TRANSFORMERS)
 
+# TRL's oldest asks for younger tools than the rest does, and for requests without saying so
+	grep -E '^(torch|transformers|peft|triton)=' constraints-floor.txt > .floor/trl.txt
+	$(FLOOR)/python -m pip install --quiet --disable-pip-version-check -c .floor/trl.txt accelerate==1.4.0 trl==1.10.0 requests
+	cd .floor/tree && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(ON_TRL)
+
 # torch is the pinned one, all else as new as the bounds of pyproject.toml let it be; peft itself asks for the old name
 newest: ## test what stands on transformers and peft with their newest releases, in .newest: a few minutes
 	test -x $(NEWEST)/python || $(PYTHON) -m venv .newest
@@ -64,9 +70,11 @@ newest: ## test what stands on transformers and peft with their newest releases,
 	$(NEWEST)/python -m pip install --quiet --disable-pip-version-check -c .newest/torch.txt torch setuptools numpy
 	$(call copy,.newest)
 	$(NEWEST)/python -m pip install --quiet --disable-pip-version-check -c .newest/torch.txt --no-build-isolation \
-		--upgrade --upgrade-strategy eager -e .newest/tree hypothesis pytest pytest-benchmark pytest-timeout pytest-xdist
+		--upgrade --upgrade-strategy eager -e '.newest/tree[trl]' \
+		hypothesis pytest pytest-benchmark pytest-timeout pytest-xdist
 	cd .newest/tree && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider \
 		-W error::FutureWarning -W 'ignore:`is_gradient_checkpointing` is deprecated:FutureWarning' $(ON_TRANSFORMERS)
+	cd .newest/tree && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(ON_TRL)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

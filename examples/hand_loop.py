@@ -11,6 +11,7 @@ base, tokenizer = load_model(sys.argv[1] if len(sys.argv) > 1 else "smollm2")
 policy = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
 brief = lambda prompts, completions: [-abs(len(text) - 60) / 20 for text in completions]  # noqa: E731 (your oracle)
 reward = FPOReward(OnBase(policy), tokenizer, "relaxed", oracle=brief, reference=BaseReplies(policy, tokenizer))
+reward.fit(["Name a fish: "], ["the cod, which lives in cold seas and is eaten fried."], ["fish fish"])
 optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-4)
 prompts = ["Name a bird: ", "The sea is ", "Bread is made of "]
 

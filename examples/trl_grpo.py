@@ -28,6 +28,14 @@ def oracle(prompts, completions, **columns):
     return [-abs(len(completion[0]["content"]) - 80) / 20 for completion in completions]
 
 
+ASKED = [[{"role": "user", "content": text}] for text in ("Name a bird.", "Why is it dark at night?", "What is rye?")]
+GOOD = [
+    "The wren is a small brown bird that sings far louder than anybody would expect.",
+    "The Earth turns us away from the Sun each evening, so that no light reaches us.",
+    "Rye is a hardy kind of grain that people bake into dark bread and brew into beer.",
+]
+BAD = ["Bird bird bird.", "Night.", "I am a language model and I cannot say, I cannot say, I cannot say, I cannot say."]
+
 base, tokenizer = load_model(asked.model)
 policy = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
 data = Dataset.from_list([{"prompt": [{"role": "user", "content": talk}]} for _, talk in read_prompts("questions")])
@@ -36,6 +44,8 @@ data = Dataset.from_list([{"prompt": [{"role": "user", "content": talk}]} for _,
 reference = BaseReplies(policy, tokenizer, max_new_tokens=asked.tokens)
 reward = FPOReward(OnBase(policy), tokenizer, "relaxed", oracle=oracle, reference=reference)
 callback = FPOCallback(reward, every=1)
+
+reward.fit(ASKED, GOOD, BAD)  # a score head on a base begins at zero
 
 trainer = GRPOTrainer(
     model=policy,

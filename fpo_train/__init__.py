@@ -1,7 +1,7 @@
 """Foresighted Policy Optimization: iterative RLHF whose policy answers for how it steers its reward model.
 
 What it offers to other people's trainers (`FPOReward`, `FPOCallback`, …) is imported when it is first asked for, with
-torch and transformers behind it.
+torch and transformers behind it (behind `FPOClient` neither).
 """
 
 from importlib import import_module
@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from .integrations.monitor import FPOMonitor
     from .integrations.references import BaseReplies
     from .integrations.reward import FPOReward
+    from .integrations.server.client import FPOClient
     from .integrations.trl import FPOCallback, MonitorCallback
 
 __version__ = "0.1.0"
 __all__ = [
     "BaseReplies",
     "FPOCallback",
+    "FPOClient",
     "FPOMonitor",
     "FPOReward",
     "MonitorCallback",
@@ -28,6 +30,7 @@ __all__ = [
 _PLACES = {
     "BaseReplies": "references",
     "FPOCallback": "trl",
+    "FPOClient": "server.client",
     "FPOMonitor": "monitor",
     "MonitorCallback": "trl",
     "FPOReward": "reward",

@@ -1,4 +1,4 @@
-"""The command line: `fpo-train run | plan | study | simulate | eval | attribute | report | fetch | doctor`.
+"""The command line: `fpo-train run | plan | study | simulate | eval | attribute | report | serve | fetch | doctor`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped early and resumable.
 """
@@ -19,14 +19,13 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from fpo_train import __version__
-from fpo_train.config import PENALTY_KINDS, AttributeConfig, EvalConfig, RunConfig
+from fpo_train.config import PENALTY_KINDS, AttributeConfig, EvalConfig, RunConfig, ServeConfig
 from fpo_train.config.profiles import PROFILES
-from fpo_train.config.used import refuse_idle
-from fpo_train.config.words import arranged, files_of, meant, refuse_torn
+from fpo_train.config.words import arranged, files_of, meant, refuse_idle, refuse_torn
 from fpo_train.errors import RunError
 
 CONFIGS = Path(__file__).parent / "configs"
-C = TypeVar("C", RunConfig, EvalConfig, AttributeConfig)
+C = TypeVar("C", RunConfig, EvalConfig, AttributeConfig, ServeConfig)
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
@@ -101,11 +100,12 @@ def build(profile: str = "sound") -> Parser:
     simulate.add_argument("--vectorised", type=bool, default=False, help="neural: play all runs together")
     simulate.add_argument("--out", type=str, default="runs/simulate", help="new or empty folder for the results")
 
-    sub = command("eval", "Let policies answer a set of questions, and a judge compare the answers")
-    sub.add_class_arguments(EvalConfig, None, fail_untyped=True)
-
-    sub = command("attribute", "Say which training pairs taught a reward model to like, or to dislike, a reply")
-    sub.add_class_arguments(AttributeConfig, None, fail_untyped=True)
+    for name, kind, description in (
+        ("eval", EvalConfig, "Let policies answer a set of questions, and a judge compare the answers"),
+        ("attribute", AttributeConfig, "Say which training pairs taught a reward model to like or to dislike a reply"),
+        ("serve", ServeConfig, "Answer trainers in other processes over HTTP: rewards, and what retrains their model"),
+    ):
+        command(name, description).add_class_arguments(kind, None, fail_untyped=True)
 
     report = command("report", "Say what a table of pairwise judgements shows: wins, an interval, a test")
     report.add_argument("--judgements", type=str, required=True, help="CSV file with columns left, right and winner")
@@ -278,6 +278,16 @@ def _eval(options: Any) -> int:
     return DONE
 
 
+def _serve(options: Any) -> int:
+    config = _config(ServeConfig, options)
+    with usage():
+        token = config.token()
+    if missing := [name for name in ("fastapi", "uvicorn") if not importlib.util.find_spec(name)]:
+        raise RunError(f"it needs {' and '.join(missing)}: pip install 'fpo-kernels[serve]', or both by their names")
+    importlib.import_module("fpo_train.integrations.server.run").serve(config, token)
+    return DONE
+
+
 def _attribute(options: Any) -> int:
     config = _config(AttributeConfig, options)
     for name, used in (("damping", config.curvature), ("seed", config.sketched)):
@@ -346,7 +356,7 @@ def _doctor(options: Any) -> int:
         print(f"  native/{kind:<9}{state}")
     for impl, state in _kernels().items():
         print(f"  kernels/{impl:<8}{state}")
-    for name in ("trl", "bitsandbytes", "vllm", "datasets"):
+    for name in ("trl", "bitsandbytes", "vllm", "datasets", "fastapi", "uvicorn"):
         print(f"  {name:<16}{'present' if importlib.util.find_spec(name) else 'absent (optional)'}")
     for name in KNOWN:
         print(f"  {name:<16}{cached(name) or 'not fetched yet'}")
@@ -379,6 +389,7 @@ COMMANDS = {
     "eval": _eval,
     "attribute": _attribute,
     "report": _report,
+    "serve": _serve,
     "fetch": _fetch,
     "doctor": _doctor,
 }

@@ -19,6 +19,7 @@ def cases() -> dict[str, Case]:
         influence,
         neural,
         products,
+        serving,
         sketch,
         store,
         tracin,
@@ -27,5 +28,5 @@ def cases() -> dict[str, Case]:
     )
 
     kernels = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
-    every = (*kernels, host, decode, train_step, neural, attribution)
+    every = (*kernels, host, decode, train_step, neural, attribution, serving)
     return {module.CASE.name: module.CASE for module in every}

@@ -1,13 +1,14 @@
-"""Every setting of a run, a study, an evaluation or an attribution, documented and checked; imports no torch.
+"""Every setting of a run, a study, an evaluation, an attribution or a server, documented and checked; imports no torch.
 
-`settings` is a run's, `evaluation` that of `fpo-train eval`, `attribution` that of `fpo-train attribute`, `profiles`
-the named sets of defaults; `checks` and `units` read values, `words` a command line, and `seeds` makes one seed
-everyone's.
+`settings` is a run's, `evaluation` that of `fpo-train eval`, `attribution` that of `fpo-train attribute`, `serving`
+that of `fpo-train serve`, `profiles` the named sets of defaults; `checks` and `units` read values, `words` a command
+line, and `seeds` makes one seed everyone's.
 """
 
 from .attribution import AttributeConfig, ReadModelConfig
 from .evaluation import EvalConfig, JudgeConfig
 from .oracle import OracleConfig
+from .serving import BatchingConfig, LearningConfig, LimitsConfig, ServeConfig
 from .settings import (
     CLASSIFIER,
     PENALTY_KINDS,
@@ -29,9 +30,12 @@ __all__ = [
     "CLASSIFIER",
     "PENALTY_KINDS",
     "AttributeConfig",
+    "BatchingConfig",
     "DataConfig",
     "EvalConfig",
     "JudgeConfig",
+    "LearningConfig",
+    "LimitsConfig",
     "LoggingConfig",
     "MemoryConfig",
     "Optimizer",
@@ -44,5 +48,6 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "Schedule",
+    "ServeConfig",
     "UpdateConfig",
 ]

@@ -242,6 +242,16 @@ class FPOReward:
         """Whether there is an oracle to learn from."""
         return self._oracle is not None
 
+    @property
+    def by_row(self) -> bool:
+        """Whether `score` says the same of a completion whatever else it is asked about in the call.
+
+        Not so where the penalty takes a mean over the call, nor where γ's scale is still that of the call itself.
+        """
+        penalty = self.config.penalty
+        scaled = penalty.gamma_units == "raw" or self._penalty.state()["penalty_variance"] > 0
+        return penalty.kind == "none" or (penalty.kind in ("practical", "relaxed", "residual") and scaled)
+
     def state_dict(self) -> dict[str, Any]:
         """All that calls and updates change; tensors, numbers, texts and lists of them (torch.load's weights_only)."""
         return {
@@ -279,6 +289,8 @@ class FPOReward:
         if self._fresh:
             told = "its files hold no score head; fit(prompts, chosen, rejected) sets one"
             raise RunError(f"reward_model {self.config.reward_model.model}: {told}")
+        if not self.model.head.weight.any():
+            self._say("every reward is 0: the score head is all zeros; fit(prompts, chosen, rejected) begins it")
         said, complaints = grouped(prompts, completions, columns, self.reference, self.ranks, self.model.device)
         for complaint in complaints:
             self._say(f"cannot be scored: {complaint}")

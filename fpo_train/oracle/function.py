@@ -104,7 +104,7 @@ class FunctionOracle(UtilityOracle):
 
 
 def takes_names(function: Callable[..., Any]) -> bool:
-    """Whether a function can be called as function(prompts=…, completions=…); yes where it does not tell."""
+    """Whether a function has arguments prompts and completions, whatever else it takes; yes where it does not tell."""
     try:
         inspect.signature(function).bind_partial(prompts=[], completions=[])
     except TypeError:
@@ -114,8 +114,10 @@ def takes_names(function: Callable[..., Any]) -> bool:
     return True
 
 
-def import_function(name: str) -> Callable[..., Any]:
+def import_function(name: str, columns: bool = False) -> Callable[..., Any]:
     """The function that `module:function` names; modules in the working directory are found first, as by `python`.
+
+    `columns`: whether it may need more than prompts and completions, by name.
 
     Raises:
         RunError: another form of name, a module that cannot be imported, or nothing callable of that name in it.
@@ -133,12 +135,14 @@ def import_function(name: str) -> Callable[..., Any]:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise RunError(f"oracle.function: module {module_name} has no function {attribute!r}")
-    refuse_signature(function, f"oracle.function: {name}")
+    refuse_signature(function, f"oracle.function: {name}", columns)
     return function
 
 
-def refuse_signature(function: Callable[..., Any], name: str) -> None:
+def refuse_signature(function: Callable[..., Any], name: str, columns: bool = False) -> None:
     """See that a function can be called with prompts and completions, by name or by place.
+
+    `columns`: whether it may need more, by name.
 
     Raises:
         RunError: it cannot.
@@ -147,10 +151,11 @@ def refuse_signature(function: Callable[..., Any], name: str) -> None:
         takes = inspect.signature(function)
     except (TypeError, ValueError):  # of compiled code
         return
-    if takes_names(function):
+    named = takes_names(function)
+    if named and columns:
         return
     try:
-        takes.bind([], [])
+        _ = takes.bind(prompts=[], completions=[]) if named else takes.bind([], [])
     except TypeError as error:
         wanted = "wanted two lists, prompts and completions, by these names or by place"
         raise RunError(f"{name} takes {takes}; {wanted}") from error

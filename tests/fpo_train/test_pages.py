@@ -12,7 +12,7 @@ from benchmarks.__main__ import _parser as benchmarks
 from benchmarks.cases import cases
 from fpo_train import cli
 from fpo_train.cli import main
-from fpo_train.config import AttributeConfig, EvalConfig, OracleConfig, RunConfig
+from fpo_train.config import AttributeConfig, EvalConfig, OracleConfig, RunConfig, ServeConfig
 from fpo_train.config.words import arranged
 from fpo_train.oracle import FunctionOracle
 from fpo_train.oracle.preferences import read_preferences
@@ -31,7 +31,8 @@ CONTINUED = "# goes on from the block above\n"
 COMMAND = re.compile(r"(?:PYTHONPATH=\. )?(?:fpo-train|make|python -m|torchrun) ")
 OWN = ("fpo_train", "fpo_train.cli")
 TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-CONFIGS = {"run": RunConfig, "plan": RunConfig, "study": RunConfig, "eval": EvalConfig, "attribute": AttributeConfig}
+CONFIGS = {"run": RunConfig, "plan": RunConfig, "study": RunConfig, "eval": EvalConfig}
+CONFIGS |= {"attribute": AttributeConfig, "serve": ServeConfig}
 build = functools.lru_cache(cli.build)
 
 
@@ -70,7 +71,7 @@ def program(words):
 
 
 def parsed(words):
-    """What the command line makes of words; the settings of a run, an evaluation or an attribution are checked too."""
+    """What the command line makes of words; the settings that a class of ours holds are checked too."""
     words = arranged(cli._shipped_configs(words))
     options = build(cli._profile(words)).parse_args(words)
     if options.subcommand in CONFIGS:

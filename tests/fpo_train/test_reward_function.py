@@ -263,6 +263,8 @@ def test_it_sits_on_a_trainers_own_model_and_leaves_that_alone(tiny, tokenizer, 
     settings = RewardModelConfig(learning_rate=1e-2)
     made = {"oracle": worth, "parameters": kind, "settings": settings}
     reward = FPOReward(OnBase(model, kind), tokenizer, **made)
+    with pytest.warns(UserWarning, match="every reward is 0: the score head is all zeros"):
+        assert reward.score(PROMPTS, REPLIES, reference=REFERENCES).reward.eq(0).all()
     with torch.no_grad():
         torch.manual_seed(1)
         reward.model.head.weight.normal_(std=0.3)
