@@ -1,4 +1,4 @@
-"""Completions of one prompt, wherever they stand: they are told by the prompt, over all processes."""
+"""What completions are worth, and which compete: those of one prompt, wherever they stand, over all processes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from fpo_train.penalty.base import Penalty
+from fpo_train.penalty.base import Judged, Penalty
 from fpo_train.rollout import Said, Written
 
 CANCELLED = 0.05
@@ -37,6 +38,19 @@ class InGroups(Penalty):
         keys = [key for key, *_ in known]
         squares = [sum(value**2 for value in centred(keys, column)) for column in list(zip(*known, strict=True))[1:3]]
         return (*squares, float(len(known))) if known else (0.0, 0.0, 0.0)  # type: ignore[return-value]
+
+
+class Judgement(NamedTuple):
+    """What n completions are worth, (n,) fp32 or float64 on the CPU each; NaN where one could not be scored."""
+
+    reward: Tensor
+    """r(z), the reward model's score."""
+    reference_reward: Tensor
+    """r(ref)."""
+    penalty: Tensor
+    """In the units of γ."""
+    effective: Tensor
+    """r(z) − γ · penalty(z): what a policy should maximise."""
 
 
 class Scored(NamedTuple):
@@ -91,3 +105,15 @@ def _normalised(keys: Sequence[str], centre: Sequence[float]) -> list[float]:
         squares.setdefault(key, []).append(value * value)
     spread = {key: (sum(some) / len(some)) ** 0.5 for key, some in squares.items()}
     return [value / spread[key] if spread[key] else 0.0 for key, value in zip(keys, centre, strict=True)]
+
+
+def judgement(judged: Judged) -> Judgement:
+    """(n, 1) on the model's device → (n,) on the CPU, NaN where nothing was judged."""
+    lost = ~judged.effective.isfinite()
+    columns = (judged.reward, judged.reference_reward, judged.penalty, judged.effective)
+    return Judgement(*(one.masked_fill(lost, torch.nan)[:, 0].detach().cpu() for one in columns))
+
+
+def numbers(values: Tensor) -> list[float | None]:
+    """A tensor's numbers, None for NaN."""
+    return [None if value != value else value for value in values.tolist()]

@@ -34,7 +34,11 @@ class Watch:
 
     def note(self, reward: float, utility: float | None, steering: float | None = None) -> dict[str, Any]:
         """The row of one more step; what is no finite number is left out of the comparison."""
-        row: dict[str, Any] = {"iteration": len(self.rows) + 1, PROXY: _finite(reward), ORACLE: _finite(utility)}
+        row: dict[str, Any] = {
+            "iteration": self.rows[-1]["iteration"] + 1 if self.rows else 1,
+            PROXY: _finite(reward),
+            ORACLE: _finite(utility),
+        }
         if steering is not None:
             row["steering"] = _finite(steering)
         self.rows.append(row)
@@ -59,7 +63,7 @@ class FPOMonitor(Watch):
     Args:
         reward: the trainer's reward function, as TRL calls it. oracle: one more of the same form, the truth as far as
             it can be had. asked: completions of a call that the oracle is asked about, evenly spread; 0: all.
-        window: see `Watch`. steering: an FPOReward of the kind `tracin` in raw units, with an oracle.
+        window: see `Watch`. steering: an FPOReward with an oracle.
     """
 
     def __init__(
@@ -72,11 +76,8 @@ class FPOMonitor(Watch):
         steering: FPOReward | None = None,
     ) -> None:
         super().__init__(window)
-        if steering is not None:
-            asks = steering.config.penalty
-            if (asks.kind, asks.gamma_units) != ("tracin", "raw"):
-                wanted = 'wanted FPOReward(…, penalty="tracin", gamma_units="raw", oracle=…)'
-                raise RunError(f"steering: {wanted}, got {asks.kind} in {asks.gamma_units}")
+        if steering is not None and not steering.trains:
+            raise RunError("steering: the reward has no oracle; wanted FPOReward(…, oracle=…)")
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)
         self._reward, self._oracle = reward, CalledOracle(OracleConfig(), oracle)
         self._asked, self._steering, self._ranks = asked, steering, Ranks()
@@ -109,7 +110,7 @@ class FPOMonitor(Watch):
         )
         steering = None
         if self._steering is not None:
-            steering = self._mean(self._steering.score(prompts, completions, **columns).penalty.tolist())
+            steering = self._mean(self._steering.steering(prompts, completions, **columns).tolist())
         row = self.note(self._mean(said), self._mean(utility), steering)
         if warning := row.get("warning"):
             warnings.warn(f"fpo: {warning}", stacklevel=2)
@@ -131,9 +132,13 @@ class FPOMonitor(Watch):
 
     def _mean(self, values: Sequence[float | None]) -> float:
         """Over the numbers of all processes; NaN without any."""
-        own = [float(one) for one in values if one is not None and math.isfinite(one)]
-        known = self._ranks.gather_objects(own)
-        return math.fsum(known) / len(known) if known else math.nan
+        return mean_of(self._ranks.gather_objects(list(values)))
+
+
+def mean_of(values: Sequence[float | None]) -> float:
+    """Of the finite numbers; NaN without any."""
+    known = [float(one) for one in values if one is not None and math.isfinite(one)]
+    return math.fsum(known) / len(known) if known else math.nan
 
 
 def _finite(value: float | None) -> float | None:

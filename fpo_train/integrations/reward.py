@@ -4,43 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fpo_train.config import PenaltyConfig, PenaltyKind, RewardModelConfig
 from fpo_train.config.seeds import mix
-from fpo_train.data.prompts import Prompt
-from fpo_train.data.turns import Talk
 from fpo_train.errors import RunError
 from fpo_train.oracle import Labels, Oracle
-from fpo_train.oracle.base import Unasked
+from fpo_train.oracle.base import Unasked, UtilityOracle
 from fpo_train.penalty.base import Judged
 from fpo_train.penalty.gradients import asking
 from fpo_train.processes import Ranks
 from fpo_train.reward_model import RewardModel
-from fpo_train.reward_model.replay import Pair, Replay
+from fpo_train.reward_model.replay import Replay
 from fpo_train.rollout import NotRead
 
 from . import groups, made
-from .groups import Grouped, InGroups, Scored
+from .groups import Grouped, InGroups, Judgement, Scored, judgement, numbers
 from .made import OnBase, Train
 from .references import at_rest
-from .texts import Reference, grouped, reply_in, talk_in
-
-
-class Judgement(NamedTuple):
-    """What n completions are worth, (n,) fp32 or float64 on the CPU each; NaN where one could not be scored."""
-
-    reward: Tensor
-    """r(z), the reward model's score."""
-    reference_reward: Tensor
-    """r(ref)."""
-    penalty: Tensor
-    """In the units of γ."""
-    effective: Tensor
-    """r(z) − γ · penalty(z): what a policy should maximise."""
+from .texts import Reference, grouped, labelled, reply_in, talk_in
 
 
 class FPOReward:
@@ -114,6 +100,8 @@ class FPOReward:
         self.reference = reference
         self._oracle = made.oracle(oracle, oracle_temperature)
         self._penalty = InGroups(config.penalty, self.ranks, seed)
+        plain = replace(config.penalty, kind="tracin", gamma=1.0, gamma_units="raw", checkpoints=1)
+        self._steering = InGroups(plain, self.ranks, seed)
         self._replay = Replay(config.reward_model.buffer)
         self._rows_at_once = rows_at_once
         self._calls = self._updates = self._updated = 0  # of the calls that counted, the number of the last update's
@@ -170,6 +158,36 @@ class FPOReward:
         """
         with at_rest(self.model.module):
             return judgement(self._judge(prompts, completions, columns, learn=False)[2])
+
+    def steering(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """c(z) · ⟨ḡ, u(z)⟩ of completions in the paper's units, (n,) on the CPU; ḡ their mean ∇r. NaN: not scorable.
+
+        Training the reward model by a small step η on all of them changes their mean reward by −η times the mean of
+        this, to first order. Nothing is counted, whatever the penalty in use.
+
+        Raises:
+            RunError: there is no oracle to say c.
+        """
+        self._oracle_for("steering")
+        with at_rest(self.model.module):
+            return judgement(self._judge(prompts, completions, columns, False, self._steering)[2]).penalty
+
+    def utility(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Tensor:
+        """U(z) by the oracle, (n,) fp32 on the CPU; NaN where it cannot say.
+
+        Raises:
+            RunError: there is no oracle that gives a completion alone a number.
+        """
+        asked = self._oracle_for("utility")
+        if not isinstance(asked, UtilityOracle):
+            raise RunError("utility: the oracle says which of two is better, and no number of one alone")
+        said, _ = grouped(prompts, completions, columns, lambda some: [""] * len(some), self.ranks, self.model.device)
+        return asked.utility(said, NotRead(), torch.arange(len(said.texts)))[said.rows.cpu()].cpu()
+
+    def _oracle_for(self, what: str) -> Oracle:
+        if self._oracle is None:
+            raise RunError(f"{what}: the reward has no oracle; wanted FPOReward(…, oracle=…)")
+        return self._oracle
 
     def fit(
         self,
@@ -284,7 +302,12 @@ class FPOReward:
             raise RunError(f"state: it does not fit this reward: {type(error).__name__}: {error}") from error
 
     def _judge(
-        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any], learn: bool
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Any],
+        learn: bool,
+        penalty: InGroups | None = None,
     ) -> tuple[Grouped, Labels, Judged]:
         if self._fresh:
             told = "its files hold no score head; fit(prompts, chosen, rejected) sets one"
@@ -300,7 +323,7 @@ class FPOReward:
         readings = NotRead(self._rows_at_once)
         labels = Labels(self._oracle or Unasked(), said, readings)
         reading = self.model.read(said, readings, self._rows_at_once)
-        judged = self._penalty(self.model, reading, labels, self._replay, said, self._rows_at_once, learn)
+        judged = (penalty or self._penalty)(self.model, reading, labels, self._replay, said, self._rows_at_once, learn)
         return said, labels, judged
 
     def _gathered(self, said: Grouped, judged: Judged) -> list[Scored]:
@@ -345,29 +368,3 @@ class FPOReward:
         if kind not in self._said:
             self._said.add(kind)
             warnings.warn(f"fpo: {sentence}", stacklevel=4)
-
-
-def labelled(talk: Talk, chosen: str, reference: str, preference: float, call: int) -> Pair:
-    """A pair of texts."""
-    return Pair(
-        prompt=Prompt.of("", talk, ()),
-        chosen=(),
-        reference=(),
-        chosen_text=chosen,
-        reference_text=reference,
-        preference=preference,
-        iteration=call,
-        features=None,
-    )
-
-
-def judgement(judged: Judged) -> Judgement:
-    """(n, 1) on the model's device → (n,) on the CPU, NaN where nothing was judged."""
-    lost = ~judged.effective.isfinite()
-    columns = (judged.reward, judged.reference_reward, judged.penalty, judged.effective)
-    return Judgement(*(one.masked_fill(lost, torch.nan)[:, 0].detach().cpu() for one in columns))
-
-
-def numbers(values: Tensor) -> list[float | None]:
-    """A tensor's numbers, None for NaN."""
-    return [None if value != value else value for value in values.tolist()]

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from fpo_train.data.prompts import Prompt
 from fpo_train.data.turns import Talk, turn_of
 from fpo_train.errors import RunError
 from fpo_train.processes import Ranks
+from fpo_train.reward_model.replay import Pair
 
 from .groups import Grouped
 from .references import next_in_group, talk_in
@@ -132,3 +134,17 @@ def column(columns: Mapping[str, Any], name: str, count: int) -> Sequence[Any]:
         size = f"{len(found)} values" if isinstance(found, list | tuple) else type(found).__name__
         raise RunError(f'reference: the column "{name}" holds {size} for {count} completions; wanted one each')
     return found
+
+
+def labelled(talk: Talk, chosen: str, reference: str, preference: float, call: int) -> Pair:
+    """A pair of texts."""
+    return Pair(
+        prompt=Prompt.of("", talk, ()),
+        chosen=(),
+        reference=(),
+        chosen_text=chosen,
+        reference_text=reference,
+        preference=preference,
+        iteration=call,
+        features=None,
+    )

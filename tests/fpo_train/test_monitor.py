@@ -24,7 +24,7 @@ def steering(tiny):
     model = LlamaForSequenceClassification.from_pretrained(tiny, num_labels=1)
     torch.manual_seed(3)
     torch.nn.init.normal_(model.score.weight, std=0.3)
-    return FPOReward(model, AutoTokenizer.from_pretrained(tiny), "tracin", 1.0, "raw", oracle=worth)
+    return FPOReward(model, AutoTokenizer.from_pretrained(tiny), "practical", oracle=worth)
 
 
 def lengths(prompts, completions, log_metric=None, **columns):
@@ -46,8 +46,9 @@ def test_it_hands_on_what_the_function_says_and_logs_what_it_sees(steering):
     utility = worth(PROMPTS, REPLIES)
     assert logged["own"] == 1.0
     assert logged["fpo/oracle_utility"] == pytest.approx(sum(utility[n] for n in (0, 2, 4)) / 3)
-    penalty = steering.score(PROMPTS, REPLIES, reference=REFERENCES).penalty
-    assert logged["fpo/steering"] == pytest.approx(float(penalty.mean()), rel=1e-5)
+    left = steering.steering(PROMPTS, REPLIES, reference=REFERENCES)
+    assert logged["fpo/steering"] == pytest.approx(float(left.mean()), rel=1e-5)
+    assert torch.allclose(steering.utility(PROMPTS, REPLIES), torch.tensor(utility))
     assert logged["fpo/collapse"] == 0
     assert monitor.rows[0]["reward"] == pytest.approx(sum(map(len, REPLIES)) / 6)
 
@@ -55,6 +56,7 @@ def test_it_hands_on_what_the_function_says_and_logs_what_it_sees(steering):
 def test_steering_foretells_what_training_does_to_the_mean_reward(steering):
     """A small step of plain descent on every pair changes the mean reward by −η times the statistic."""
     score = steering.score(PROMPTS, REPLIES, reference=REFERENCES)
+    left = steering.steering(PROMPTS, REPLIES, reference=REFERENCES)
     head, eta = steering.model.head.weight, 1e-4
     said, labels, judged = steering._judge(PROMPTS, REPLIES, {"reference": REFERENCES}, learn=False)
     rows, references = said.pairs()
@@ -65,7 +67,7 @@ def test_steering_foretells_what_training_does_to_the_mean_reward(steering):
         for z in range(len(rows)):
             head -= eta / len(rows) * c[z] * (reading.features[rows[z]] - reading.features[references[z]])
     moved = steering.score(PROMPTS, REPLIES, reference=REFERENCES).reward.mean() - score.reward.mean()
-    assert float(moved) == pytest.approx(-eta * float(score.penalty.mean()), rel=0.02)
+    assert float(moved) == pytest.approx(-eta * float(left.mean()), rel=0.02)
 
 
 def drifting(step):
@@ -155,6 +157,9 @@ def test_it_travels_with_trls_checkpoints_and_leaves_evaluation_alone(tiny, tmp_
 def test_what_makes_no_sense_is_refused(steering):
     with pytest.raises(RunError, match="window: wanted 4 steps or more, got 3"):
         FPOMonitor(lengths, worth, window=3)
-    steering.config = type("Config", (), {"penalty": type("P", (), {"kind": "practical", "gamma_units": "raw"})})
-    with pytest.raises(RunError, match="steering: wanted FPOReward"):
-        FPOMonitor(lengths, worth, steering=steering)
+    blind = FPOReward(steering.model.loaded[0], steering.model.tokenizer)
+    with pytest.raises(RunError, match="steering: the reward has no oracle"):
+        FPOMonitor(lengths, worth, steering=blind)
+    for ask in (blind.steering, blind.utility):
+        with pytest.raises(RunError, match="the reward has no oracle"):
+            ask(PROMPTS, REPLIES, reference=REFERENCES)

@@ -41,6 +41,7 @@ ROUTES = {
     "/update": "post",
     "/openrlhf": "post",
     "/slime": "post",
+    "/monitor": "post",
     "/health": "get",
     "/metrics": "get",
 }

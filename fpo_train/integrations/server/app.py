@@ -24,7 +24,7 @@ from .metrics import CONTENT_TYPE, Metrics
 from .owner import Failed, Worth
 from .reading import Reader
 
-ROUTES = ("/score", "/rewards", "/update", "/openrlhf", "/slime", "/health", "/metrics", "/openapi.json")
+ROUTES = ("/score", "/rewards", "/update", "/openrlhf", "/slime", "/monitor", "/health", "/metrics", "/openapi.json")
 WHY = {
     400: "No JSON, a body that was cut off, or another host's name.",
     401: "No token, or a wrong one.",
@@ -93,6 +93,7 @@ def create_app(config: ServeConfig, worker: Worker, metrics: Metrics, token: str
     app.state.service = service
     _add_batches(app, service, bearer)
     _add_others(app, service, bearer)
+    _add_monitor(app, service, bearer)
     _add_own(app, service, bearer)
     app.exception_handler(Refused)(_refused)
     app.exception_handler(RequestValidationError)(_invalid)
@@ -154,6 +155,22 @@ def _add_others(app: FastAPI, service: Service, bearer: Sequence[Any]) -> None:
         """slime's remote_rm: a number alone; all is kept for the next update, where there is an oracle."""
         worth: Worth = await service.ask("score", service.read.slime(sample))
         return _known(worth.effective, "response")[0]
+
+
+def _add_monitor(app: FastAPI, service: Service, bearer: Sequence[Any]) -> None:
+    @app.post("/monitor", responses=ASKING | errors(409), dependencies=bearer)
+    async def watch(batch: formats.WatchedBatch) -> formats.Step:
+        """A step of a run that uses no penalty; `warning` where its reward rises while what it stands for falls."""
+        if not service.worker.owner.reward.trains and (batch.utilities is None or batch.steering):
+            raise Refused(
+                409, "there is no oracle to ask; wanted utilities, or fpo-train serve --oracle module:function"
+            )
+        return formats.Step(**await service.ask("watch", service.read.watched(batch)))
+
+    @app.get("/monitor", responses=errors(401), dependencies=bearer)
+    async def watched() -> formats.Steps:
+        """The latest steps, the newest last."""
+        return formats.Steps(steps=[formats.Step(**row) for row in list(service.worker.owner.watched.rows)])
 
 
 def _add_own(app: FastAPI, service: Service, bearer: Sequence[Any]) -> None:

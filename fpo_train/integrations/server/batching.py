@@ -19,11 +19,11 @@ from typing import Any, Literal
 from fpo_train.config import BatchingConfig
 
 from .metrics import Metrics
-from .owner import Failed, Owner, Texts
+from .owner import Failed, Owner, Seen, Texts
 
 log = logging.getLogger("fpo_train.serve")
 PAUSE = 60.0  # seconds until an update that the server makes by itself, and that has failed, is tried again
-Kind = Literal["score", "rewards", "update"]
+Kind = Literal["score", "rewards", "watch", "update"]
 
 
 class Full(Exception):  # noqa: N818 (named for what it is)
@@ -152,6 +152,8 @@ class Worker:
                 answers: list[Any] = self._scored(jobs)
             elif jobs[0].kind == "rewards":
                 answers = [self.owner.rewards(jobs[0].texts)]
+            elif isinstance(jobs[0].texts, Seen):
+                answers = [self._watched(jobs[0].texts)]
             else:
                 answers = [self._update()]
         except BaseException as error:  # whatever an oracle raises, sys.exit() too: the thread must live on
@@ -181,6 +183,13 @@ class Worker:
                 "with the penalties tracin and exact"
             )
         return self.owner.score([job.texts for job in jobs])
+
+    def _watched(self, seen: Seen) -> dict[str, Any]:
+        row = self.owner.watch(seen)
+        if warning := row.get("warning"):
+            self._metrics.warned()
+            log.warning("%s", warning)
+        return row
 
     def _update(self) -> dict[str, Any]:
         loss = self.owner.update()

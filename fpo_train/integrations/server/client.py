@@ -95,6 +95,23 @@ class FPOClient:
         """As `score`, in training: γ's scale moves, and each prompt's best completion becomes a labelled pair."""
         return self._post("/rewards", _batch(prompts, completions, references, columns))
 
+    def monitor(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        rewards: Sequence[float | None],
+        utilities: Sequence[float | None] | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Have a step of a run watched that uses no penalty: `iteration`, `reward`, `oracle_utility`, `warning`, ….
+
+        Args:
+            rewards: the trainer's own. utilities: the truth; None: the server's oracle is asked. more: `references`,
+                `columns` and `steering` of the route.
+        """
+        body = _batch(prompts, completions, None, None) | {"rewards": list(rewards)} | more
+        return self._post("/monitor", body | ({} if utilities is None else {"utilities": list(utilities)}))
+
     def update(self) -> dict[str, Any]:
         """Train the server's reward model: `loss`, `pairs`, `updates`."""
         return self._post("/update", None)

@@ -54,6 +54,32 @@ class ScoreBatch(Batch):
     collect: bool = Field(False, description="Keep them for the next update, where there is an oracle.")
 
 
+class WatchedBatch(Batch):
+    """A step of a run that uses no penalty, with what its own reward said."""
+
+    rewards: list[float | None] = Field(min_length=1, description="The trainer's own, one a completion.")
+    utilities: list[float | None] | None = Field(
+        None, description="What the completions are truly worth; where left out, the server's oracle is asked."
+    )
+    steering: bool = Field(False, description="Also the mean of c(z) · ⟨ḡ, u(z)⟩, by the server's reward model.")
+
+
+class Step(BaseModel):
+    """A step that was watched."""
+
+    iteration: int = Field(description="Counted from the first request.")
+    reward: float | None = Field(description="Mean of the trainer's rewards.")
+    oracle_utility: float | None = Field(description="Mean of what the completions are worth.")
+    steering: float | None = Field(None, description="Mean, where it was asked for.")
+    warning: str | None = Field(None, description="Why this looks like collapse.")
+
+
+class Steps(BaseModel):
+    """The latest steps that were watched."""
+
+    steps: list[Step]
+
+
 class Scores(BaseModel):
     """A number a completion; null where one cannot be scored."""
 

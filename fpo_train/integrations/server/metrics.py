@@ -40,7 +40,8 @@ class Metrics:
         self._lock = threading.Lock()
         self._requests: Counter[tuple[str, int]] = Counter()
         self._seconds: dict[str, Histogram] = {}
-        self._batches, self._texts, self._updates = Histogram(SIZES), Histogram(SIZES), 0
+        self._batches, self._texts = Histogram(SIZES), Histogram(SIZES)
+        self._updates = self._warnings = 0
         self.gauges: dict[str, tuple[str, Callable[[], float]]] = {}
         """Name → what it is, and how it is read when it is asked for."""
 
@@ -60,6 +61,11 @@ class Metrics:
         """The reward model was trained."""
         with self._lock:
             self._updates += 1
+
+    def warned(self) -> None:
+        """A run that is watched looks like collapse."""
+        with self._lock:
+            self._warnings += 1
 
     def text(self) -> str:
         """All of it."""
@@ -81,6 +87,8 @@ class Metrics:
             told("fpo_pass_texts", "histogram", "Completions a pass.", self._texts.lines("fpo_pass_texts"))
             name = "fpo_updates_total"
             told(name, "counter", "Trainings of the reward model.", [f"{name} {self._updates}"])
+            name = "fpo_collapse_warnings_total"
+            told(name, "counter", "Warnings of collapse in a run that is watched.", [f"{name} {self._warnings}"])
         for name, (what, read) in self.gauges.items():
             told(name, "gauge", what, [f"{name} {read()}"])
         return "\n".join(lines) + "\n"

@@ -10,8 +10,11 @@ from typing import Any
 
 from fpo_train.config import LearningConfig
 from fpo_train.errors import NotFinite, RunError
-from fpo_train.integrations.reward import FPOReward, numbers
+from fpo_train.integrations.groups import numbers
+from fpo_train.integrations.monitor import Watch, mean_of
+from fpo_train.integrations.reward import FPOReward
 
+KEPT_STEPS = 1000  # that were watched
 REFERENCE = "reference"  # the column in which a server's reward finds what completions are compared with
 
 
@@ -35,6 +38,15 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Seen(Texts):
+    """The completions of a watched step, and what was said of them elsewhere."""
+
+    rewards: Sequence[float | None] = ()
+    utilities: Sequence[float | None] | None = None
+    steering: bool = False
+
+
+@dataclass(frozen=True)
 class Worth:
     """What the completions of one request are worth; None where one cannot be scored."""
 
@@ -48,10 +60,12 @@ class Owner:
 
     Args:
         reward: with its references in the column `reference`. learning: what is kept between updates.
+        window: steps over which a watched reward must rise while its utility falls for a warning.
     """
 
-    def __init__(self, reward: FPOReward, learning: LearningConfig) -> None:
+    def __init__(self, reward: FPOReward, learning: LearningConfig, window: int = 10) -> None:
         self.reward, self.updates = reward, 0
+        self.watched = Watch(window)
         self._every = learning.update_every
         self._collected: deque[tuple[Any, Any, str | None, dict[str, Any]]] = deque(maxlen=learning.collect)
 
@@ -98,6 +112,19 @@ class Owner:
             effective = self.reward(texts.prompts, texts.completions, log_extra=parts.__setitem__, **columns)
         return Worth(parts["fpo/reward"], parts["fpo/penalty"], effective)
 
+    def watch(self, seen: Seen) -> dict[str, Any]:
+        """A step of a run that uses no penalty: its row, with a warning where that is due."""
+        columns, utility, steering = {**seen.columns, REFERENCE: list(seen.references)}, seen.utilities, None
+        asked = list(seen.prompts), list(seen.completions)
+        with own_fault():
+            if utility is None:
+                utility = numbers(self.reward.utility(*asked, **columns))
+            if seen.steering:
+                steering = mean_of(numbers(self.reward.steering(*asked, **columns)))
+        row = self.watched.note(mean_of(seen.rewards), mean_of(utility), steering)
+        del self.watched.rows[: -max(KEPT_STEPS, self.watched.window)]
+        return row
+
     def update(self) -> float | None:
         """Train on what was collected, as one training call, and on the pairs of training calls; the mean loss.
 
@@ -118,7 +145,12 @@ class Owner:
     def state_dict(self) -> dict[str, Any]:
         """The reward's state, and what waits for its next training."""
         rows = [list(row) for row in self._collected]
-        return {"reward": self.reward.state_dict(), "collected": rows, "updates": self.updates}
+        return {
+            "reward": self.reward.state_dict(),
+            "collected": rows,
+            "updates": self.updates,
+            "watched": self.watched.rows,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`.
@@ -133,7 +165,7 @@ class Owner:
         self.reward.load_state_dict(reward)
         self._collected.clear()
         self._collected.extend(rows)
-        self.updates = updates
+        self.updates, self.watched.rows = updates, [dict(row) for row in state.get("watched", [])]
 
     def _keep(self, texts: Texts) -> None:
         for place, row in enumerate(zip(texts.prompts, texts.completions, texts.references, strict=True)):

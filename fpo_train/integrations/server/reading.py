@@ -14,7 +14,7 @@ from fpo_train.integrations.texts import reply_in, talk_in
 
 from . import formats
 from .limits import Refused
-from .owner import REFERENCE, Texts
+from .owner import REFERENCE, Seen, Texts
 
 
 class Reader:
@@ -51,6 +51,22 @@ class Reader:
         prompts, completions = [_plain(one) for one in batch.prompts], [_plain(one) for one in batch.completions]
         references = self._references(batch.references, prompts, completions)
         return self._checked(Texts(prompts, completions, references, batch.columns, collect))
+
+    def watched(self, batch: formats.WatchedBatch) -> Seen:
+        """Of a step that is watched; without references where nothing is compared.
+
+        Raises:
+            Refused: see `batch`; also rewards or utilities that are not one a completion.
+        """
+        count = len(batch.completions)
+        for name, values in (("rewards", batch.rewards), ("utilities", batch.utilities)):
+            if values is not None and len(values) != count:
+                raise Refused(422, f"{name}: wanted one for each of {count} completions, got {len(values)}")
+        if batch.references is None and not batch.steering:
+            batch = batch.model_copy(update={"references": [None] * count})
+        return Seen(
+            **vars(self.batch(batch)), rewards=batch.rewards, utilities=batch.utilities, steering=batch.steering
+        )
 
     def openrlhf(self, query: formats.OpenRLHFQuery) -> Texts:
         """Of OpenRLHF's: the reply is what stands behind the prompt, without the tokens that close it.
