@@ -5,6 +5,8 @@ import re
 import statistics
 from pathlib import Path
 
+import pytest
+
 from benchmarks.cases import attribution, influence, sketch, train_step, ways
 from benchmarks.gpu_campaign import table
 from fpo_train.cli import main
@@ -44,19 +46,21 @@ def test_costs():
     assert said in prose("README.md")
 
 
-def test_the_linear_environment():
-    readme = prose("README.md")
+@pytest.mark.parametrize("page", ["README.md", "docs/reproduction.md"])
+def test_the_linear_environment(page):
+    said = prose(page)
     final = json.loads((RESULTS / "linear" / "summary.json").read_text())["linear"]
     none, relaxed = final["none"]["0"], final["relaxed"]["0"]
-    assert f"utility {none['best_utility']:.2f} and falls to {none['utility']:.2f}" in readme
-    assert f"it ends at {relaxed['utility']:.2f} of 10" in readme
+    assert f"utility {none['best_utility']:.2f} and falls to {none['utility']:.2f}" in said
+    assert f"it ends at {relaxed['utility']:.2f} of 10" in said
 
 
-def test_the_neural_environment():
-    readme = prose("README.md")
+@pytest.mark.parametrize("page", ["README.md", "docs/reproduction.md"])
+def test_the_neural_environment(page):
+    said = prose(page)
     final = json.loads((RESULTS / "neural" / "summary.json").read_text())["neural"]
     good = sum(run["utility"] > 9 for run in final["relaxed"].values())
-    assert f"`relaxed` ends above 9 on {good} of ten seeds" in readme
+    assert f"`relaxed` ends above 9 on {good} of ten seeds" in said
     assert min(run["utility"] for run in final["residual"].values()) > 9.99
     assert final["residual"]["0"]["oracle_calls"] == final["none"]["0"]["oracle_calls"]
 
