@@ -59,8 +59,9 @@ class RewardModelConfig:
     """`classifier`: a local folder, or a hub id; empty: `minilm`."""
     train: Literal["head", "lora", "all"] = "head"
     """Which weights of the classifier are trained."""
-    input: Literal["chat", "pair", "reply"] = "chat"
-    """What it reads: the chat-rendered prompt and reply, both as a pair of texts, or the reply alone (the paper)."""
+    input: Literal["chat", "pair", "reply", "written"] = "chat"
+    """What it reads: the chat-rendered prompt and reply, both as a pair of texts, the reply alone (the paper), or, as
+    trainers' own rewards read, turns chat-rendered and a text prompt with the reply right behind it (`written`)."""
     max_tokens: int = 0
     """Its inputs are cut at this many tokens; 0: at its context."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

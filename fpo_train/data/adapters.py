@@ -125,12 +125,29 @@ class Kept:
     """A classifier that a run has trained, as its `reward_model/` keeps it.
 
     Attributes:
-        model: the classifier that was trained, by the name it had. trained: `head` or `lora`.
+        model: the classifier that was trained, by the name it had. trained: `head` or `lora`. reads: as
+            `reward_model.input`. more: `lora_rank` and `lora_alpha`, where it has an adapter.
     """
 
     folder: Path
     model: str
     trained: str
+    reads: str
+    more: dict[str, int]
+
+    def refuse_other(self, train: str, settings: dict[str, Any]) -> None:
+        """See that a reward model on it is made as it was.
+
+        Args:
+            settings: of the reward model, by name.
+
+        Raises:
+            RunError: it is not.
+        """
+        own = {"input": self.reads, **(self.more if train == self.trained == "lora" else {})}
+        if other := next((name for name, value in own.items() if settings[name] != value), None):
+            told = f"it was trained with reward_model.{other} {own[other]}; wanted the same, got {settings[other]}"
+            raise RunError(f"reward_model.model {self.folder}: {told}")
 
 
 def kept_in(name: str) -> Kept | None:
@@ -144,7 +161,8 @@ def kept_in(name: str) -> Kept | None:
         return None
     try:
         said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return Kept(folder, str(said["model"]), str(said["trained"]))
+        more = {name: int(said[name]) for name in ("lora_rank", "lora_alpha") if name in said}
+        return Kept(folder, str(said["model"]), str(said["trained"]), str(said["reads"]), more)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f'model {folder}: it has no config.json that names its "model"') from error
 

@@ -24,18 +24,23 @@ class Grouped(Written):
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def place(self, row: int) -> int:
-        """The first completion that a row belongs to, as itself or as its reference."""
+        """The first completion that a row belongs to, as itself or as its reference: all of them have its columns."""
         return int(((self.rows == row) | (self.references == row)).nonzero()[0])
 
 
 class InGroups(Penalty):
-    """A penalty whose spreads are around the means of whole groups, though these be split over processes."""
+    """A penalty whose spreads are around the means of whole groups, though these be split over processes.
+
+    Where no group has two members, spreads are around the mean of all.
+    """
 
     def _squares(self, rollout: Said, reward: Tensor, raw: Tensor, judged: Tensor) -> tuple[float, float, float]:
         groups = rollout.groups if isinstance(rollout, Grouped) else ()
         own = list(zip(groups, *(one.flatten().tolist() for one in (reward, raw, judged)), strict=True))
         known = [one for one in self._processes.gather_objects(own) if one[3]]
         keys = [key for key, *_ in known]
+        if len(set(keys)) == len(keys):  # one completion a prompt: they compete with one another
+            keys = [""] * len(keys)
         squares = [sum(value**2 for value in centred(keys, column)) for column in list(zip(*known, strict=True))[1:3]]
         return (*squares, float(len(known))) if known else (0.0, 0.0, 0.0)  # type: ignore[return-value]
 

@@ -6,19 +6,22 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fpo_train.config import PENALTY_KINDS, OracleConfig, PenaltyConfig, PenaltyKind, RewardModelConfig, RunConfig
+from fpo_train.data.adapters import kept_in
 from fpo_train.data.sources import Classifier, load_causal_lm
 from fpo_train.data.turns import messages_of
 from fpo_train.errors import RunError, about
 from fpo_train.oracle import Oracle
 from fpo_train.oracle.function import FunctionOracle
 from fpo_train.policy import Policy
-from fpo_train.policy.adapters import POLICY
+from fpo_train.policy.adapters import POLICY, REWARD
 from fpo_train.processes import Ranks
 from fpo_train.reward_model import RewardModel
 from fpo_train.reward_model.classifier import ClassifierRewardModel
@@ -27,8 +30,11 @@ from fpo_train.reward_model.on_base import AdapterRewardModel, HeadRewardModel
 from fpo_train.rollout import Said
 
 from .groups import Grouped
+from .references import modes_of
 
 Train = Literal["head", "lora", "all"]
+IDLE = ("model", "every", "fit", "fit_pairs", "schedule", "warmup", "dropout_when_scoring")
+"""Settings of a run's reward model that say when and from what it is trained, which a reward's caller does."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,10 @@ class OnBase:
     """
 
     model: Any
-    """A PEFT model with the trained adapter `default`."""
+    """A PEFT model with the trained adapter `default`, and nothing else of it trained."""
     kind: Literal["head", "lora"] = "head"
+    folder: str = ""
+    """A `reward_model/` that an earlier training on this base left; empty: it begins with a head of zeros."""
 
 
 def run_config(
@@ -63,21 +71,30 @@ def run_config(
         ("penalty", penalty, PENALTY_KINDS),
         ("gamma_units", gamma_units, ("raw", "reward_std")),
         ("train", train, (None, "head", "lora", "all")),
+        ("OnBase.kind", given.kind if isinstance(given, OnBase) else "head", ("head", "lora")),
     ):
         if value not in wanted and not isinstance(value, PenaltyConfig):
             raise RunError(f"{name}: wanted one of {', '.join(map(str, wanted))}, got {value!r}")
-    kind = given.kind if isinstance(given, OnBase) else "classifier"
-    follows = parameters if parameters in ("head", "lora") else "all"
-    named = given if isinstance(given, str) else type(given).__name__
-    own = vars(settings or RewardModelConfig())
-    own |= {"kind": kind, "model": named if kind == "classifier" else "", "nan_scores": "drop"}
-    own |= {"train": (train or follows) if kind == "classifier" else "head"}
+    own, plain = dict(vars(settings or RewardModelConfig())), vars(RewardModelConfig())
+    if idle := next((name for name in IDLE if own[name] != plain[name]), None):
+        raise RunError(f"settings.{idle}: a reward has no use for it, got {own[idle]!r}")
+    own |= {"nan_scores": "drop", "input": "written" if own["input"] == "chat" else own["input"]}
     try:
         if not isinstance(penalty, PenaltyConfig):
             units = cast(Literal["raw", "reward_std"], gamma_units)
             penalty = PenaltyConfig(kind=penalty, gamma=gamma, gamma_units=units, parameters=parameters)
+        follows = penalty.parameters if penalty.parameters in ("head", "lora") else "all"
+        if isinstance(given, OnBase):
+            if (train or given.kind) != given.kind:
+                raise RunError(f"train: OnBase trains its {given.kind}, got {train!r}")
+            own |= {"kind": given.kind}
+        else:
+            own |= {"kind": "classifier", "model": given if isinstance(given, str) else type(given).__name__}
+            own |= {"train": train or (own["train"] if own["train"] != plain["train"] else follows)}
+        if isinstance(given, str) and (kept := kept_in(given)):
+            own |= {"input": kept.reads, **(kept.more if own["train"] == kept.trained == "lora" else {})}
         return RunConfig(penalty=penalty, reward_model=RewardModelConfig(**own), seed=seed)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise RunError(str(error)) from error
 
 
@@ -87,9 +104,8 @@ def reward_model(given: Any, tokenizer: Any, config: RunConfig, ranks: Ranks) ->
     Raises:
         RunError: it is none of these, cannot be loaded, or is no reward model.
     """
-    reads = "written" if config.reward_model.input == "chat" else config.reward_model.input
     if isinstance(given, OnBase):
-        return _on_base(given, tokenizer, config, ranks, reads)
+        return _on_base(given, tokenizer, config, ranks)
     if isinstance(given, str):
         with about("reward_model"):
             loaded = load_classifier(given, getattr(torch, config.reward_model.dtype))
@@ -103,7 +119,7 @@ def reward_model(given: Any, tokenizer: Any, config: RunConfig, ranks: Ranks) ->
             raise RunError(f"reward_model: it has {outputs} outputs; wanted a reward model with one")
     else:
         raise RunError(f"reward_model: wanted a model, a folder, a hub id or OnBase, got a {type(given).__name__}")
-    return ClassifierRewardModel(config, ranks, device, own, reads)
+    return ClassifierRewardModel(config, ranks, device, own, whole=isinstance(given, nn.Module))
 
 
 def load_model(name: str, dtype: str = "float32", quantization: str = "none") -> tuple[Any, Any]:
@@ -129,17 +145,40 @@ def own_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
 
 
-def _on_base(given: OnBase, tokenizer: Any, config: RunConfig, ranks: Ranks, reads: str) -> RewardModel:
-    if POLICY not in getattr(given.model, "peft_config", {}):
+def _on_base(given: OnBase, tokenizer: Any, config: RunConfig, ranks: Ranks) -> RewardModel:
+    if not hasattr(given.model, "get_base_model") or POLICY not in getattr(given.model, "peft_config", {}):
         wanted = f"wanted a PEFT model with the adapter {POLICY!r}, whose base stays as it is"
         raise RunError(f"reward_model: {wanted}, got a {type(given.model).__name__}")
     if tokenizer is None:
         raise RunError("tokenizer: wanted the model's, got None")
+    moving = [name for name, p in given.model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    if moving:
+        told = "trains more than its adapters, so that the base beneath the reward model moves"
+        raise RunError(f"reward_model: the model {told}: {moving[0]} and {len(moving) - 1} more")
     kind = HeadRewardModel if given.kind == "head" else AdapterRewardModel
-    found = kind(Policy(given.model, tokenizer), config, ranks, reads)
+    with modes_of(given.model):
+        found = kind(Policy(given.model, tokenizer), config, ranks)
+    if given.folder:
+        _take_up(found, given)
     for parameter in found.trainable.values():  # not for the trainer's optimizer
         parameter.requires_grad_(False)
     return found
+
+
+def _take_up(model: HeadRewardModel, given: OnBase) -> None:
+    """Go on with what an earlier training on this base left."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    folder = Path(given.folder).expanduser()
+    try:
+        weight = load_file(folder / "head.safetensors")["score.weight"]
+        with torch.no_grad():
+            model.head.weight.copy_(weight)
+        if given.kind == "lora":
+            set_peft_model_state_dict(given.model, load_peft_weights(str(folder / REWARD), "cpu"), adapter_name=REWARD)
+    except Exception as error:  # of packages of their own, over files of all kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"OnBase.folder: {folder} holds no {given.kind} for this base: {first}") from error
 
 
 def oracle(given: Callable[..., Any] | Oracle | None, temperature: float) -> Oracle | None:
@@ -172,6 +211,12 @@ class CalledOracle(FunctionOracle):
         self._takes_all = any(one.kind is one.VAR_KEYWORD for one in takes.values())
         self._takes = set(takes)
 
+    def takes(self, column: str) -> bool:
+        """Whether the function reads a column of the data."""
+        return self._takes_all or column in self._takes
+
+    may_be_silent = True
+
     def _asked(self, rollout: Said, rows: list[int]) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
         talks, texts = [rollout.talk(row) for row in rows], [rollout.texts[row] for row in rows]
         prompts = [talk if isinstance(talk, str) else messages_of(talk) for talk in talks]
@@ -187,5 +232,5 @@ class CalledOracle(FunctionOracle):
 
     def ask(self, prompts: list[Any], completions: list[Any], columns: Mapping[str, list[Any]]) -> list[float]:
         """See `FunctionOracle`: of the columns, those that the function takes."""
-        takes = {key: values for key, values in columns.items() if self._takes_all or key in self._takes}
+        takes = {key: values for key, values in columns.items() if self.takes(key)}
         return super().ask(prompts, completions, takes)

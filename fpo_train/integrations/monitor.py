@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -76,6 +77,8 @@ class FPOMonitor(Watch):
         steering: FPOReward | None = None,
     ) -> None:
         super().__init__(window)
+        if not callable(reward) or inspect.iscoroutinefunction(reward):
+            raise RunError(f"reward: wanted a function that is not async, got {reward!r:.80}")
         if steering is not None and not steering.trains:
             raise RunError("steering: the reward has no oracle; wanted FPOReward(…, oracle=…)")
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)
@@ -101,7 +104,8 @@ class FPOMonitor(Watch):
         if not self._learning():
             return said
         count = len(completions)
-        places = range(0, count, max(1, count // self._asked)) if self._asked else range(count)
+        some = min(self._asked or count, count)
+        places = [n * count // some for n in range(some)]
         listed = {key: value for key, value in columns.items() if isinstance(value, list) and len(value) == count}
         utility = self._oracle.ask(
             [prompts[n] for n in places],

@@ -127,12 +127,20 @@ def _talk(stored: Any) -> Talk:
 
 
 @contextmanager
-def at_rest(model: torch.nn.Module) -> Iterator[None]:
-    """In eval mode; each module's own mode comes back."""
+def modes_of(model: torch.nn.Module) -> Iterator[None]:
+    """Each module's own mode, training or not, comes back."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def at_rest(model: torch.nn.Module) -> Iterator[None]:
+    """In eval mode and in the model's own number format, whatever a trainer is about; each module's mode comes back."""
+    device = next(model.parameters()).device.type
+    with modes_of(model), torch.autocast(device, enabled=False):
+        model.eval()
+        yield

@@ -65,7 +65,8 @@ class FPOReward:
         settings: how it is trained (learning_rate, steps, optimizer, buffer, replay_pairs, …) and what it reads
             (`max_tokens`; `input` "pair" or "reply"; "chat", the default, means messages by the tokenizer's chat
             template, and a text prompt with the completion right behind it, as trainers do).
-        rows_at_once: sequences on a tape; 0: a call's all. seed: of sketches and of what is drawn.
+        rows_at_once: sequences on a tape; 0: a call's all. seed: of sketches and of what is drawn. name: by which a
+            trainer logs it and keeps its state; two rewards of one trainer need two.
 
     Raises:
         RunError: a model that cannot be loaded or is no reward model, a penalty without the oracle that it needs, or
@@ -88,8 +89,12 @@ class FPOReward:
         oracle_temperature: float = 1.0,
         rows_at_once: int = 0,
         seed: int = 0,
+        name: str = "fpo",
     ) -> None:
-        self.__name__ = "fpo"  # by which trainers log a function
+        self.__name__ = name  # by which trainers log a function
+        if not callable(reference) and not isinstance(reference, str):
+            wanted = "a column's name, 'group' or a function of the prompts"
+            raise RunError(f"reference: wanted {wanted}, got {reference!r:.80}")
         config = made.run_config(penalty, gamma, gamma_units, parameters, train, settings, reward_model, seed)
         if oracle is None and config.penalty.labels_all:
             wanted = "it asks an oracle about every completion; wanted oracle=…, got None"
@@ -138,17 +143,12 @@ class FPOReward:
                 self._collect(said, labels, scored)
         self._warn_of_gamma(scored)
         found = judgement(judged)
-        metrics = {"fpo/penalty_to_reward_std": judged.spread, "fpo/pairs": float(len(self._replay))}
-        if self._loss is not None:
-            metrics["fpo/reward_model_loss"] = self._loss
-        for name, values in (("fpo/reward", found.reward), ("fpo/penalty", found.penalty)):
-            known = values[values.isfinite()]
-            metrics |= {name: float(known.mean())} if len(known) else {}
-            if log_extra is not None:
-                log_extra(name, numbers(values))
+        if log_extra is not None:
+            for name, values in (("reward", found.reward), ("penalty", found.penalty)):
+                log_extra(f"{self.__name__}/{name}", numbers(values))
         if log_metric is not None:
-            for name, value in metrics.items():
-                log_metric(name, value)
+            for name, value in self._metrics(scored, judged.spread).items():
+                log_metric(f"{self.__name__}/{name}", value)
         return numbers(found.effective)
 
     def score(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Judgement:
@@ -226,21 +226,23 @@ class FPOReward:
     def update(self) -> float | None:
         """Train the reward model on the pairs since its last training, and on kept ones; mean loss in nats a pair.
 
-        None where there is nothing to learn from. Every process must call it.
+        None where no pair has come since the last training. Every process must call it.
 
         Raises:
             NotFinite: a gradient or weights that are not finite.
         """
         settings, losses = self.config.reward_model, []
         fresh = self._replay.since(self._updated)
+        if not fresh:
+            return None
         generator = torch.Generator().manual_seed(mix("replay", self.config.seed, self._updates))
-        with at_rest(self.model.module), asking(list(self.model.trainable.values())):
+        with torch.enable_grad(), at_rest(self.model.module), asking(list(self.model.trainable.values())):
             for _ in range(settings.steps):
-                if batch := fresh + self._replay.draw(settings.replay_pairs, generator, self._updated):
-                    losses.append(float(self.model.gradient(batch, self._rows_at_once)))
-                    self.model.step()
+                batch = fresh + self._replay.draw(settings.replay_pairs, generator, self._updated)
+                losses.append(float(self.model.gradient(batch, self._rows_at_once)))
+                self.model.step()
         self._updates, self._updated = self._updates + 1, self._calls
-        self._loss = sum(losses) / len(losses) if losses else None
+        self._loss = sum(losses) / len(losses)
         return self._loss
 
     def watch(self, model: nn.Module, normalised: bool = False) -> None:
@@ -278,6 +280,7 @@ class FPOReward:
             "penalty": self._penalty.state(),
             "oracle": None if self._oracle is None else self._oracle.state_dict(),
             "reference": getattr(self.reference, "state_dict", dict)(),
+            "penalty_kind": self.config.penalty.kind,
             "counts": {"calls": self._calls, "updates": self._updates, "updated": self._updated, "loss": self._loss},
         }
 
@@ -288,6 +291,7 @@ class FPOReward:
             RunError: the state of another reward.
         """
         try:
+            self._refuse_other(state)
             self.model.load_state_dict(state["reward_model"])
             self._replay.load_state_dict(state["replay"])
             self._penalty.restore(state["penalty"])
@@ -299,7 +303,15 @@ class FPOReward:
             self._calls, self._updates, self._updated = counts["calls"], counts["updates"], counts["updated"]
             self._loss = counts["loss"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise RunError(f"state: it does not fit this reward: {type(error).__name__}: {error}") from error
+            raise RunError(f"state: it does not fit this reward: {error}") from error
+
+    def _refuse_other(self, state: dict[str, Any]) -> None:
+        """Before anything is changed: see that a state is this reward's. Raises: ValueError: it is not."""
+        kind, shapes = self.config.penalty.kind, {n: p.shape for n, p in self.model.trainable.items()}
+        if state["penalty_kind"] != kind:
+            raise ValueError(f"it is of the penalty {state['penalty_kind']}, this reward's is {kind}")
+        if {name: weight.shape for name, weight in state["reward_model"]["weights"].items()} != shapes:
+            raise ValueError(f"its reward model trains other weights than the {len(shapes)} of this one")
 
     def _judge(
         self,
@@ -314,7 +326,9 @@ class FPOReward:
             raise RunError(f"reward_model {self.config.reward_model.model}: {told}")
         if not self.model.head.weight.any():
             self._say("every reward is 0: the score head is all zeros; fit(prompts, chosen, rejected) begins it")
-        said, complaints = grouped(prompts, completions, columns, self.reference, self.ranks, self.model.device)
+        matters = self._oracle.takes if isinstance(self._oracle, made.CalledOracle) else lambda column: False
+        where = self.reference, self.ranks, self.model.device, matters
+        said, complaints = grouped(prompts, completions, columns, *where)
         for complaint in complaints:
             self._say(f"cannot be scored: {complaint}")
         if not self._checked:
@@ -325,6 +339,16 @@ class FPOReward:
         reading = self.model.read(said, readings, self._rows_at_once)
         judged = (penalty or self._penalty)(self.model, reading, labels, self._replay, said, self._rows_at_once, learn)
         return said, labels, judged
+
+    def _metrics(self, scored: list[Scored], spread: float) -> dict[str, float]:
+        """What is logged, over all processes and so the same on each: some trainers want one list of names."""
+        found = {"penalty_to_reward_std": spread, "pairs": float(len(self._replay))}
+        if self._loss is not None:
+            found["reward_model_loss"] = self._loss
+        if known := [one for one in scored if one.effective > float("-inf")]:
+            found["reward"] = sum(one.reward for one in known) / len(known)
+            found["penalty"] = sum(one.penalty for one in known) / len(known)
+        return found
 
     def _gathered(self, said: Grouped, judged: Judged) -> list[Scored]:
         """All processes' completions, in rank order."""
@@ -342,6 +366,8 @@ class FPOReward:
         wanted[best] = True
         preferences = labels.preferences(wanted)[:, 0].tolist()
         labels.check(self.ranks)
+        if best and all(preferences[place] != preferences[place] for place in best):
+            self._say("the oracle could say nothing of a whole call: no pair was labelled")
         pairs = []
         for place in best:
             if preferences[place] != preferences[place]:

@@ -18,6 +18,7 @@ from .references import next_in_group, talk_in
 
 Reference = str | Callable[[Sequence[Any]], Sequence[str]]
 OF_GROUP = "group"
+TRAINERS = ("completion_ids", "trainer_state", "environments")  # what a trainer adds to a data set's columns
 BLANK = "–"  # stands in where a text cannot be read, and is not scored
 
 
@@ -28,11 +29,13 @@ def grouped(
     reference: Reference,
     ranks: Ranks,
     device: torch.device,
+    matters: Callable[[str], bool] = lambda column: False,
 ) -> tuple[Grouped, list[str]]:
     """Completions with their references, and why some cannot be scored: these are not usable.
 
     Args:
         reference: see `FPOReward`. ranks: among which groups may be split. device: of the tensors.
+        matters: whether a column of the data makes of two equal prompts two.
 
     Raises:
         RunError: nothing to score, lists of different lengths, or no such column.
@@ -53,15 +56,19 @@ def grouped(
             complaints.append(str(error))
         talks.append(talk)
         replies.append(reply)
-    keys = [f"{'' if may else n}{talk!r}" for n, (talk, may) in enumerate(zip(talks, usable, strict=True))]
-    others = references(prompts, keys, replies, columns, reference, ranks)
+    passed = {key: value for key, value in columns.items() if isinstance(value, list) and len(value) == len(talks)}
+    passed = {key: value for key, value in passed.items() if key not in TRAINERS}
+    telling = sorted(key for key in passed if matters(key))
+    marks = [repr([passed[key][n] for key in telling]) if telling else "" for n in range(len(talks))]
+    rows = enumerate(zip(talks, usable, marks, strict=True))
+    keys = [f"{'' if may else n}{talk!r}{mark}" for n, (talk, may, mark) in rows]
+    others = references(prompts, keys, replies, columns, reference, ranks, usable)
     for place, other in enumerate(others):
         if other is None:
             usable[place] = False
             complaints.append("the reference is no text")
     known = [BLANK if other is None else other for other in others]
-    passed = {key: value for key, value in columns.items() if isinstance(value, list) and len(value) == len(talks)}
-    written = Grouped.of(talks, replies, known, device, usable)
+    written = Grouped.of(talks, replies, known, device, usable, marks)
     return Grouped(**vars(written) | {"groups": keys, "columns": passed}), complaints
 
 
@@ -72,11 +79,12 @@ def references(
     columns: Mapping[str, Any],
     reference: Reference,
     ranks: Ranks,
+    usable: Sequence[bool],
 ) -> list[str | None]:
     """What each completion is compared with; None where that is no text.
 
     Args:
-        keys: the completions' groups. The rest: see `grouped`.
+        keys: the completions' groups. usable: whose prompts can be read. The rest: see `grouped`.
 
     Raises:
         RunError: no such column, or a function that returns something else than a text a prompt.
@@ -88,10 +96,13 @@ def references(
     if isinstance(reference, str):
         found = column(columns, reference, len(keys))
     else:
-        found = reference(prompts)
-        if not isinstance(found, list | tuple) or len(found) != len(keys):
-            wanted = f"wanted {len(keys)} texts, one a prompt"
-            raise RunError(f"reference: the function returned {found!r:.80}; {wanted}")
+        asked = [prompt for prompt, may in zip(prompts, usable, strict=True) if may]
+        said = reference(asked) if asked else []
+        if not isinstance(said, list | tuple) or len(said) != len(asked):
+            wanted = f"wanted {len(asked)} texts, one a prompt"
+            raise RunError(f"reference: the function returned {said!r:.80}; {wanted}")
+        answers = iter(said)
+        found = [next(answers) if may else None for may in usable]
     others: list[str | None] = []
     for one in found:
         try:

@@ -13,11 +13,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fpo_train.errors import RunError
+from fpo_train.policy.adapters import POLICY
 
 from .monitor import FPOMonitor
 from .reward import FPOReward
 
-STATE, WATCHED = "fpo.pt", "fpo_watch.json"
+WATCHED, HISTORY = "fpo_watch.json", "trainer_state.json"
 
 
 class FPOCallback(TrainerCallback):
@@ -28,7 +29,11 @@ class FPOCallback(TrainerCallback):
     `checkpoint-<step>/fpo.pt` holds the reward model, its optimizer, the labelled pairs and γ's running scale. A
     trainer that resumes there goes on as if it had not been interrupted, bit for bit where a new generation begins
     with the next step (TRL itself does not save completions that are not used up). When training ends, the reward
-    model is written to `<output_dir>/reward_model`.
+    model is written to `<output_dir>/reward_model`. (Of a reward with a name of its own, `<name>.pt` and
+    `<name>_reward_model`.) Without an oracle there is nothing to train on, and the rest is kept all the same.
+
+    transformers loads, of a PEFT model with several adapters, only those in sub-folders of a checkpoint; the trained
+    one at its root is put back here.
 
     Args:
         reward: the one that the trainer calls. every: optimizer steps between trainings.
@@ -36,14 +41,12 @@ class FPOCallback(TrainerCallback):
             `<output_dir>/checkpoint-<step>`.
 
     Raises:
-        RunError: a reward without an oracle: there would be nothing to train on.
+        RunError: `every` below 1.
     """
 
     def __init__(self, reward: FPOReward, every: int = 1, resume: str | os.PathLike[str] | None = None) -> None:
         if every < 1:
             raise RunError(f"every: wanted 1 step or more, got {every}")
-        if not reward.trains:
-            raise RunError("FPOCallback: the reward has no oracle to label pairs; wanted FPOReward(…, oracle=…)")
         self.reward, self.every = reward, every
         self._resume = None if resume is None else Path(resume)
 
@@ -58,22 +61,26 @@ class FPOCallback(TrainerCallback):
         self.reward.watch(model, normalises(args))
         if state.global_step:
             folder = self._resume or checkpoint(args, state)
-            self.reward.load_state_dict(read_state(folder))
+            refuse_other_run(folder, state)
+            put_back(model, folder)
+            self.reward.load_state_dict(read_state(folder / f"{self.reward.__name__}.pt"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Retrain, where it is its turn."""
-        if state.global_step % self.every == 0:
+        if self.reward.trains and state.global_step % self.every == 0:
             self.reward.update()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Write the state beside the trainer's."""
         if state.is_world_process_zero:
-            write_state(checkpoint(args, state), self.reward)
+            write_state(checkpoint(args, state) / f"{self.reward.__name__}.pt", self.reward)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Write the reward model."""
         if state.is_world_process_zero:
-            self.reward.model.save(Path(args.output_dir or ".") / "reward_model")
+            name = self.reward.__name__
+            folder = "reward_model" if name == "fpo" else f"{name}_reward_model"
+            self.reward.model.save(Path(args.output_dir or ".") / folder)
 
 
 class MonitorCallback(TrainerCallback):
@@ -115,24 +122,44 @@ def normalises(args: Any) -> bool:
     return bool(getattr(args, "normalize_advantages", False))
 
 
-def write_state(folder: Path, reward: FPOReward) -> None:
-    """Write a reward's state into a folder, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    half = folder / f"{STATE}.tmp"
+def refuse_other_run(folder: Path, state: TrainerState) -> None:
+    """See that a checkpoint is the one that the trainer has resumed from.
+
+    Raises:
+        RunError: its history is another one.
+    """
+    path = folder / HISTORY
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["log_history"] != state.log_history:
+        told = "is of another run than the checkpoint that the trainer resumes from"
+        raise RunError(f"{folder} {told}; FPOCallback(…, resume=folder) names that one")
+
+
+def put_back(model: Any, folder: Path) -> None:
+    """The trained adapter of a PEFT model, from the root of a checkpoint; in place."""
+    if POLICY not in getattr(model, "peft_config", {}) or not (folder / "adapter_model.safetensors").is_file():
+        return
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=POLICY)
+
+
+def write_state(path: Path, reward: FPOReward) -> None:
+    """Write a reward's state into a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f"{path.name}.tmp")
     with half.open("wb") as file:
         torch.save(reward.state_dict(), file)
         file.flush()
         os.fsync(file.fileno())
-    half.replace(folder / STATE)
+    half.replace(path)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     """What `write_state` wrote.
 
     Raises:
         RunError: nothing there, or a damaged file.
     """
-    path = folder / STATE
     if not path.is_file():
         told = "the trainer resumes, but its checkpoint holds no state of the reward"
         raise RunError(f"{path}: {told}; FPOCallback(…, resume=folder) names another place")

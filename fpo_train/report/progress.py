@@ -126,6 +126,7 @@ class Progress:
         self._bar = tqdm(total=total, initial=done, desc=title, unit="it", dynamic_ncols=True) if live else None
         self._lines = shown and not live
         self._later: threading.Timer | None = None
+        self._turn = threading.Lock()  # of the timer and who stops it
 
     def __enter__(self) -> Progress:
         return self
@@ -152,12 +153,16 @@ class Progress:
         self._later.start()
 
     def _lasts(self, name: str) -> None:
-        self._say(f"{self._title} {self._done + 1:>4}/{self._total}  {name} …")
-        self._wait(name)
+        with self._turn:
+            if threading.current_thread() is self._later:  # it has not been stopped meanwhile
+                self._say(f"{self._title} {self._done + 1:>4}/{self._total}  {name} …")
+                self._wait(name)
 
     def _quiet(self) -> None:
-        if self._later is not None:
-            self._later.cancel()
+        with self._turn:
+            if self._later is not None:
+                self._later.cancel()
+            self._later = None
 
     def __call__(self, row: Row) -> None:
         """Show one iteration, and its warning if it has one."""

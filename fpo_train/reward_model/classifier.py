@@ -78,18 +78,24 @@ class ClassifierRewardModel(RewardModel):
         processes: Ranks,
         device: torch.device,
         given: Classifier | None = None,
-        reads: str = "",
+        whole: bool = False,
     ) -> None:
-        """The classifier of the configuration, or one that is `given`; `reads`: a kind of `TextInputs`.
+        """The classifier of the configuration, or one that is `given`.
+
+        Args:
+            whole: it cannot be had by its name, and is saved as a whole.
 
         Raises:
             RunError: it cannot be loaded, has no score head, or no layers to adapt.
         """
         settings, kept = config.reward_model, kept_in(config.reward_model.classifier)
+        if kept is not None:
+            kept.refuse_other(settings.train, vars(settings))
         if given is None:
             with about("reward_model"):
                 given = load_classifier(settings.classifier, getattr(torch, settings.dtype))
         self._whole, tokenizer, self.comes_trained = given
+        self._saved_whole = whole
         self._named = settings.classifier if kept is None else kept.model
         self._whole.requires_grad_(False)
         if not getattr(self._whole, "is_quantized", False):  # such weights lie where they were loaded to
@@ -106,7 +112,7 @@ class ClassifierRewardModel(RewardModel):
         longest, rows = int(min(limit for limit in limits if limit)), rows_of(self._whole)
         # RoBERTa-like encoders count positions over what is not their own pad id, whatever the tokenizer pads with.
         pad = pad_id(self._whole.config.get_text_config().pad_token_id, tokenizer.pad_token_id, rows=rows)
-        self._texts = TextInputs(tokenizer, reads or settings.input, longest, rows=rows, pad=pad)
+        self._texts = TextInputs(tokenizer, settings.input, longest, rows=rows, pad=pad)
         chosen = {id(p) for p in heads[-1].parameters()}
         trained = [
             name
@@ -136,7 +142,7 @@ class ClassifierRewardModel(RewardModel):
         together = self.head_inputs(Reading(self._texts.batch(tried, self.device), None))
         alone = [self.head_inputs(Reading(self._texts.batch([one], self.device), None)) for one in tried]
         problem = "scores every token and not the text" if together.ndim != 2 else ""
-        within = FLOAT_ROUNDING if self.config.dtype == "float32" else HALF_ROUNDING
+        within = FLOAT_ROUNDING if self.head.weight.element_size() >= 4 else HALF_ROUNDING
         if not problem and not alike(together, torch.cat(alone), within):
             problem = "reads padding behind a text, in spite of the mask"
         if problem:
@@ -159,7 +165,7 @@ class ClassifierRewardModel(RewardModel):
         """Write the model as `save_pretrained` does, or its adapter and head alone where only those are trained."""
         folder.mkdir(parents=True, exist_ok=True)
         settings = self.config
-        if settings.train == "all":
+        if settings.train == "all" or self._saved_whole:
             self._whole.save_pretrained(folder)
             self._tokenizer.save_pretrained(folder)
             return

@@ -61,7 +61,8 @@ def load_classifier(name: str, dtype: torch.dtype) -> Classifier:
 
     try:
         model = PeftModel.from_pretrained(loaded.model, folder)
-        saved = any("modules_to_save" in key for key, _ in model.named_parameters())
+        copies = [module for name, module in model.named_modules() if ".modules_to_save." in name]
+        saved = any(isinstance(module, nn.Linear) and module.out_features == 1 for module in copies)
         whole = model.merge_and_unload(safe_merge=True)
     except Exception as error:  # of packages of their own, over files of all kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -62,16 +62,15 @@ class HeadRewardModel(RewardModel):
 
     adapter: str | None = None
 
-    def __init__(self, policy: Policy, config: RunConfig, processes: Ranks, reads: str = "") -> None:
-        """`reads`: a kind of `TextInputs`; empty: what the configuration says."""
+    def __init__(self, policy: Policy, config: RunConfig, processes: Ranks) -> None:
         module = ScoredBase(policy, self.adapter)
         settings = config.reward_model
         self._policy = policy
         self._base_name = policy.base_name
         self._texts = None
-        if reads or settings.input != "chat":
+        if settings.input != "chat":
             longest = min(settings.max_tokens or policy.context, policy.context)
-            kind, rows = reads or settings.input, rows_of(policy.lm)
+            kind, rows = settings.input, rows_of(policy.lm)
             self._texts = TextInputs(policy.tokenizer, kind, longest, policy.eos, rows, policy.eos)
         elif settings.max_tokens:
             raise RunError("reward_model.max_tokens: on the policy's base the input `chat` is read whole; wanted 0")
@@ -114,6 +113,7 @@ class HeadRewardModel(RewardModel):
             "chat": "last hidden state at the closing token",
             "pair": "last hidden state behind prompt and reply",
             "reply": "last hidden state behind the reply alone",
+            "written": "last hidden state behind prompt and reply as written",
         }
         description = {
             "base": self._base_name,
@@ -141,8 +141,7 @@ class AdapterRewardModel(HeadRewardModel):
 
     adapter = REWARD
 
-    def __init__(self, policy: Policy, config: RunConfig, processes: Ranks, reads: str = "") -> None:
-        """See `HeadRewardModel`."""
+    def __init__(self, policy: Policy, config: RunConfig, processes: Ranks) -> None:
         from peft import LoraConfig
 
         settings = config.reward_model
@@ -167,7 +166,7 @@ class AdapterRewardModel(HeadRewardModel):
             if f".{REWARD}." in name:
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
                 parameter.requires_grad_(True)
-        super().__init__(policy, config, processes, reads)
+        super().__init__(policy, config, processes)
 
     def save(self, folder: Path) -> None:
         """Write the adapter as PEFT does, and the head beside it."""

@@ -51,19 +51,21 @@ class Written:
         references: Sequence[str],
         device: torch.device,
         usable: Sequence[bool] | None = None,
+        marks: Sequence[str] | None = None,
     ) -> Written:
-        """From n prompts, replies and references."""
-        numbers: dict[tuple[Talk, str], int] = {}
+        """From n prompts, replies and references; texts of another mark are rows of their own."""
+        own = [""] * len(talks) if marks is None else marks
+        numbers: dict[tuple[Talk, str, str], int] = {}
         rows, others = (
             torch.tensor(
-                [numbers.setdefault(one, len(numbers)) for one in zip(talks, texts, strict=True)],
+                [numbers.setdefault(one, len(numbers)) for one in zip(talks, texts, own, strict=True)],
                 dtype=torch.int64,
                 device=device,
             )
             for texts in (replies, references)
         )
         may = torch.ones(len(rows), 1, dtype=torch.bool) if usable is None else torch.tensor(usable)[:, None]
-        talks_of, texts_of = [talk for talk, _ in numbers], [text for _, text in numbers]
+        talks_of, texts_of = [talk for talk, *_ in numbers], [text for _, text, _ in numbers]
         return cls(talks_of, texts_of, rows, others, may.to(device))
 
     def talk(self, row: int) -> Talk:

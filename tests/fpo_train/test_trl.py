@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fpo_train import FPOCallback, FPOReward, OnBase
+from fpo_train.config import RewardModelConfig
 from fpo_train.errors import RunError
 
 if sys.version_info < (3, 11):  # TRL needs 3.11
@@ -57,7 +60,8 @@ def test_a_trainer_learns_from_it_and_it_learns_from_the_trainer(tiny, tmp_path,
     assert [row["fpo/penalty"] for row in rows] == pytest.approx(means, rel=1e-5)
     assert "fpo/reward_model_loss" in rows[1]
     assert rows[5]["fpo/pairs"] == 12
-    assert (tmp_path / "reward_model" / "trained.safetensors").is_file()
+    again = FPOReward(str(tmp_path / "reward_model"))
+    assert torch.equal(again.model.head.weight, reward.model.head.weight)
 
 
 @pytest.mark.parametrize(("kind", "penalty"), [("grpo", "residual"), ("rloo", "practical")])
@@ -72,9 +76,6 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tiny, tmp_path, kind
 
 
 def test_it_sits_on_the_policy_that_is_trained(tiny, tmp_path):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
     model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny), LoraConfig(target_modules=["q_proj", "v_proj"]))
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     reward = FPOReward(OnBase(model, "lora"), tokenizer, parameters="lora", oracle=runs.vowels, reference="group")
@@ -89,7 +90,6 @@ def test_it_sits_on_the_policy_that_is_trained(tiny, tmp_path):
 
 
 def test_online_dpo_has_no_log_helpers(tiny, tmp_path):
-    from transformers import AutoTokenizer, LlamaForCausalLM
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
     reward = runs.reward_of(tiny)
@@ -174,9 +174,73 @@ def test_two_processes_give_the_rewards_of_one(tiny, tmp_path):
     assert torch.allclose(alone.model.weights()["score.weight"], weights[0]["score.weight"], rtol=1e-4, atol=1e-6)
 
 
-def test_a_callback_without_an_oracle_and_a_checkpoint_without_a_state_are_refused(tiny, tmp_path):
-    with pytest.raises(RunError, match="the reward has no oracle to label pairs"):
-        FPOCallback(runs.reward_of(tiny, oracle=None))
+def test_without_an_oracle_the_scale_travels_all_the_same(tiny, tmp_path):
+    whole, again = (runs.reward_of(tiny, oracle=None) for _ in range(2))
+    trained = runs.train("grpo", tiny, tmp_path, whole)
+    resumed = runs.train("grpo", tiny, tmp_path, again, resume=tmp_path / "checkpoint-3")
+    assert whole.state_dict()["penalty"] == again.state_dict()["penalty"]
+    assert all(torch.equal(a, b) for a, b in zip(trained.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["head", "lora"])
+def test_a_policy_with_the_reward_models_adapter_on_it_is_resumed_to_the_bit(tiny, tmp_path, kind):
+    def made(folder=""):
+        torch.manual_seed(0)
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny), config)
+        tokenizer = AutoTokenizer.from_pretrained(tiny)
+        settings = RewardModelConfig(learning_rate=1e-2)
+        base = OnBase(model, kind, folder)
+        reward = FPOReward(base, tokenizer, parameters=kind, oracle=runs.vowels, settings=settings)
+        reward.fit(["Say "], ["aeiou"], ["xyz"])
+        return model, reward
+
+    model, whole = made()
+    runs.train("grpo", tiny, tmp_path, whole, model=model)
+    again, reward = made()
+    runs.train("grpo", tiny, tmp_path, reward, model=again, resume=tmp_path / "checkpoint-3")
+    other = dict(again.named_parameters())
+    assert not [name for name, p in model.named_parameters() if not torch.equal(p, other[name])]
+    assert any(p.any() for name, p in again.named_parameters() if ".lora_B.default." in name)
+    assert torch.equal(whole.model.head.weight, reward.model.head.weight)
+    kept, later = made(str(tmp_path / "reward_model"))
+    assert not torch.equal(later.model.head.weight, whole.model.head.weight)  # fitted anew
+    config = OnBase(kept, kind, str(tmp_path / "reward_model"))
+    if kind == "head":
+        same = FPOReward(config, AutoTokenizer.from_pretrained(tiny), oracle=runs.vowels)
+        assert torch.equal(same.model.head.weight, whole.model.head.weight)
+    with pytest.raises(RunError, match="holds no"):
+        FPOReward(OnBase(kept, kind, str(tmp_path)), AutoTokenizer.from_pretrained(tiny))
+
+
+def test_two_rewards_of_one_trainer_keep_apart(tiny, tmp_path):
+    def made():
+        return [runs.reward_of(tiny, name="one"), runs.reward_of(tiny, name="two", penalty="none")]
+
+    rewards = made()
+    trainer = runs.train("grpo", tiny, tmp_path, rewards, callback=[FPOCallback(one) for one in rewards])
+    assert {"rewards/one/mean", "rewards/two/mean", "one/penalty", "two/penalty"} <= trainer.state.log_history[0].keys()
+    again = made()
+    callbacks, resume = [FPOCallback(one) for one in again], tmp_path / "checkpoint-3"
+    runs.train("grpo", tiny, tmp_path, again, callback=callbacks, resume=resume)
+    for one, other in zip(rewards, again, strict=True):
+        assert torch.equal(one.model.head.weight, other.model.head.weight)
+    assert not torch.equal(rewards[0].model.head.weight, rewards[1].model.head.weight)
+    assert (tmp_path / "two_reward_model").is_dir()
+
+
+def test_another_runs_checkpoint_is_refused(tiny, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        runs.train("grpo", tiny, tmp_path / name, runs.reward_of(tiny), steps=3, seed=seed)
+    resume = tmp_path / "a" / "checkpoint-3"
+    with pytest.raises(RunError, match="is of another run than the checkpoint that the trainer resumes from"):
+        runs.train("grpo", tiny, tmp_path / "b", runs.reward_of(tiny), steps=4, resume=resume)
+    reward = runs.reward_of(tiny)
+    callback = FPOCallback(reward, resume=resume)
+    runs.train("grpo", tiny, tmp_path / "b", reward, callback=callback, steps=4, resume=resume)
+
+
+def test_a_checkpoint_without_a_state_is_refused(tiny, tmp_path):
     reward = runs.reward_of(tiny)
     runs.train("grpo", tiny, tmp_path, reward, steps=3)
     (tmp_path / "checkpoint-3" / "fpo.pt").unlink()

@@ -49,7 +49,7 @@ def train(kind, tiny, out, reward, *, steps=6, resume=None, chat=True, model=Non
         train_dataset=data(chat),
         eval_dataset=data(chat).select(range(2)),
         processing_class=AutoTokenizer.from_pretrained(tiny),
-        callbacks=[callback or FPOCallback(reward)],
+        callbacks=callback if isinstance(callback, list) else [callback or FPOCallback(reward)],
     )
     made.train(resume_from_checkpoint=None if resume is None else str(resume))
     return made

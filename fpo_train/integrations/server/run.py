@@ -19,7 +19,7 @@ from fpo_train.config import RewardModelConfig, ServeConfig
 from fpo_train.data.sources import load_tokenizer
 from fpo_train.errors import RunError
 from fpo_train.integrations.reward import FPOReward
-from fpo_train.integrations.trl import STATE, read_state, write_state
+from fpo_train.integrations.trl import read_state, write_state
 from fpo_train.oracle.function import import_function
 
 from .app import Service, create_app
@@ -27,6 +27,7 @@ from .batching import Worker
 from .metrics import Metrics
 from .owner import REFERENCE, Owner
 
+STATE = "fpo.pt"
 log = logging.getLogger("fpo_train.serve")
 LEFT = 10.0  # seconds that connections may take to close, and the model to come to its end, when all is drained
 
@@ -48,12 +49,12 @@ def serve(config: ServeConfig, token: str) -> None:
         owner = Owner(reward_of(config), config.learning)
         folder = Path(config.state).expanduser() if config.state else None
         if folder and (folder / STATE).is_file():
-            owner.load_state_dict(read_state(folder))
+            owner.load_state_dict(read_state(folder / STATE))
             log.info("goes on from %s: %d updates, %d pairs", folder, owner.updates, owner.reward.pairs)
 
         def saved() -> None:
             if folder:
-                write_state(folder, owner)  # type: ignore[arg-type]
+                write_state(folder / STATE, owner)  # type: ignore[arg-type]
 
         metrics = Metrics()
         worker = Worker(owner, config.batching, metrics, saved)
