@@ -11,8 +11,7 @@ import torch
 from fpo_train.config import LearningConfig, ServeConfig
 from fpo_train.errors import RunError
 from fpo_train.integrations.server.owner import Owner
-from fpo_train.integrations.server.run import reward_of
-from fpo_train.integrations.trl import STATE
+from fpo_train.integrations.server.run import STATE, reward_of
 
 from .serving import ORACLE, SLOW, asked, command, sample, scorer
 
