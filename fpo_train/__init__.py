@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .integrations.made import OnBase, load_model
     from .integrations.monitor import FPOMonitor
-    from .integrations.references import BaseReplies
     from .integrations.reward import FPOReward
     from .integrations.server.client import FPOClient
+    from .integrations.texts import BaseReplies
     from .integrations.trl import FPOCallback, MonitorCallback
 
 __version__ = "0.1.0"
@@ -28,7 +28,7 @@ __all__ = [
     "load_model",
 ]
 _PLACES = {
-    "BaseReplies": "references",
+    "BaseReplies": "texts",
     "FPOCallback": "trl",
     "FPOClient": "server.client",
     "FPOMonitor": "monitor",

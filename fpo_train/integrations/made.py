@@ -30,7 +30,7 @@ from fpo_train.reward_model.on_base import AdapterRewardModel, HeadRewardModel
 from fpo_train.rollout import Said
 
 from .groups import Grouped
-from .references import modes_of
+from .texts import modes_of
 
 Train = Literal["head", "lora", "all"]
 IDLE = ("model", "every", "fit", "fit_pairs", "schedule", "warmup", "dropout_when_scoring")

@@ -25,8 +25,7 @@ from fpo_train.rollout import NotRead
 from . import groups, made
 from .groups import Grouped, InGroups, Judgement, Scored, judgement, numbers
 from .made import OnBase, Train
-from .references import at_rest
-from .texts import Reference, grouped, labelled, reply_in, talk_in
+from .texts import Reference, at_rest, grouped, labelled, reply_in, talk_in
 
 
 class FPOReward:

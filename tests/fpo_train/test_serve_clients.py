@@ -16,7 +16,7 @@ import torch
 
 from fpo_train.config import ServeConfig
 from fpo_train.errors import RunError
-from fpo_train.integrations import openrlhf, slime, verl
+from fpo_train.integrations import openrlhf, skyrl, slime, verl
 from fpo_train.integrations.server.client import FPOClient
 from fpo_train.integrations.server.run import reward_of
 
@@ -305,3 +305,19 @@ def test_slime(url, reward):
         asyncio.run(slime.custom_rm(args, samples))
     with pytest.raises(RunError, match="--group-rm hands them over"):
         asyncio.run(slime.group_rm(args, samples[0]))
+
+
+def test_skyrl(url, reward):
+    """SkyRL, skyrl_gym/envs/base_text_env.py and registration.py: made with (env_config, extras), `init`, `step`."""
+    skyrl.client.cache_clear()
+    asked_for = [{"role": "user", "content": "Name a bird."}]
+    environment = skyrl.FPOEnvironment(None, {"reward_spec": {"method": "rule", "ground_truth": "A bird."}})
+    assert environment.init(asked_for) == (asked_for, {})
+    answer = environment.step("A wren, I should say.")
+    said = [{"role": "assistant", "content": "A wren, I should say."}]
+    direct = reward.score([asked_for], [said], reference=["A bird."])
+    assert answer["reward"] == pytest.approx(float(direct.effective[0]), rel=1e-5)
+    assert (answer["observations"], answer["done"]) == ([], True)
+    assert answer["metadata"]["fpo_penalty"] == pytest.approx(float(direct.penalty[0]), rel=1e-5)
+    with pytest.raises(RunError, match=r"reward_spec\.ground_truth: wanted the text to compare replies with, got 3"):
+        skyrl.FPOEnvironment(None, {"reward_spec": {"ground_truth": 3}})

@@ -8,9 +8,8 @@ from typing import Any
 
 from fpo_train.config import ServeConfig
 from fpo_train.errors import RunError
-from fpo_train.integrations.references import next_in_group
 from fpo_train.integrations.reward import FPOReward
-from fpo_train.integrations.texts import reply_in, talk_in
+from fpo_train.integrations.texts import next_in_group, reply_in, talk_in
 
 from . import formats
 from .limits import Refused
