@@ -65,6 +65,21 @@ def test_rloo(tiny, tmp_path):  # noqa: F811
     assert (tmp_path / "runs" / "rloo" / "reward_model" / "model.safetensors").is_file()
 
 
+def test_attribution(tiny, tmp_path):  # noqa: F811
+    said = run(tmp_path, "attribution.py", "--reward_model", str(tiny))
+    assert "Do your own taxes, you fool." in said
+    assert "pairs: 6, 0 of them known" in said
+    rows = (tmp_path / "runs" / "attribution" / "why" / "attributions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 6  # three a side
+
+
+def test_a_server_and_its_client(tiny, tmp_path):  # noqa: F811
+    said = run(tmp_path, "server_and_client.py", "--reward_model", str(tiny))
+    assert "after a training: {'loss': " in said
+    assert "'pairs': 1, 'updates': 1}" in said
+    assert said.splitlines()[-1] == "the server ended with 0"
+
+
 def test_every_example_is_run_here():
     here = Path(__file__).read_text(encoding="utf-8")
     assert not [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in here]

@@ -17,9 +17,8 @@ class ReadModelConfig:
     model: str = ""
     """A sequence classifier with one score: a local folder, a hub id, or the `reward_model/` folder of a run whose
     `reward_model.kind` was `classifier`."""
-    input: Literal["auto", "chat", "pair", "reply"] = "auto"
-    """What it reads: the chat-rendered prompt and reply, both as a pair of texts, or the reply alone; `auto`: as the
-    run's folder says, `chat` where none does."""
+    input: Literal["auto", "chat", "pair", "reply", "written"] = "auto"
+    """What it reads, as `reward_model.input` of a run; `auto`: as the run's folder says, `chat` where none does."""
     max_tokens: int = 0
     """Its inputs are cut at this many tokens; 0: at its context."""
     dtype: Literal["float32", "bfloat16"] = "float32"
