@@ -184,3 +184,11 @@ def test_the_versions_that_are_served():
     assert f"oldest versions served (transformers {least['transformers']}, peft {least['peft']})" in said
     assert "below transformers 6," in said
     assert '"transformers>=5.0,<6"' in asked
+
+
+def test_what_scoring_together_saves():
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    for row in rows("serving"):
+        f = row["figures"]
+        speeds = f"{f['requests_per_second']:.0f} | {f['p50_ms']:.0f} | {f['p99_ms']:.0f} | {f['answers']:.0f}"
+        assert f"| {row['setting']['name']} | {row['competitor']} | {speeds} |" in page
