@@ -171,12 +171,17 @@ def classifier_of(name: str) -> str:
     """The whole model beneath what a name stands for: a model, a folder of a run's, or one of PEFT's.
 
     Raises:
-        RunError: a folder that does not say on what it sits.
+        RunError: a folder that does not say on what it sits, or an adapter of another kind of model.
     """
     if kept := kept_in(name):
         return classifier_of(kept.model)
     folder = Path(name).expanduser()
-    return base_of(folder) if (folder / ADAPTER_CONFIG).is_file() else name
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return name
+    if (task := _described(folder).get("task_type")) not in (None, "SEQ_CLS"):
+        wanted = f"wanted a whole model, or an adapter of a classifier (SEQ_CLS), this one is of {task}"
+        raise RunError(f"model {folder}: the folder holds an adapter; {wanted}")
+    return base_of(folder)
 
 
 def same_model(one: str, other: str) -> bool:

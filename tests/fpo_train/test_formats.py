@@ -186,7 +186,7 @@ def test_bad_rows_are_skipped_and_counted(tiny, tmp_path, capfd):
     assert not out.exists()
     assert main([*words, "--data.bad_rows", "skip"]) == 0
     told = capfd.readouterr().err
-    assert f"data.prompts: 3 rows skipped, 2 prompts left; the first: data.prompts: {path} row 2 has no text" in told
+    assert f"data.prompts: 3 rows skipped, 2 prompts left; the first: {path} row 2 has no text" in told
     assert json.loads((out / "environment.json").read_text())["rows_skipped"] == 3
     path.write_text("question\nWhy?\n")
     assert main([*words, "--out", str(tmp_path / "none"), "--data.bad_rows", "skip"]) == 1

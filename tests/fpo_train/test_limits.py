@@ -73,8 +73,8 @@ def scores(policy, folder, texts, **settings):
     settings = {"kind": "classifier", "model": str(folder), "input": "reply", **settings}
     model = load_reward_model(RunConfig(reward_model=RewardModelConfig(**settings)), policy, Processes(), policy.device)
     model.check([("q", texts[0])])
-    whole = model._read([("q", text) for text in texts], 0)
-    alone = [model._read([("q", text)], 0) for text in texts]
+    whole = model.read_texts([("q", text) for text in texts], 0)
+    alone = [model.read_texts([("q", text)], 0) for text in texts]
     return model.score(whole), torch.cat([model.score(one) for one in alone]), model
 
 
@@ -117,7 +117,7 @@ def test_encoders_whose_positions_begin_behind_padding(tiny, policy, prompts, tm
     texts = ["word " * 100, "other " * 100, "short"]
     together, alone, model = scores(policy, folder, texts)
     assert together.tolist() == pytest.approx(alone.tolist(), abs=1e-5)
-    assert model._read([("q", texts[0])], 0).batch["input_ids"].shape[1] == 32
+    assert model.read_texts([("q", texts[0])], 0).batch["input_ids"].shape[1] == 32
     assert "is cut to 32, as all longer ones are" in capfd.readouterr().err
     scores(policy, folder, texts, input="pair")
     scores(policy, folder, texts, input="chat")
