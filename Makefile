@@ -45,7 +45,7 @@ demo: $(STAMP) ## train SmolLM2 by plain RLHF and by FPO, side by side; the repo
 test: $(STAMP) ## run the tests, but for those on the real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
-slow: $(STAMP) ## run the tests on the real model (SmolLM2), some minutes
+slow: $(STAMP) ## run the tests on the real model (SmolLM2), and the C++ kernels under sanitizers, some minutes
 	$(BIN)/python -m pytest tests -m slow
 
 # 900 s: compiling every Triton kernel anew takes minutes where the machine is busy
@@ -56,7 +56,8 @@ floor: ## build and test with the oldest versions served (constraints-floor.txt)
 	$(FLOOR)/python -m pip install --quiet --disable-pip-version-check -c constraints-floor.txt --no-build-isolation \
 		-e '.floor/tree[triton]' hypothesis pytest pytest-benchmark pytest-timeout pytest-xdist
 	cd .floor/tree && OMP_NUM_THREADS=1 ../bin/python -m pytest -n 2 --dist loadfile --timeout 900 -p no:cacheprovider \
-		tests/fpo_kernels tests/compile_only tests/gpu tests/test_sanitizers.py $(ON_TRANSFORMERS)
+		tests/fpo_kernels tests/compile_only tests/gpu $(ON_TRANSFORMERS)
+	cd .floor/tree && ../bin/python -m pytest -p no:cacheprovider -m slow tests/test_sanitizers.py
 
 # TRL's oldest asks for younger tools than the rest does, and for requests without saying so
 	grep -E '^(torch|transformers|peft|triton)=' constraints-floor.txt > .floor/trl.txt

@@ -13,6 +13,8 @@ from torch.utils import cpp_extension
 
 from tests.toolchain import COMPILER, NO_COMPILER
 
+pytestmark = pytest.mark.slow  # it compiles every C++ source anew, more than a minute of both cores
+
 CSRC = Path(__file__).parents[1] / "csrc"
 FLAGS = ["-O1", "-g", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # every report ends the process; vptr wants type information that torch's libraries keep to themselves

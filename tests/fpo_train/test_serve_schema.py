@@ -53,7 +53,7 @@ def test_every_answer_is_described(schema, route, mode):
     requests = schema[route][ROUTES[route]].as_strategy(generation_mode=mode)
 
     @given(case=requests)
-    @settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     def validated(case):
         case.call_and_validate(headers={"Authorization": f"Bearer {TOKEN}"})
 
