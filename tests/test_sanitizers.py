@@ -13,7 +13,7 @@ from torch.utils import cpp_extension
 
 from tests.toolchain import COMPILER, NO_COMPILER
 
-pytestmark = pytest.mark.slow  # it compiles every C++ source anew, more than a minute of both cores
+pytestmark = pytest.mark.slow  # it compiles every C++ source anew
 
 CSRC = Path(__file__).parents[1] / "csrc"
 FLAGS = ["-O1", "-g", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020b000000000000"]

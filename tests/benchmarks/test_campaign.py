@@ -22,6 +22,7 @@ def run(part, folder):
     return code, json.loads((folder / f"{part}.json").read_text())
 
 
+@pytest.mark.slow
 def test_parts_and_their_table(tmp_path, capsys):
     for part in ("engine", "kernels", "launches", "train"):
         code, result = run(part, tmp_path)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.fpo_train.runs import arguments, rows
 
 
@@ -19,7 +21,8 @@ def run(folder, kills, seed, most, words):
     return tuple(map(int, re.search(r"killed (\d+) times in (\d+) states", done.stdout).groups()))
 
 
-def test_ten_kills(tiny, tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_leave_no_trace(tiny, tmp_path, kills):
     more = [
         "--iterations",
         40,
@@ -34,9 +37,9 @@ def test_ten_kills(tiny, tmp_path):
     assert run(tmp_path / "whole", 0, 0, 0, words) == (0, 0)
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
-    killed, states = run(tmp_path / "killed", 10, seed, 3, words)
-    assert killed == 10
-    assert states > 3  # in different places
+    killed, states = run(tmp_path / "killed", kills, seed, 3, words)
+    assert killed == kills
+    assert states > kills // 3  # in different places
     whole, survivor = tmp_path / "whole", tmp_path / "killed"
     assert rows(survivor) == rows(whole)
     for part in ("policy/adapter_model.safetensors", "reward_model/head.safetensors", "samples.jsonl"):
