@@ -15,12 +15,21 @@ from torch import Tensor
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
+@dataclass(frozen=True)
+class Told:
+    """What another process says of one call that it made: the answer, its time there, and `peak_bytes` there."""
+
+    answer: Tensor
+    seconds: float
+    peak_bytes: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Competitor:
     """One way to the answer.
 
     Attributes:
-        run: computes it from inputs made beforehand; called many times.
+        run: computes it from inputs made beforehand; called many times. What it has another process do is Told.
         budget: the relative error ‖got − expected‖ / ‖expected‖ it may make.
         answers: which of the contest's expected tensors it returns.
         rounds: the most rounds it is timed in; None for every round, 0 to make do with the time of the call that
@@ -28,7 +37,7 @@ class Competitor:
         figures: what else is measured of it, once, after the timing: name → number, kept in its row.
     """
 
-    run: Callable[[], Tensor]
+    run: Callable[[], Tensor | Told]
     budget: float
     answers: str = "product"
     rounds: int | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import isolated
 from benchmarks.meters import Bystanders, peak_bytes, release, seconds_per_call
-from benchmarks.registry import Case, Competitor, Contest
+from benchmarks.registry import Case, Competitor, Contest, Told
 
 SAMPLE_SECONDS = 0.02  # a sample repeats its call until it lasts about this long, at most MOST_CALLS times
 MOST_CALLS = 200
@@ -114,22 +114,35 @@ class _Metered:
         self.run, self.rounds, self.device = competitor.run, competitor.rounds, device
         self.seconds = math.inf
         self.peak: int | None = None
+        self.elsewhere = False
 
     def __call__(self) -> Tensor:
-        answers: list[Tensor] = []
+        answers: list[Tensor | Told] = []
 
         def timed() -> None:
             self.seconds = seconds_per_call(lambda: answers.append(self.run()), 1, self.device)
 
         self.peak = peak_bytes(timed, self.device)
-        return answers[0]
+        answer = answers[0]
+        if isinstance(answer, Told):
+            self.elsewhere = True
+            self.seconds, self.peak, answer = answer.seconds, answer.peak_bytes, answer.answer
+        return answer
+
+    def sample(self, calls: int, clock: Callable[[], float]) -> float:
+        """Seconds a call, of so many in a row; of one in another process."""
+        if self.elsewhere:
+            self()
+            return self.seconds
+        return seconds_per_call(self.run, calls, self.device, clock)
 
 
 def check(competitor: Competitor, expected: Mapping[str, Tensor]) -> tuple[float | None, str]:
     """The relative error in norm, and why the competitor is refused ("" if it is not)."""
     exact = expected[competitor.answers].detach().double().cpu()
     try:
-        got = competitor.run().detach().double().cpu()
+        got = competitor.run()
+        got = (got.answer if isinstance(got, Told) else got).detach().double().cpu()
     except Exception as problem:  # a competitor that crashes must not take the others down; the reason is reported
         return None, f"{type(problem).__name__}: {problem}"
     if got.shape != exact.shape:
@@ -149,7 +162,7 @@ def _take_turns(competitors: Mapping[str, _Metered], baseline: str, options: Opt
     for name, competitor in competitors.items():
         once = competitor.seconds
         if once < WARM_SECONDS:  # the metered call had to fetch its memory from the system
-            once = seconds_per_call(competitor.run, 1, options.device, options.clock)
+            once = competitor.sample(1, options.clock)
         calls[name] = max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
         times[name] = [once] if competitor.rounds == 0 else []
     bystanders = Bystanders()
@@ -158,7 +171,7 @@ def _take_turns(competitors: Mapping[str, _Metered], baseline: str, options: Opt
         turns = list(competitors.items())
         for name, competitor in turns if turn % 2 == 0 else reversed(turns):
             if competitor.rounds is None or turn < competitor.rounds:
-                times[name].append(seconds_per_call(competitor.run, calls[name], options.device, options.clock))
+                times[name].append(competitor.sample(calls[name], options.clock))
     rows: dict[str, Row] = {
         name: {
             "samples": own,

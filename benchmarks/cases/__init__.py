@@ -18,6 +18,7 @@ def cases() -> dict[str, Case]:
         host,
         influence,
         neural,
+        packages,
         products,
         serving,
         sketch,
@@ -28,5 +29,5 @@ def cases() -> dict[str, Case]:
     )
 
     kernels = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
-    every = (*kernels, host, decode, train_step, neural, attribution, serving)
+    every = (*kernels, packages, host, decode, train_step, neural, attribution, serving)
     return {module.CASE.name: module.CASE for module in every}

@@ -1,0 +1,120 @@
+"""Norms, Gram matrices, steering and projections of all Linear weights, by every package that has a way to them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from benchmarks.packages.processes import Failed, package
+from benchmarks.packages.work import Question, Task, Work, made, write
+from benchmarks.peers import hooked_backward
+from benchmarks.registry import TOLERANCE, Case, Competitor, Contest
+
+OURS = "fpo_kernels"
+WAYS: dict[str, tuple[str, ...]] = {
+    "ours": (OURS,),
+    "hooks": ("torch hooks", "torch hooks, formed"),
+    "dattri_llm": ("dattri-LLM", "dattri-LLM, tuned"),
+    "opacus": ("Opacus", "Opacus, tuned"),
+    "bergson": ("Bergson", "Bergson, tuned"),
+    "kronfluence": ("kronfluence", "kronfluence, tuned"),
+    "trak": ("traker", "traker, tuned"),
+}
+"""Module of benchmarks.packages → its ways."""
+EXACT: tuple[Question, ...] = ("norms", "gram", "cross", "steering")
+SIZES = tuple(itertools.product((8, 32), (64, 256)))  # examples, tokens
+ROUNDS = 3
+# A projection's inner products are an estimate; how good a one is what `sketch` is about.
+ESTIMATE = 2.0
+
+
+def settings(quick: bool, device: torch.device) -> Sequence[Work]:
+    """SmolLM2's blocks, six of them, at 8 and 32 texts of 64 and 256 tokens; unequal ones; a projection."""
+    if quick:
+        return [
+            _work(question, "tiny", 2, 5, 12, full=False, numbers=512 if question == "sketch" else 0)
+            for question in get_args(Question)
+        ]
+    found = [_work(question, "smollm2-135m", 6, n, tokens) for question in EXACT for n, tokens in SIZES]
+    found.append(_work("steering", "smollm2-135m", 6, 8, 256, full=False))
+    found.append(_work("steering", "smollm2-135m", 30, 8, 64))
+    found += [_work("sketch", "smollm2-135m", 6, 32, 64, numbers=numbers) for numbers in (4096, 16384)]
+    return found
+
+
+def _work(question: Question, shape: str, layers: int, examples: int, tokens: int, **more: Any) -> Work:
+    length = f"{tokens}" if more.get("full", True) else f"1-{tokens}"
+    projected = f" of {more['numbers']} numbers" if more.get("numbers") else ""
+    name = f"{question}{projected}, {layers} layers, {examples} of {length}"
+    return Work(name=name, question=question, shape=shape, layers=layers, examples=examples, tokens=tokens, **more)
+
+
+def build(work: Work, device: torch.device) -> Contest:
+    """The same inputs for every package's process, by file."""
+    task = made(work, device)
+    folder = Path(tempfile.mkdtemp(prefix="fpo-work-"))
+    write(task, folder)
+    competitors, cannot = {}, {}
+    budget = ESTIMATE if work.question == "sketch" else TOLERANCE[torch.float32]
+    for name, ways in WAYS.items():
+        try:
+            process = package(name, device)
+            process.ask(do="begin", folder=str(folder))
+        except Failed as why:
+            cannot |= dict.fromkeys(ways, str(why))
+            continue
+        for way in ways:
+            competitors[way] = Competitor(run=functools.partial(process.run, way), budget=budget, rounds=ROUNDS)
+    (folder / "inputs.pt").unlink()
+    return Contest(competitors=competitors, expected=functools.partial(expected, task), cannot=cannot)
+
+
+def expected(task: Task) -> Mapping[str, Tensor]:
+    """In float64, by plain torch: every layer's gradients formed in its hook, multiplied, forgotten."""
+    double = copy.deepcopy(task.model).double()
+    parts: list[Tensor] = []
+
+    def note(a: Tensor, d: Tensor) -> None:
+        parts.append(task.formed([torch.bmm(d.mT, a) if a.ndim == 3 else d[:, :, None] * a[:, None]]))
+
+    hooked_backward(double, task.batch, note)
+    return {"product": torch.stack(parts).sum(0)}
+
+
+def chart(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown, a setting a row: seconds over ours, and in brackets memory over ours."""
+    names = [way for ways in WAYS.values() for way in ways]
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for setting in dict.fromkeys(row["setting"]["name"] for row in rows):
+        found = {row["competitor"]: row for row in rows if row["setting"]["name"] == setting}
+        ours = found[OURS]
+        cells = []
+        for name in names:
+            row = found[name]
+            if row["status"] != "timed" or ours["status"] != "timed":
+                cells.append("–" if row["status"] == "cannot run" else "wrong")
+                continue
+            memory = f" ({row['peak_bytes'] / max(1, ours['peak_bytes']):.1f})" if row["peak_bytes"] is not None else ""
+            cells.append(f"{row['ratio']['median']:.2f}{memory}")
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
+    return lines
+
+
+CASE = Case(
+    name="packages",
+    description="norms, Gram, cross Gram, steering and projections of all Linear weights, beside other packages",
+    competitors=tuple(way for ways in WAYS.values() for way in ways),
+    baseline=OURS,
+    settings=settings,
+    build=build,
+    summary=lambda rows: "\n".join(chart(rows)),
+    rounds=ROUNDS,
+)
