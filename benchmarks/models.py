@@ -17,6 +17,8 @@ Batch = dict[str, Tensor]
 # What one block is made of: width, MLP width, query heads, key heads.
 SHAPES = {
     "smollm2-135m": (576, 1536, 9, 3),
+    "llama3.2-1b": (2048, 8192, 32, 8),
+    "llama3.2-3b": (3072, 8192, 24, 8),
     "llama3.1-8b": (4096, 14336, 32, 8),
     "tiny": (48, 96, 3, 1),  # for tests
     "narrow": (16, 32, 2, 1),  # arithmetic takes next to nothing: what is left is the host

@@ -20,6 +20,7 @@ def cases() -> dict[str, Case]:
         neural,
         packages,
         products,
+        scaling,
         serving,
         sketch,
         store,
@@ -29,5 +30,5 @@ def cases() -> dict[str, Case]:
     )
 
     kernels = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
-    every = (*kernels, packages, host, decode, train_step, neural, attribution, serving)
+    every = (*kernels, packages, scaling, host, decode, train_step, neural, attribution, serving)
     return {module.CASE.name: module.CASE for module in every}
