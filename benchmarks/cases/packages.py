@@ -62,7 +62,8 @@ def build(work: Work, device: torch.device) -> Contest:
     task = made(work, device)
     folder = Path(tempfile.mkdtemp(prefix="fpo-work-"))
     write(task, folder)
-    competitors, cannot = {}, {}
+    competitors: dict[str, Competitor] = {}
+    cannot: dict[str, str] = {}
     budget = ESTIMATE if work.question == "sketch" else TOLERANCE[torch.float32]
     for name, ways in WAYS.items():
         try:

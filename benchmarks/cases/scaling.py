@@ -59,9 +59,11 @@ class Setting:
 
 def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
     """Each axis, from where fixed costs are all there is to where a CPU takes some seconds a call."""
+    axes: dict[str, tuple[int, ...]]
+    small: dict[str, Any] = {}
     if quick:
         axes = {"tokens": (8, 32), "texts": (1, 4), "checkpoints": (1, 4), "sketch": (256, 1024), "store": (1000, 4000)}
-        small: dict[str, Any] = {"shape": "tiny"}
+        small = {"shape": "tiny"}
     else:
         axes = {
             "tokens": (16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
@@ -70,11 +72,12 @@ def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
             "sketch": (256, 512, 1024, 2048, 4096, 8192, 16384),
             "store": (10_000, 100_000, 1_000_000, 10_000_000),
         }
-        small = {}
     found = []
     for axis, values in axes.items():
         for value in values:
-            own = {"tokens": {"tokens": value}, "texts": {"texts": value}, "sketch": {"texts": 9}}.get(axis, {})
+            own: dict[str, Any] = {"tokens": {"tokens": value}, "texts": {"texts": value}, "sketch": {"texts": 9}}.get(
+                axis, {}
+            )
             found.append(Setting(name=f"{axis} {value}", axis=axis, value=value, **(small | own)))
     for shape in () if quick else ("smollm2-135m", "llama3.2-1b", "llama3.2-3b", "llama3.1-8b"):
         weights = sum(p.numel() for p in _weights(reward_model(shape, 1, torch.float32, torch.device("meta"))))
@@ -219,9 +222,8 @@ def chart(rows: list[dict[str, Any]]) -> list[str]:
         lines += ["", f"{told}; beside it {BESIDE[axis]}", "", f"| {axis} | {' | '.join(points)} |"]
         lines.append("|---" * (len(points) + 1) + "|")
         for competitor in (PLAIN, OURS):
-            cells = [
-                _ms(point[competitor]["seconds"]["median"]) if competitor in point else "–" for point in points.values()
-            ]
+            of_one = [point.get(competitor) for point in points.values()]
+            cells = [f"{1e3 * row['seconds']['median']:.3g}" if row else "–" for row in of_one]
             lines.append(f"| {competitor}, ms | {' | '.join(cells)} |")
         ratio = [f"{point[OURS]['ratio']['median']:.2f}" if OURS in point else "–" for point in points.values()]
         lines.append(f"| ratio | {' | '.join(ratio)} |")
@@ -231,13 +233,9 @@ def chart(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
-
-
 CASE = Case(
     name="scaling",
-    description="how times grow with tokens, texts, widths, checkpoints, sketches and rows, beside what is there without",
+    description="how times grow with tokens, texts, widths, checkpoints, sketches and rows",
     competitors=(PLAIN, OURS),
     baseline=PLAIN,
     settings=settings,

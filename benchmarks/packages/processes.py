@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PEERS = ROOT / ".peers" / "bin" / "python"
 
 
-class Failed(Exception):
+class Failed(Exception):  # noqa: N818 (named for what has happened)
     """A package's process cannot do what was asked; the message is what it said."""
 
 
@@ -55,7 +55,8 @@ class Package:
         Raises:
             Failed: it says why it cannot, or it has ended.
         """
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(what) + "\n")
             self.process.stdin.flush()

@@ -20,7 +20,7 @@ OTHERS = 8  # a cross Gram matrix is to so many
 SEED = 7
 
 
-class Cannot(Exception):
+class Cannot(Exception):  # noqa: N818 (named for what is told)
     """A package has no way to a question, or none here; the message says why."""
 
 
