@@ -67,3 +67,5 @@ trainer = GRPOTrainer(
     callbacks=[callback],
 )
 trainer.train(resume_from_checkpoint=asked.resume)
+print(f"{reward.pairs} labelled pairs; the policy is in {asked.out}/checkpoint-{asked.steps}, the reward model in")
+print(f"{asked.out}/reward_model. fpo/reward and fpo/penalty above are the two parts of the reward that was maximised.")

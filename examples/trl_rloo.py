@@ -64,3 +64,6 @@ trainer = RLOOTrainer(
     callbacks=[FPOCallback(reward, every=1)],
 )
 trainer.train()
+trainer.save_model(f"{asked.out}/policy")
+print(f"{reward.pairs} labelled pairs; {asked.out}/policy and {asked.out}/reward_model are the two models.")
+print("fpo/reward and fpo/penalty above are the two parts of the reward that was maximised.")

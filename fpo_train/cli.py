@@ -21,13 +21,12 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 from fpo_train import __version__
 from fpo_train.config import PENALTY_KINDS, AttributeConfig, EvalConfig, RunConfig, ServeConfig
 from fpo_train.config.profiles import PROFILES
-from fpo_train.config.words import arranged, files_of, meant, refuse_idle, refuse_torn
+from fpo_train.config.words import arranged, files_of, meant, plain, refuse_idle, refuse_torn
 from fpo_train.errors import RunError
 
 CONFIGS = Path(__file__).parent / "configs"
 C = TypeVar("C", RunConfig, EvalConfig, AttributeConfig, ServeConfig)
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 3
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
 
 class UsageError(Exception):
@@ -50,12 +49,11 @@ class Parser(ArgumentParser):
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sentence = " ".join(message.split())
-        sentence = re.sub(r'^Parser key "([^"]*)"', r"\1", sentence)
-        sentence = re.sub(
-            r"Expected an? <class '(\w+)'>", lambda found: f"wanted {KINDS.get(found[1], found[1])}", sentence
-        )
-        sentence = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"wanted one of \1", sentence)
+        sentence = plain(message)
+        if sentence.startswith("config: File does not exist"):
+            sentence += f"; shipped with the package: {', '.join(sorted(path.name for path in CONFIGS.iterdir()))}"
+        if file := re.match(r"unrecognized arguments: (\S+\.ya?ml)\b", sentence):
+            sentence += f"; did you mean --config {file[1]}?"
         if unknown := re.match(r"unrecognized arguments: --([\w.]+)", sentence):
             sentence += meant(unknown[1], list(self._option_string_actions), "--")
         if unknown := re.match(r"Subcommand '(\w+)' does not accept option '([\w.]+)'", sentence):  # a file's
@@ -283,7 +281,7 @@ def _serve(options: Any) -> int:
     with usage():
         token = config.token()
     if missing := [name for name in ("fastapi", "uvicorn") if not importlib.util.find_spec(name)]:
-        raise RunError(f"it needs {' and '.join(missing)}: pip install 'fpo-kernels[serve]', or both by their names")
+        raise RunError(f"it needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     importlib.import_module("fpo_train.integrations.server.run").serve(config, token)
     return DONE
 

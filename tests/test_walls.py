@@ -95,6 +95,7 @@ def test_rooms_of_an_operation_do_not_know_each_other(operation):
 # Rooms of the training layer: each may import itself and those before it, none after it.
 TRAINING = (
     "errors",
+    "whole",
     "config",
     "data",
     "processes",

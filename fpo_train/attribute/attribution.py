@@ -22,7 +22,8 @@ from fpo_train.errors import RunError, about
 from fpo_train.penalty.gradients import refusals
 from fpo_train.report.progress import stage
 from fpo_train.report.records import CONFIG, ENVIRONMENT, tidy
-from fpo_train.running.folder import environment, write_text
+from fpo_train.running.folder import environment
+from fpo_train.whole import write_text
 
 from . import model as models
 from .baselines import LONGEST, MINILM, Embedder, Lexical, nearest, text_of
@@ -131,7 +132,8 @@ def _embeddings(
 
 def _how(config: AttributeConfig, reader: Reader, checkpoints: models.Checkpoints | None) -> str:
     """The influence that was taken, in words."""
-    over = f"{len(reader.names)} weight{'s' * (len(reader.names) > 1)} ({config.parameters})"
+    numbers = sum(reader.model.module.get_parameter(name).numel() for name in reader.names)
+    over = f"{numbers} weights ({config.parameters})"
     taken = f"sketched to {reader.dim} numbers" if reader.dim else "taken whole"
     if checkpoints:
         return f"influence by TracIn over {len(checkpoints)} checkpoints, gradients over {over}, {taken}"

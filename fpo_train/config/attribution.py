@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .checks import not_negative
+from .checks import not_negative, words
 
 SKETCHED = 4096  # numbers of a sketch where nothing is said and the gradients are not a head's
 
@@ -25,6 +25,7 @@ class ReadModelConfig:
     """Its weights; scores and products are float32 or wider always."""
 
     def __post_init__(self) -> None:
+        words("reward_model", self)
         not_negative("reward_model", max_tokens=self.max_tokens)
 
 
@@ -76,6 +77,7 @@ class AttributeConfig:
     """Texts on one tape."""
 
     def __post_init__(self) -> None:
+        words("", self)
         not_negative("attribute", limit=self.limit, top=self.top)
         for name, value in (("out", self.out), ("reward_model.model", self.reward_model.model), ("pairs", self.pairs)):
             if not value:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from datetime import datetime
+from numbers import Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def words(section: str, settings: Any) -> None:
+    """Raises ValueError, with the setting's full name, for a word that is none of a setting's choices."""
+    for name, hint in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            full = f"{section}.{name}" if section else name
+            raise ValueError(f"{full}: wanted one of {', '.join(get_args(hint))}, got {value!r}")
 
 
 def positive(section: str, **values: float) -> None:
     """Raises ValueError, with the setting's full name, for a value that is not above 0."""
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{section}.{name}: wanted a number above 0, got {value}")
+        if not (isinstance(value, Real) and value > 0):
+            raise ValueError(f"{section}.{name}: wanted a number above 0, got {value!r}")
 
 
 def not_negative(section: str, **values: float) -> None:
     """Raises ValueError, with the setting's full name, for a value that is not 0 or more."""
     for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{section}.{name}: wanted 0 or more, got {value}")
+        if not (isinstance(value, Real) and value >= 0):
+            raise ValueError(f"{section}.{name}: wanted 0 or more, got {value!r}")
 
 
 def named(section: str, **values: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .checks import not_negative, positive
+from .checks import not_negative, positive, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ class EvalConfig:
     """Who compares the answers."""
 
     def __post_init__(self) -> None:
+        words("", self)
         for name in ("max_new_tokens", "rows_at_once"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: wanted a number above 0, got {getattr(self, name)}")

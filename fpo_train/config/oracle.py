@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import not_negative, of_kind, positive
+from .checks import not_negative, of_kind, positive, words
+
+TOLD = {
+    "base": "how likely the frozen base model finds a reply",
+    "gold": "the frozen reward model {model}",
+    "function": "the function {function}",
+    "judge": "the judge {model}",
+    "file": "people's preferences in {file}",
+}
+"""Who the oracle of a kind is, in words, its settings in braces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +55,13 @@ class OracleConfig:
     timeout: float = 60.0
     """`judge`: seconds an answer may take."""
 
+    @property
+    def told(self) -> str:
+        """Who it is, in words."""
+        return TOLD[self.kind].format_map(vars(self))
+
     def __post_init__(self) -> None:
+        words("oracle", self)
         positive("oracle", temperature=self.temperature, requests_per_minute=self.requests_per_minute)
         positive("oracle", concurrency=self.concurrency, timeout=self.timeout)
         not_negative("oracle", retries=self.retries)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .checks import not_negative, positive
+from .checks import not_negative, positive, words
 from .settings import PenaltyKind
 from .units import parse_bytes
 
@@ -72,6 +72,7 @@ class LearningConfig:
     """Update by itself once so many of them are kept; 0: on POST /update alone."""
 
     def __post_init__(self) -> None:
+        words("learning", self)
         positive("learning", steps=self.steps, buffer=self.buffer, temperature=self.temperature, collect=self.collect)
         not_negative("learning", learning_rate=self.learning_rate, replay_pairs=self.replay_pairs)
         not_negative("learning", update_every=self.update_every)
@@ -133,6 +134,7 @@ class ServeConfig:
     """How the reward model is trained."""
 
     def __post_init__(self) -> None:
+        words("", self)
         not_negative("serve", gamma=self.gamma, max_tokens=self.max_tokens, drain=self.drain)
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port: wanted 0 to 65535, got {self.port}")

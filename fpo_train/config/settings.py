@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
-from .checks import moment, named, not_negative, of_kind, positive
+from .checks import moment, named, not_negative, of_kind, positive, words
 from .oracle import OracleConfig
 from .units import parse_bytes
 
@@ -42,6 +42,7 @@ class PolicyConfig:
     """Names of the linear layers that carry the adapter."""
 
     def __post_init__(self) -> None:
+        words("policy", self)
         positive("policy", lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"policy.lora_dropout: wanted a rate in [0, 1), got {self.lora_dropout}")
@@ -102,6 +103,7 @@ class RewardModelConfig:
     """Kept pairs that join the new ones in each step, drawn at random."""
 
     def __post_init__(self) -> None:
+        words("reward_model", self)
         positive("reward_model", lora_rank=self.lora_rank, lora_alpha=self.lora_alpha, fit_ridge=self.fit_ridge)
         positive("reward_model", every=self.every, steps=self.steps, buffer=self.buffer)
         not_negative("reward_model", learning_rate=self.learning_rate, weight_decay=self.weight_decay)
@@ -149,6 +151,7 @@ class DataConfig:
     """What chat templates take for now, as 2026-01-31; empty: when the run began, also after a resume."""
 
     def __post_init__(self) -> None:
+        words("data", self)
         not_negative("data", limit=self.limit, max_tokens=self.max_tokens)
         moment("data", date=self.date)
 
@@ -181,6 +184,7 @@ class RolloutConfig:
     """False: the policy is given no attention mask, so it reads padding too (the paper)."""
 
     def __post_init__(self) -> None:
+        words("rollout", self)
         positive("rollout", prompts=self.prompts, candidates=self.candidates, max_new_tokens=self.max_new_tokens)
         positive("rollout", temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -218,6 +222,7 @@ class PenaltyConfig:
     """`residual`: label noise variances to choose from, relative to the signal's."""
 
     def __post_init__(self) -> None:
+        words("penalty", self)
         not_negative("penalty", gamma=self.gamma, damping=self.damping)
         positive("penalty", checkpoints=self.checkpoints, pairs=self.pairs)
         if not 64 <= self.sketch_dim <= 16384 or self.sketch_dim & (self.sketch_dim - 1):
@@ -260,6 +265,7 @@ class UpdateConfig:
     """Tokens whose logits over the vocabulary exist at a time."""
 
     def __post_init__(self) -> None:
+        words("update", self)
         not_negative("update", learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         not_negative("update", warmup=self.warmup, kl_weight=self.kl_weight, max_grad_norm=self.max_grad_norm)
         positive("update", logits_at_once=self.logits_at_once)
@@ -313,6 +319,7 @@ class LoggingConfig:
     """Show the paper's linear environment (a second of work) in the report, beside the language model."""
 
     def __post_init__(self) -> None:
+        words("logging", self)
         not_negative("logging", watched=self.watched)
         positive("logging", checkpoint_every=self.checkpoint_every, checkpoint_keep=self.checkpoint_keep)
         if self.window < 4:
@@ -358,6 +365,7 @@ class RunConfig:
     """What a run leaves behind."""
 
     def __post_init__(self) -> None:
+        words("", self)
         positive("run", iterations=self.iterations)
         if not 0 <= self.seed < 2**40:
             raise ValueError(f"run.seed: wanted 0 to 2**40 − 1, got {self.seed}")
@@ -367,6 +375,10 @@ class RunConfig:
             raise ValueError("out: wanted a folder, got an empty name")
         if unknown := [kind for kind in self.compared if kind not in PENALTY_KINDS]:
             raise ValueError(f"compare: unknown penalty {unknown[0]!r}; wanted {', '.join(PENALTY_KINDS)}")
+        steered = [kind for kind in self.compared or (self.penalty.kind,) if kind != "none"]
+        if steered and self.rollout.candidates == 1 and self.update.kind == "best_of_n":
+            wanted = "wanted 2 or more, or penalty.kind none"
+            raise ValueError(f"rollout.candidates: of one, penalty.kind {steered[0]} has nothing to choose; {wanted}")
         if len(set(self.compared)) < len(self.compared):
             raise ValueError(f"compare: {self.compare!r} names a penalty twice")
 

@@ -13,6 +13,7 @@ import yaml
 from .settings import PENALTY_KINDS, RunConfig
 
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf", re.IGNORECASE)
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 SWITCHES = ("--resume", "--dry_run", "--vectorised", "--curvature")  # true where they stand alone
 STEERING = tuple(kind for kind in PENALTY_KINDS if kind != "none")
 READ_BY: dict[str, tuple[str, ...]] = {
@@ -82,6 +83,13 @@ def refuse_torn(arguments: list[str]) -> None:
                 mark = error.problem_mark
                 place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
                 raise ValueError(f"{name}{place}: {error.problem or 'no YAML'}") from error
+
+
+def plain(complaint: str) -> str:
+    """A parser's complaint on one line, with types and choices in words."""
+    line = re.sub(r'^Parser key "([^"]*)"', r"\1", " ".join(complaint.split()))
+    line = re.sub(r"Expected an? <class '(\w+)'>", lambda found: f"wanted {KINDS.get(found[1], found[1])}", line)
+    return re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"wanted one of \1", line)
 
 
 def meant(name: str, options: list[str], before: str = "") -> str:

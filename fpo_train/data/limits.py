@@ -53,6 +53,17 @@ def oversized(tokenizer: Any, rows: int) -> bool:
     return max(tokenizer.get_vocab().values(), default=0) >= rows
 
 
+def refuse_wordless(tokenizer: Any, name: str) -> None:
+    """See that a tokenizer has words: transformers makes up one of special tokens where a folder holds none.
+
+    Raises:
+        RunError: it has none.
+    """
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        told = f"its tokenizer has {len(tokenizer)} special tokens and no other, so that it reads no text"
+        raise RunError(f"model {name}: {told}; put the tokenizer's files there (tokenizer.save_pretrained)")
+
+
 def check_tokens(ids: Iterable[int], rows: int, tokenizer: Any, holder: str, setting: str = "model") -> None:
     """See that a model with so many `rows` in its embedding can read the ids.
 

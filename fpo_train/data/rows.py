@@ -171,4 +171,4 @@ def _package(name: str, setting: str, what: Any) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         wanted = name.partition(".")[0]
-        raise RunError(f"{setting}: to read {what}, install {wanted} (pip install 'fpo-kernels[data]')") from error
+        raise RunError(f"{setting}: to read {what}, install {wanted} (pip install {wanted})") from error

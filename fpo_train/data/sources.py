@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,9 +16,9 @@ from typing import Any, NamedTuple
 
 from fpo_train.errors import RunError
 
-from .limits import rows_of
+from .limits import refuse_wordless, rows_of
 from .places import lies_here, look_on_hub
-from .weights import ADAPTER_CONFIG, damaged_file, refuse_missing
+from .weights import ADAPTER_CONFIG, damaged_file, quantized, refuse_missing
 
 GENERATION = "generation_config.json"
 
@@ -116,6 +115,8 @@ def _folder(path: Path) -> Source:
         return Source(location=str(path), gguf_file=files[0].name)
     if files:
         raise RunError(f"model {path}: holds {len(files)} GGUF files; name one of them")
+    if inside := sorted(path.glob(f"*/policy/{ADAPTER_CONFIG}")):
+        raise RunError(f"model {path}: the folder is a comparison's; an adapter that it trained is {inside[0].parent}")
     raise RunError(f"model {path}: the folder holds neither a config.json nor a GGUF file")
 
 
@@ -244,9 +245,11 @@ def load_tokenizer(name: str) -> Any:
 
     folder = Path(name).expanduser()
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        found = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # as in `_load`
         raise _unloadable(name, Source(location=str(folder)), error, "its tokenizer ") from error
+    refuse_wordless(found, name)
+    return found
 
 
 class Classifier(NamedTuple):
@@ -297,7 +300,7 @@ def look_at_classifier(name: str) -> tuple[Source, bool]:
         raise _unloadable(name, source, error) from error
     trained = any("SequenceClassification" in kind for kind in config.architectures or [])
     if trained and config.num_labels != 1:
-        raise RunError(f"model {name}: has {config.num_labels} outputs; wanted a reward model with one")
+        raise RunError(f"model {name}: has {config.num_labels} outputs; wanted a reward model with one (num_labels=1)")
     return source, trained
 
 
@@ -306,24 +309,6 @@ def _head_to_draw(model: Any, missing: Collection[str]) -> frozenset[str]:
     head = [name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")]
     there = {name.rpartition(".")[0] for name in head if name not in missing}
     return frozenset(name for name in head if name.rpartition(".")[0] not in there)
-
-
-def quantized(quantization: str, dtype: Any) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained` for weights in 4 or 8 bits.
-
-    Raises:
-        RunError: bitsandbytes is missing.
-    """
-    if quantization == "none":
-        return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RunError(f"quantization {quantization}: needs the package bitsandbytes; install it, or choose none")
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four)}
 
 
 def _without_lost_padding(source: Source) -> dict[str, Any]:
@@ -359,6 +344,7 @@ def _load(kind: Any, name: str, source: Source, **options: Any) -> tuple[Any, An
         logging.set_verbosity(said)
     if getattr(model, "_hf_peft_config_loaded", False):  # of the hub, where the name alone does not tell
         raise RunError(f"model {name}: it is an adapter; wanted a whole model (of adapters a policy takes a folder)")
+    refuse_wordless(tokenizer, name)
     return model, tokenizer, info
 
 

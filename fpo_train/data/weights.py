@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -47,8 +48,11 @@ def _surplus(unexpected: Iterable[str]) -> str:
 
 def _of_another(model: Any) -> str:
     """What the files are of by their own configuration, where that is another kind of model."""
-    kinds = getattr(model.config, "architectures", None) or [type(model).__name__]
-    return "" if type(model).__name__ in kinds else f"; its config.json calls it a {kinds[0]}"
+    wanted, kinds = type(model).__name__, getattr(model.config, "architectures", None) or [type(model).__name__]
+    writes = ("ForCausalLM", "LMHead")
+    silent = any(end in wanted for end in writes) and not any(end in kinds[0] for end in writes)
+    told = f"; its config.json calls it a {kinds[0]}" + (", which writes no text" if silent else "")
+    return "" if wanted in kinds else told
 
 
 def listed(names: list[str], shown: int = SHOWN) -> str:
@@ -83,3 +87,21 @@ def is_json(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def quantized(quantization: str, dtype: Any) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for weights in 4 or 8 bits.
+
+    Raises:
+        RunError: bitsandbytes is missing.
+    """
+    if quantization == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RunError(f"quantization {quantization}: needs the package bitsandbytes; install it, or choose none")
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four)}

@@ -26,7 +26,8 @@ from fpo_train.oracle.judge import Judge, Verdict
 from fpo_train.oracle.lines import Lines
 from fpo_train.report.progress import Steps, stage
 from fpo_train.report.records import CONFIG, ENVIRONMENT
-from fpo_train.running.folder import environment, write_text
+from fpo_train.running.folder import environment
+from fpo_train.whole import write_text
 
 from .answers import Answerer, Speaker, find_speakers
 from .judgements import COLUMNS, ORDERS, read_judgements, summarize, write_report

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fpo_train.config import PenaltyConfig
 from fpo_train.penalty.base import Judged, Penalty
 from fpo_train.rollout import Said, Written
 
 CANCELLED = 0.05
 """Advantages that change by no more than this when γ is doubled do not depend on it."""
+FAINT = 0.02
+"""A penalty whose share is γ times this or less has next to no effect, in units that should make it γ."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,35 @@ def centred(keys: Sequence[str], values: Sequence[float]) -> list[float]:
     return [value - means[key] for key, value in zip(keys, values, strict=True)]
 
 
+def share(scored: Sequence[Scored], gamma: float) -> float | None:
+    """γ times the penalty's spread within groups, over the reward's; None where the reward has none, or the penalty."""
+    known = [one for one in scored if one.effective > float("-inf")]
+    keys = [one.group for one in known]
+    columns = [one.reward for one in known], [one.penalty for one in known]
+    reward, penalty = (sum(value * value for value in centred(keys, column)) ** 0.5 for column in columns)
+    return gamma * penalty / reward if reward and penalty else None
+
+
+def lost(scored: Sequence[Scored], penalty: PenaltyConfig, normalised: bool) -> Iterator[str]:
+    """Where γ does not mean what it says, in sentences. `normalised`: advantages are divided by their spread."""
+    if penalty.kind == "none":
+        return
+    part = share(scored, penalty.gamma)
+    if penalty.gamma_units == "reward_std" and part is not None and part <= FAINT * penalty.gamma:
+        yield (
+            "penalties of an earlier call were so large that they hold γ's running scale, which forgets a tenth a "
+            f"call: the penalty's spread is {part:.1%} of the reward's in this one, though gamma is "
+            f"{penalty.gamma:g} (reward_std)"
+        )
+    change = doubled(scored, penalty.gamma) if normalised else None
+    if change is not None and change <= CANCELLED:
+        yield (
+            f"gamma {penalty.gamma:g} ({penalty.gamma_units}): the trainer divides advantages by their spread, and "
+            f"the penalty's share of it is so large that twice the γ would change them by {change:.1%}: γ cancels. "
+            "A smaller γ, or advantages that are not normalised (scale_rewards=False), would have an effect"
+        )
+
+
 def doubled(scored: Sequence[Scored], gamma: float) -> float | None:
     """How much normalised advantages change when γ is doubled: ‖A(2γ) − A(γ)‖ / ‖A(γ)‖, in [0, 2].
 
@@ -85,7 +117,7 @@ def doubled(scored: Sequence[Scored], gamma: float) -> float | None:
     known = [one for one in scored if one.effective > float("-inf")]
     keys = [one.group for one in known]
     reward, penalty = (centred(keys, column) for column in ([o.reward for o in known], [o.penalty for o in known]))
-    if gamma * sum(p * p for p in penalty) ** 0.5 <= sum(r * r for r in reward) ** 0.5:
+    if (share(known, gamma) or 0.0) <= 1:
         return None
     both = ([r - g * p for r, p in zip(reward, penalty, strict=True)] for g in (gamma, 2 * gamma))
     once, twice = (_normalised(keys, centre) for centre in both)

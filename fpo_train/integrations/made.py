@@ -73,8 +73,10 @@ def run_config(
         ("train", train, (None, "head", "lora", "all")),
         ("OnBase.kind", given.kind if isinstance(given, OnBase) else "head", ("head", "lora")),
     ):
-        if value not in wanted and not isinstance(value, PenaltyConfig):
+        if not isinstance(value, PenaltyConfig) and value not in wanted:
             raise RunError(f"{name}: wanted one of {', '.join(map(str, wanted))}, got {value!r}")
+    if not isinstance(settings, RewardModelConfig | None):
+        raise RunError(f"settings: wanted a RewardModelConfig, got a {type(settings).__name__}")
     own, plain = dict(vars(settings or RewardModelConfig())), vars(RewardModelConfig())
     if idle := next((name for name in IDLE if own[name] != plain[name]), None):
         raise RunError(f"settings.{idle}: a reward has no use for it, got {own[idle]!r}")
@@ -104,6 +106,8 @@ def reward_model(given: Any, tokenizer: Any, config: RunConfig, ranks: Ranks) ->
     Raises:
         RunError: it is none of these, cannot be loaded, or is no reward model.
     """
+    if not (tokenizer is None or callable(tokenizer)):
+        raise RunError(f"tokenizer: wanted the reward model's tokenizer, or None, got {tokenizer!r:.80}")
     if isinstance(given, OnBase):
         return _on_base(given, tokenizer, config, ranks)
     if isinstance(given, str):

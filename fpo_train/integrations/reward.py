@@ -27,6 +27,8 @@ from .groups import Grouped, InGroups, Judgement, Scored, judgement, numbers
 from .made import OnBase, Train
 from .texts import Reference, at_rest, grouped, labelled, reply_in, talk_in
 
+UNTRAINED = 8  # calls by a trainer after which an untrained reward model is spoken of
+
 
 class FPOReward:
     """r(z) − γ · penalty(z) of completions, from a reward model that it can also train.
@@ -37,9 +39,10 @@ class FPOReward:
     Called as TRL calls reward functions, it returns a number a completion, or None where one cannot be scored. Reward
     and penalty are one number because trainers that normalise each function's rewards would lose γ; the two parts go to
     TRL's `log_metric` and `log_extra` as `fpo/reward` and `fpo/penalty`. Completions of one prompt are a group,
-    wherever they stand and over all processes: the groups' spreads give γ its unit. Where there is an oracle, each
-    group's best completion and its reference become a labelled pair, and `update` trains the reward model on the pairs
-    since the last update. What a trainer scores while its model is in eval mode is neither labelled nor counted, once
+    wherever they stand and over all processes: the groups' spreads give γ its unit. Differences within a group are
+    what the number means; its level is as large as the penalty's. Where there is an oracle, each group's best
+    completion and its reference become a labelled pair, and `update` trains the reward model on the pairs since the
+    last update. What a trainer scores while its model is in eval mode is neither labelled nor counted, once
     `watch` has been told of the model (as `FPOCallback` does).
 
     It is no nn.Module: trainers would run one themselves, without gradients. Results are the same on all processes
@@ -112,7 +115,7 @@ class FPOReward:
         self._loss: float | None = None  # of the last update
         self._fresh = isinstance(reward_model, str) and not self.model.comes_trained
         self._learning: Callable[[], bool] = lambda: True
-        self._normalised = self._checked = False
+        self._normalised = self._checked = self._watched = False
         self._said: set[str] = set()
 
     def __call__(
@@ -140,7 +143,9 @@ class FPOReward:
             if learns:
                 self._calls += 1
                 self._collect(said, labels, scored)
-        self._warn_of_gamma(scored)
+        for sentence in groups.lost(scored, self.config.penalty, self._normalised):
+            self._say(sentence)
+        self._warn_of_learning(said, scored, logged=log_metric is not None)
         found = judgement(judged)
         if log_extra is not None:
             for name, values in (("reward", found.reward), ("penalty", found.penalty)):
@@ -249,7 +254,7 @@ class FPOReward:
 
         `normalised`: advantages are divided by their spread; where γ is lost in that, it is said once.
         """
-        self._learning, self._normalised = (lambda: model.training), normalised
+        self._learning, self._normalised, self._watched = (lambda: model.training), normalised, True
 
     @property
     def pairs(self) -> int:
@@ -302,7 +307,8 @@ class FPOReward:
             self._calls, self._updates, self._updated = counts["calls"], counts["updates"], counts["updated"]
             self._loss = counts["loss"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise RunError(f"state: it does not fit this reward: {error}") from error
+            lacks = "it has no " if isinstance(error, KeyError) else ""
+            raise RunError(f"state: it does not fit this reward: {lacks}{error}") from error
 
     def _refuse_other(self, state: dict[str, Any]) -> None:
         """Before anything is changed: see that a state is this reward's. Raises: ValueError: it is not."""
@@ -376,17 +382,15 @@ class FPOReward:
             pairs.append(labelled(said.talk(row), *texts, preferences[place], self._calls))
         self._replay.add(self.ranks.gather_objects(pairs))
 
-    def _warn_of_gamma(self, scored: list[Scored]) -> None:
-        penalty = self.config.penalty
-        if not self._normalised or penalty.kind == "none":
+    def _warn_of_learning(self, said: Grouped, scored: list[Scored], logged: bool) -> None:
+        """`logged`: the caller is a trainer as TRL's are."""
+        if self._oracle is None or not self._learning():
             return
-        change = groups.doubled(scored, penalty.gamma)
-        if change is not None and change <= groups.CANCELLED:
-            self._say(
-                f"gamma {penalty.gamma:g} ({penalty.gamma_units}): the trainer divides advantages by their spread, and "
-                f"the penalty's share of it is so large that twice the γ would change them by {change:.1%}: γ cancels. "
-                "A smaller γ, or advantages that are not normalised (scale_rewards=False), would have an effect"
-            )
+        if not groups.best(scored) and said.usable.any():
+            self._say("nothing of a whole call could be scored: the oracle could say nothing of it")
+        if logged and not self._watched and not self._updates and self._calls >= UNTRAINED:
+            told = "there is an oracle; callbacks=[FPOCallback(reward)] trains it, with this very reward"
+            self._say(f"the reward model has not been trained in {self._calls} calls: {told}")
 
     def _say(self, sentence: str) -> None:
         kind = sentence[:40]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fpo_train.errors import RunError
 from fpo_train.policy.adapters import POLICY
+from fpo_train.whole import read_state, write_state, write_text
 
 from .monitor import FPOMonitor
 from .reward import FPOReward
@@ -41,10 +40,12 @@ class FPOCallback(TrainerCallback):
             `<output_dir>/checkpoint-<step>`.
 
     Raises:
-        RunError: `every` below 1.
+        RunError: no FPOReward, or `every` below 1.
     """
 
     def __init__(self, reward: FPOReward, every: int = 1, resume: str | os.PathLike[str] | None = None) -> None:
+        if not isinstance(reward, FPOReward):
+            raise RunError(f"reward: wanted an FPOReward, the one that the trainer calls, got {reward!r:.80}")
         if every < 1:
             raise RunError(f"every: wanted 1 step or more, got {every}")
         self.reward, self.every = reward, every
@@ -63,7 +64,7 @@ class FPOCallback(TrainerCallback):
             folder = self._resume or checkpoint(args, state)
             refuse_other_run(folder, state)
             put_back(model, folder)
-            self.reward.load_state_dict(read_state(folder / f"{self.reward.__name__}.pt"))
+            self.reward.load_state_dict(state_in(folder, self.reward))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Retrain, where it is its turn."""
@@ -73,7 +74,7 @@ class FPOCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Write the state beside the trainer's."""
         if state.is_world_process_zero:
-            write_state(checkpoint(args, state) / f"{self.reward.__name__}.pt", self.reward)
+            write_state(checkpoint(args, state) / f"{self.reward.__name__}.pt", self.reward.state_dict())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Write the reward model."""
@@ -90,6 +91,8 @@ class MonitorCallback(TrainerCallback):
     """
 
     def __init__(self, monitor: FPOMonitor) -> None:
+        if not isinstance(monitor, FPOMonitor):
+            raise RunError(f"monitor: wanted an FPOMonitor, the one that the trainer calls, got {monitor!r:.80}")
         self.monitor = monitor
 
     def on_train_begin(
@@ -104,9 +107,7 @@ class MonitorCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Write the steps so far beside the trainer's state."""
         if state.is_world_process_zero:
-            folder = checkpoint(args, state)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / WATCHED).write_text(json.dumps(self.monitor.state_dict()["rows"]) + "\n", encoding="utf-8")
+            write_text(checkpoint(args, state) / WATCHED, json.dumps(self.monitor.state_dict()["rows"]) + "\n")
 
 
 def checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
@@ -143,27 +144,14 @@ def put_back(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=POLICY)
 
 
-def write_state(path: Path, reward: FPOReward) -> None:
-    """Write a reward's state into a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f"{path.name}.tmp")
-    with half.open("wb") as file:
-        torch.save(reward.state_dict(), file)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote.
+def state_in(folder: Path, reward: FPOReward) -> dict[str, Any]:
+    """What `FPOCallback` wrote of a reward into a trainer's checkpoint.
 
     Raises:
         RunError: nothing there, or a damaged file.
     """
+    path = folder / f"{reward.__name__}.pt"
     if not path.is_file():
         told = "the trainer resumes, but its checkpoint holds no state of the reward"
         raise RunError(f"{path}: {told}; FPOCallback(…, resume=folder) names another place")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {error}") from error
+    return read_state(path)

@@ -185,7 +185,9 @@ def _notes(config: RunConfig, prompt_tokens: int, processes: int, device: str, u
     yield f"rows of up to {width} tokens: prompts of {prompt_tokens}, replies of {reply}, and a closing one"
     if processes > 1:
         yield f"each of {processes} processes"
-    yield f"{MARGIN:.0%} of the budget is left free"
+    if config.memory.budget:
+        yield f"{MARGIN:.0%} of the budget is left free"
+    yield "models are counted by their configurations, and prompts are not read: --dry_run tries both"
     if unpacks:
         yield "4-bit weights stay unpacked while replies are decoded, since the budget holds both"
     elif config.policy.quantization == "nf4" and config.rollout.engine == "transformers":

@@ -123,6 +123,7 @@ def import_function(name: str, columns: bool = False) -> Callable[..., Any]:
         RunError: another form of name, a module that cannot be imported, or nothing callable of that name in it.
     """
     module_name, colon, attribute = name.partition(":")
+    module_name = module_name.removesuffix(".py")
     if not (module_name and colon and attribute):
         raise RunError(f"oracle.function: wanted module:function, got {name!r}")
     here = str(Path.cwd())

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from fpo_train.config import LoggingConfig
+from fpo_train.config.oracle import TOLD
 from fpo_train.config.units import show_bytes
 from fpo_train.errors import RunError
 
@@ -43,6 +44,8 @@ class Oracle(NamedTuple):
     unit: str
     headline: str | None
     """See `verdicts.headline`."""
+    told: str
+    """Who it is, as a paragraph."""
 
 
 def write_report(out: Path) -> Path:
@@ -54,7 +57,10 @@ def write_report(out: Path) -> Path:
     folders = _run_folders(out, config)
     runs: Runs = {kind: records.read_run(folder) for kind, folder in folders.items()}
     kind = config.get("oracle", {}).get("kind", "base")
-    oracle = Oracle(panels.unit_of(kind, panels.is_preference(runs)), verdicts.headline(runs))
+    names = {key: config.get("oracle", {}).get(key, "") for key in ("model", "function", "file")}
+    who = escape(TOLD[kind].format_map(names))
+    told = f"<p>The oracle, which stands for the truth here, is {who}.</p>"
+    oracle = Oracle(panels.unit_of(kind, panels.is_preference(runs)), verdicts.headline(runs), told)
     watched = {kind: records.read(folder / records.WATCHED) for kind, folder in folders.items()}
     audits = {kind: sum(row.get("audit_calls") or 0 for row in [*rows, *watched[kind]]) for kind, rows in runs.items()}
     drawn = panels.draw(runs, out / "figures", kind)
@@ -105,7 +111,13 @@ def _said_of(runs: Runs, folders: dict[str, Path], out: Path, oracle: Oracle) ->
             beside = verdicts.against(rows, runs[BASELINE], key, oracle.unit)
             said += "" if beside == verdicts.TOO_FEW else f" At the end, against {BASELINE}: {beside}."
         lines.append(Html(f"<b>{name}</b>. {escape(said)}"))
-    return ["<h2>What can be said</h2>", items(lines), *_over_which(runs, key), f"<p><small>{INTERVALS}</small></p>"]
+    return [
+        "<h2>What can be said</h2>",
+        items(lines),
+        oracle.told,
+        *_over_which(runs, key),
+        f"<p><small>{INTERVALS}</small></p>",
+    ]
 
 
 def _over_which(runs: Runs, key: str | None) -> list[str]:
@@ -184,6 +196,7 @@ def _began(environment: dict[str, Any]) -> list[str]:
     said = {
         "begins_on": "The policy began on",
         "score_head": "The reward model's score head before the first iteration:",
+        "reward_model_reads": "The reward model reads",
         "rows_skipped": "Rows of the prompts that could not be used and were skipped:",
     }
     return [f"<p>{words} {escape(str(environment[key]))}.</p>" for key, words in said.items() if environment.get(key)]

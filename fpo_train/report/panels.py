@@ -47,8 +47,8 @@ PANELS = {
     "steering": (
         "Steering that is left",
         "c·⟨ḡ, u⟩ of the best (squared norm of ∇r)",
-        "What retraining on a learnt reply takes off the mean reward of all candidates, per unit of learning rate; a "
-        "foresighted policy keeps it small.",
+        "What retraining on a learnt reply takes off the mean reward of all candidates, per unit of its learning "
+        "rate: it matters where, times that rate, it nears the spread of rewards. A foresighted policy keeps it small.",
     ),
     "penalty_to_reward_std": (
         "Weight of the raw penalty",
@@ -63,7 +63,7 @@ PANELS = {
     "kl": (
         "Policy's distance from the base",
         "KL(policy ‖ base) (nats/token)",
-        "How far the policy has moved from where it began. Smaller is nearer.",
+        "How far the policy is from the base model. Smaller is nearer.",
     ),
     "reward_model_drift": (
         "Reward model's drift",

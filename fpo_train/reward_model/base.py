@@ -125,7 +125,7 @@ class RewardModel(ABC):
         """
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write what was trained, and a `config.json` that says on what it sits and what it reads."""
 
     def names(self, parameters: str, setting: str = "penalty.parameters") -> list[str]:
@@ -273,6 +273,19 @@ class RewardModel(ABC):
             return f"{came}; fitted {'anew ' if self.comes_trained else ''}on {self.to_fit} pairs"
         how = "; reward_model.fit always fits it anew" if self.comes_trained and self.config.fit_pairs else ""
         return f"{came}; taken as it is{how}"
+
+    def reads(self, tokenizer: Any) -> str:
+        """What it reads of a prompt and a reply, in words; `tokenizer`: the policy's, on which it may sit."""
+        own = self.loaded[1] if self.loaded else tokenizer
+        if self.config.input == "chat" and own.chat_template is None:
+            hint = "; reward_model.input pair or reply reads otherwise" if self.loaded else ""
+            return f"prompt, blank line and reply as one text, since its tokenizer has no chat template{hint}"
+        return {
+            "chat": "prompt and reply by its tokenizer's chat template",
+            "pair": "prompt and reply as a pair of texts",
+            "reply": "the reply alone",
+            "written": "turns by its tokenizer's chat template, and a text prompt with the reply right behind it",
+        }[self.config.input]
 
     def fit(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> None:
         """Set the head's weight by `fit_logistic` on pairs, and begin from there."""

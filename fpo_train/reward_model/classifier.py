@@ -161,8 +161,9 @@ class ClassifierRewardModel(RewardModel):
         reading = Reading(self._texts.batch(texts, self.device), None)
         return Reading(reading.batch, self.head_inputs(reading, rows_at_once)) if self._frozen_body else reading
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the model as `save_pretrained` does, or its adapter and head alone where only those are trained."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         settings = self.config
         if settings.train == "all" or self._saved_whole:

@@ -105,8 +105,9 @@ class HeadRewardModel(RewardModel):
             return Reading(batch, torch.stack(known).to(self.device))
         return self._read(batch, rows_at_once)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the head as `score.weight`, the name of transformers' sequence classifiers, and what it sits on."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"score.weight": self.head.weight.detach().cpu().contiguous()}, folder / "head.safetensors")
         reads = {
@@ -168,7 +169,7 @@ class AdapterRewardModel(HeadRewardModel):
                 parameter.requires_grad_(True)
         super().__init__(policy, config, processes)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the adapter as PEFT does, and the head beside it."""
         super().save(folder)
         self._policy.model.save_pretrained(folder, selected_adapters=[REWARD], save_embedding_layers=False)

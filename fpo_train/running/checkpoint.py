@@ -13,16 +13,15 @@ rows were halved for want of memory (sums are rounded by rows at once) are all t
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fpo_train.errors import RunError
 from fpo_train.report.records import COUNTS, STATE, whole
+from fpo_train.whole import read_state, sync_folder, write_state
 
 if TYPE_CHECKING:
     from fpo_train.loop import Parts
@@ -64,14 +63,8 @@ def save(folder: Path, iteration: int, parts: Parts, keep: int) -> None:
     own.mkdir(parents=True, exist_ok=True)
     state = state_of(parts)
     (own / COUNTS).write_text(json.dumps(state["oracle"]["counts"], sort_keys=True) + "\n", encoding="utf-8")
-    half = own / f"{STATE}.tmp"
-    with half.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(own / STATE)
-    _sync(own)
-    _sync(folder)
+    write_state(own / STATE, state)
+    sync_folder(folder)
     kept = {str(number) for number in whole(folder)[-keep:]}
     for path in folder.iterdir():
         if path.name.isdigit() and path.name not in kept:
@@ -87,23 +80,9 @@ def load(folder: Path, iteration: int, parts: Parts) -> None:
     """
     path = folder / str(iteration) / STATE
     advice = "delete its folder to go on from the checkpoint before, or, where there is none, from the beginning"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, AttributeError, ValueError) as error:
-        if isinstance(error, OSError) and error.filename:  # it could not be opened; a seek past its end names no file
-            raise
-        raise RunError(f"resume: {path} is damaged; {advice}") from error
+    state = read_state(path, f"resume: {path}", advice)
     try:
         restore(parts, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         lacks = f"lacks {error}" if isinstance(error, KeyError) else f"does not fit this run: {error}"
         raise RunError(f"resume: {path} {lacks}; {advice}") from error
-
-
-def _sync(folder: Path) -> None:
-    """See that the names in a folder are on the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -27,6 +27,7 @@ from fpo_train.errors import RunError
 from fpo_train.processes import TRACKING
 from fpo_train.report import records
 from fpo_train.report.records import CHECKPOINTS, CONFIG, ENVIRONMENT, latest
+from fpo_train.whole import write_text
 
 MODEL = "reward_model.model"
 LATER = (
@@ -119,7 +120,8 @@ def _check_settings(out: Path, config: RunConfig) -> None:
         raise RunError(f"resume: {out / CONFIG} does not say what {missing[0]} was; put the whole file back")
     for key in asked:
         if before[key] != now[key]:
-            raise RunError(f"resume: {key} was {before[key]!r} when {out} began and is {now[key]!r} now")
+            again = f"the command that began it goes on, and so does --config {out / CONFIG}"
+            raise RunError(f"resume: {key} was {before[key]!r} when {out} began and is {now[key]!r} now; {again}")
 
 
 def _check_rows(out: Path, done: int) -> None:
@@ -184,7 +186,7 @@ def describe(config: RunConfig, prompts: Sequence[tuple[str, Talk]], known: Fact
 
 def describe_like(out: Path, config: RunConfig, prompts: Sequence[tuple[str, Talk]]) -> None:
     """`describe` a comparison that begins on what the run in `out` begins on."""
-    kept = ("rendered_sha256", "models", "begins_on", "score_head", "human_pairs", "rows_skipped")
+    kept = ("rendered_sha256", "models", "begins_on", "score_head", "reward_model_reads", "human_pairs", "rows_skipped")
     describe(config, prompts, {name: fact for name, fact in _facts(out / ENVIRONMENT).items() if name in kept})
 
 
@@ -218,16 +220,6 @@ def _withdraw(out: Path, there: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if out.is_dir() and not there:
         out.rmdir()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, through a power cut too."""
-    half = path.with_name(path.name + ".tmp")
-    with half.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(half, path)
 
 
 def digest(prompts: Sequence[tuple[str, Talk]]) -> str:

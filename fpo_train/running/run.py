@@ -131,6 +131,9 @@ class Workshop:
             told = f"{rows_told} skipped, {len(self.prompts)} prompts left"
             first = self._skipped[0].removeprefix("data.prompts: ")
             print(f"data.prompts: {told}; the first: {first}", file=sys.stderr)
+        if (asked := config.rollout.prompts) > len(self.prompts) and self.processes.main:
+            told = f"there are {len(self.prompts)}, so that an iteration asks some several times"
+            print(f"rollout.prompts {asked}: {told}", file=sys.stderr)
         beyond_windows(self.policy, self.prompts.longest + config.rollout.max_new_tokens)
         self._human = human_pairs(config, self.policy) if config.oracle.kind == "file" else HumanPairs()
         if self.processes.main and (told := self._human.told()):
@@ -144,6 +147,9 @@ class Workshop:
         if self._begun_on is not None:
             self._base["adapter"] = identity.of_adapter(self.policy.model, POLICY)
             said.append(f"policy: goes on with {self._begun_on.told()}; the reference is that base without it")
+            said.append(
+                f"a run of seed {self.config.seed} asks the same prompts in the same order; --seed names another"
+            )
         if self.config.data.chat_template == "auto" and self.policy.tokenizer.chat_template is None:
             said.append(
                 f"policy.model {self.config.policy.model} has no chat template: prompts are read as they are written, "
@@ -217,6 +223,7 @@ class Workshop:
             "rendered_sha256": identity.of_prompts(self.prompts),
             "models": {"policy.model": self._base, **known},
             "score_head": parts.reward_model.begins(),
+            "reward_model_reads": parts.reward_model.reads(self.policy.tokenizer),
         }
         if self._begun_on is not None:
             facts["begins_on"] = self._begun_on.told()
@@ -229,6 +236,8 @@ class Workshop:
             wanted, main = parts.reward_model.to_fit, parts.processes.main
             if main:
                 say(f"reward model: its score head is {parts.reward_model.begins()}")
+                say(f"reward model: it reads {parts.reward_model.reads(self.policy.tokenizer)}")
+                say(f"the oracle, which stands for the truth, is {self.config.oracle.told}")
             pairs = (parts.replay.newest(wanted) or first_pairs(parts)) if wanted else []
             if pairs:
                 with stage(f"fitting the score head on {len(pairs)} pairs", main):

@@ -16,8 +16,9 @@ import yaml
 from fpo_train.config import RunConfig
 from fpo_train.report import records
 from fpo_train.report.progress import Steps
-from fpo_train.running.folder import plain, write_text
+from fpo_train.running.folder import plain
 from fpo_train.running.stopping import Request
+from fpo_train.whole import write_text
 
 AFRESH = 0.2  # seconds between two looks at what has ended
 # `fpo-train` that does not outlive the study: when its process is gone, this one's standard input has come to its end

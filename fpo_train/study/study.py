@@ -25,8 +25,9 @@ from fpo_train.data.adapters import settle
 from fpo_train.errors import RunError
 from fpo_train.report import records
 from fpo_train.report.verdicts import Paired, paired
-from fpo_train.running.folder import LATER, flat, plain, unwritten, write_text
+from fpo_train.running.folder import LATER, flat, plain, unwritten
 from fpo_train.running.stopping import listening
+from fpo_train.whole import write_text
 
 from .figures import draw
 from .runs import run_all

@@ -57,6 +57,8 @@ def test_a_switch_that_stands_alone_is_true(capsys, words):
         (("run", "--iteration", "3"), "unrecognized arguments: --iteration 3; did you mean --iterations?"),
         (("run", "--reward_model.fi", "3"), "did you mean --reward_model.fit?"),
         (("run", "--polcy.model", "x"), "did you mean --policy.model?"),
+        (("run", "--config", "dem.yaml"), "shipped with the package: demo.yaml, "),
+        (("run", "demo.yaml"), "unrecognized arguments: demo.yaml; did you mean --config demo.yaml?"),
         (("run", "--modle", "x"), "unrecognized arguments: --modle x (see"),
         (("run", "--iterations", "many"), "error: iterations: wanted a whole number. Got value: many"),
         (("run", "--resume", "perhaps"), "error: resume: wanted true or false. Got value: perhaps"),

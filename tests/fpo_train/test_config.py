@@ -5,16 +5,32 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
+from fpo_train.config import attribution, serving
 from fpo_train.config import evaluation as evaluate_config
 from fpo_train.config import settings as config
 
 
-def sections():
-    found = {**vars(config), **vars(evaluate_config)}.values()
-    return [c for c in found if isinstance(c, type) and dataclasses.is_dataclass(c)]
+def sections(*modules):
+    found = {key: value for module in modules or (config, evaluate_config) for key, value in vars(module).items()}
+    return [c for c in found.values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+
+
+WORDS = [
+    (section, name, get_args(hint))
+    for section in sections(config, evaluate_config, attribution, serving)
+    for name, hint in get_type_hints(section).items()
+    if get_origin(hint) is Literal
+]
+
+
+@pytest.mark.parametrize(("section", "name", "choices"), WORDS, ids=lambda x: getattr(x, "__name__", None))
+def test_a_word_that_is_no_choice_is_refused_by_name(section, name, choices):
+    with pytest.raises(ValueError, match=rf"{name}: wanted one of {', '.join(choices)}, got 'strong'"):
+        section(**{name: "strong"})
 
 
 def test_importing_it_loads_neither_torch_nor_triton():
@@ -47,6 +63,11 @@ def test_frozen_keyword_only_and_every_field_has_its_line(section):
         (lambda: config.RunConfig(compare="none,brave"), "unknown penalty 'brave'; wanted none, practical, relaxed"),
         (lambda: config.RunConfig(compare="none,none"), "twice"),
         (lambda: config.RunConfig(iterations=0), "run.iterations"),
+        (
+            lambda: config.RunConfig(rollout=config.RolloutConfig(candidates=1)),
+            "rollout.candidates: of one, penalty.kind practical has nothing to choose; wanted 2 or more",
+        ),
+        (lambda: config.PolicyConfig(lora_rank="many"), "policy.lora_rank: wanted a number above 0, got 'many'"),
         (
             lambda: config.RewardModelConfig(model="somebody/rm"),
             "reward_model.model: reward_model.kind head has no use for it, classifier has; got 'somebody/rm'",

@@ -1,6 +1,7 @@
 """A score head that comes trained is kept; a fresh one is fitted; the log, the folder and the report say which."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -54,7 +55,41 @@ def test_whose_score_head_a_run_begins_with(tiny, encoders, tmp_path, capfd, nam
         assert torch.equal(head, own) == ("fitted" not in says)
     assert f"reward model: its score head is {says}\n" in capfd.readouterr().err
     assert json.loads((out / "environment.json").read_text())["score_head"] == says
-    assert f"before the first iteration: {says}." in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert f"before the first iteration: {says}." in page
+    assert "The reward model reads prompt and reply as a pair of texts." in page
+    assert "The oracle, which stands for the truth here, is how likely the frozen base model finds a reply." in page
+
+
+def test_what_a_reward_model_without_a_chat_template_reads_is_said(tiny, encoders, tmp_path, capfd, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(encoders["trained"])
+    tokenizer.chat_template = None
+    model = tmp_path / "rm"
+    shutil.copytree(encoders["trained"], model)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(model)
+    own = tmp_path / "taste.py"
+    own.write_text("def score(prompts, replies):\n    return [len(reply) for reply in replies]\n")
+    options = ["--reward_model.kind", "classifier", "--reward_model.model", model, "--iterations", "1"]
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(arguments(tiny, "run", *options, "--oracle.kind", "function", "--oracle.function", "taste.py:score")) == 0
+    )
+    told = capfd.readouterr().err
+    assert "reward model: it reads prompt, blank line and reply as one text, since its tokenizer has no chat" in told
+    assert "the oracle, which stands for the truth, is the function taste.py:score" in told
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tiny, encoders, tmp_path, capfd):
+    model = tmp_path / "rm"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(encoders["trained"] / name, model / name)
+    assert (
+        main(arguments(tiny, tmp_path / "run", "--reward_model.kind", "classifier", "--reward_model.model", model)) == 1
+    )
+    assert "its tokenizer has 5 special tokens and no other, so that it reads no text; put" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_gold_oracle_has_to_come_trained(tiny, encoders, tmp_path, capfd):

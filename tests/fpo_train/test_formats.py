@@ -171,7 +171,7 @@ def test_a_package_that_is_absent_is_named(tmp_path, monkeypatch):
     for name, package in (("rows.parquet", "pyarrow"), ("saved", "datasets")):
         for module in [one for one in sys.modules if one.partition(".")[0] == package]:
             monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(RunError, match=rf"to read .*{name}, install {package} \(pip install 'fpo-kernels\[data\]'"):
+        with pytest.raises(RunError, match=rf"to read .*{name}, install {package} \(pip install {package}"):
             read_prompts(str(tmp_path / name))
 
 

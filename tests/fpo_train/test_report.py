@@ -384,10 +384,15 @@ def test_a_run_says_how_far_its_start_is_and_nothing_of_it_on_stdout(tiny, tmp_p
     assert lines[:4] == [
         f"loading policy.model {tiny}: {n} of 4 steps ({step})" for n, step in enumerate(steps, start=1)
     ]
-    assert lines[4].startswith("reward model: its score head is ")
-    assert [re.sub(r", \d+ s left", "", line) for line in lines[5:8]] == [
+    told = (
+        "reward model: its score head is ",
+        "reward model: it reads ",
+        "the oracle, which stands for the truth, is ",
+    )
+    assert all(line.startswith(one) for line, one in zip(lines[4:7], told, strict=True))
+    assert [re.sub(r", \d+ s left", "", line) for line in lines[7:10]] == [
         f"first fit: {n} of 6 pairs" for n in (2, 4, 6)
     ]
-    assert lines[8].startswith("practical    1/1  reward ")
+    assert lines[10].startswith("practical    1/1  reward ")
     assert said.out == f"report: {tmp_path / 'run' / 'report.html'}\n"
     assert not set("\r\x1b") & set(said.err)

@@ -329,6 +329,9 @@ def test_folders_are_loaded(classifier, tokenizer, tmp_path, tiny):
         ({"tokenizer": None}, "tokenizer: wanted the reward model's"),
         ({"reward_model": 3}, "reward_model: wanted a model, a folder, a hub id or OnBase, got a int"),
         ({"penalty": PenaltyConfig(kind="exact")}, "penalty exact"),
+        ({"tokenizer": "practical"}, "tokenizer: wanted the reward model's tokenizer, or None, got 'practical'"),
+        ({"settings": {"steps": 2}}, "settings: wanted a RewardModelConfig, got a dict"),
+        ({"gamma": "big"}, "penalty.gamma: wanted 0 or more, got 'big'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_when_it_is_made(classifier, tokenizer, given, said):
@@ -346,7 +349,7 @@ def test_two_labels_and_missing_columns_are_refused(tiny, classifier, tokenizer)
         reward(PROMPTS, REPLIES, reference=REFERENCES[:2])
     with pytest.raises(RunError, match="wanted one for each of 6 prompts, got 5"):
         reward(PROMPTS, REPLIES[:5], reference=REFERENCES)
-    with pytest.raises(RunError, match="state: it does not fit this reward"):
+    with pytest.raises(RunError, match="state: it does not fit this reward: it has no 'penalty_kind'"):
         reward.load_state_dict({"reward_model": {}})
 
 

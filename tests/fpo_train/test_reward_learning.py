@@ -237,10 +237,43 @@ def test_a_trained_adapter_comes_back_with_its_own_settings(tiny, tmp_path, toke
     for _ in range(3):
         reward(PROMPTS, REPLIES, reference=REFERENCES)
         reward.update()
-    reward.model.save(tmp_path / "kept")
+    reward.model.save(str(tmp_path / "kept"))
     wanted = reward.score(PROMPTS, REPLIES, reference=REFERENCES)
     again = FPOReward(str(tmp_path / "kept"), parameters="lora").score(PROMPTS, REPLIES, reference=REFERENCES)
     assert torch.allclose(again.reward, wanted.reward, rtol=1e-5)
+
+
+def test_a_penalty_that_an_earlier_call_has_left_next_to_nothing_is_told(classifier, tokenizer):  # noqa: F811
+    reward = FPOReward(classifier, tokenizer, oracle=worth)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward(PROMPTS, REPLIES, reference=REFERENCES)
+    state = reward.state_dict()
+    state["penalty"]["penalty_variance"] *= 1e8
+    reward.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"the penalty's spread is 0\.\d% of the reward's in this"):
+        reward(PROMPTS, REPLIES, reference=REFERENCES)
+
+
+def test_a_reward_model_that_nobody_trains_is_told(classifier, tokenizer):  # noqa: F811
+    for watched, logged, told in ((False, True, True), (False, False, False), (True, True, False)):
+        reward = FPOReward(classifier, tokenizer, "none", oracle=worth)
+        if watched:
+            reward.watch(torch.nn.Linear(1, 1))
+        log = {"log_metric": lambda *_: None} if logged else {}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(9):
+                reward(PROMPTS, REPLIES, reference=REFERENCES, **log)
+        found = [str(one.message) for one in said if "FPOCallback" in str(one.message)]
+        assert len(found) == told
+        assert all("has not been trained in 8 calls: there is an oracle" in one for one in found)
+
+
+def test_a_silent_oracle_is_told_where_its_labels_are_all_that_counts(classifier, tokenizer):  # noqa: F811
+    reward = FPOReward(classifier, tokenizer, "relaxed", oracle=lambda prompts, completions: [None] * len(prompts))
+    with pytest.warns(UserWarning, match="nothing of a whole call could be scored: the oracle"):
+        assert reward(PROMPTS, REPLIES, reference=REFERENCES) == [None] * 6
 
 
 def test_warnings_are_few(classifier, tokenizer):  # noqa: F811

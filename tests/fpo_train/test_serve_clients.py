@@ -77,7 +77,7 @@ def test_the_client_updates(folder):
         client = FPOClient(url)
         client.rewards(**sample("a", 3))
         assert client.update()["pairs"] == 1
-        assert asyncio.run(client.aupdate()) == {"loss": None, "pairs": 1, "updates": 2}
+        assert asyncio.run(client.aupdate()) == {"loss": None, "pairs": 1, "updates": 1}
     with (
         serving(ServeConfig(reward_model=folder)) as (url, _),
         pytest.raises(RunError, match="409: there is no oracle"),

@@ -255,4 +255,4 @@ def test_what_cannot_be_served_is_said(capsys, monkeypatch, folder):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, error = told(capsys, "--port", "0", "--reward_model", folder)
     assert code == 1
-    assert "pip install 'fpo-kernels[serve]'" in error
+    assert "pip install fastapi" in error

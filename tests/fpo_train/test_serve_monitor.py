@@ -33,6 +33,8 @@ def test_a_run_without_a_penalty_is_watched(tiny, tmp_path):
         status, detail = asked_for(url, batch, rewards=[1.0] * 3)
         assert status == 409
         assert "wanted utilities" in detail
+        status, detail = asked_for(url, batch, rewards=[1.0] * 3, utilities=[0.0] * 3, steering=True)
+        assert (status, detail.partition(";")[0]) == (409, "steering is the oracle's to say, and there is none")
 
 
 def asked_for(url, batch, **more):

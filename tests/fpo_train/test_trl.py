@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from fpo_train import FPOCallback, FPOReward, OnBase
+from fpo_train import FPOCallback, FPOReward, MonitorCallback, OnBase
 from fpo_train.config import RewardModelConfig
 from fpo_train.errors import RunError
 
@@ -238,6 +238,13 @@ def test_another_runs_checkpoint_is_refused(tiny, tmp_path):
     reward = runs.reward_of(tiny)
     callback = FPOCallback(reward, resume=resume)
     runs.train("grpo", tiny, tmp_path / "b", reward, callback=callback, steps=4, resume=resume)
+
+
+def test_a_callback_wants_the_reward_that_the_trainer_calls():
+    with pytest.raises(RunError, match="reward: wanted an FPOReward, the one that the trainer calls, got <function"):
+        FPOCallback(lambda prompts, completions: [0.0])
+    with pytest.raises(RunError, match="monitor: wanted an FPOMonitor"):
+        MonitorCallback(lambda prompts, completions: [0.0])
 
 
 def test_a_checkpoint_without_a_state_is_refused(tiny, tmp_path):

@@ -162,9 +162,10 @@ def _add_monitor(app: FastAPI, service: Service, bearer: Sequence[Any]) -> None:
     async def watch(batch: formats.WatchedBatch) -> formats.Step:
         """A step of a run that uses no penalty; `warning` where its reward rises while what it stands for falls."""
         if not service.worker.owner.reward.trains and (batch.utilities is None or batch.steering):
-            raise Refused(
-                409, "there is no oracle to ask; wanted utilities, or fpo-train serve --oracle module:function"
-            )
+            wanted = "utilities" if batch.utilities is None else "steering false"
+            asked = "utilities are" if batch.utilities is None else "steering is"
+            told = f"{asked} the oracle's to say, and there is none"
+            raise Refused(409, f"{told}; wanted {wanted}, or fpo-train serve --oracle module:function")
         return formats.Step(**await service.ask("watch", service.read.watched(batch)))
 
     @app.get("/monitor", responses=errors(401), dependencies=bearer)

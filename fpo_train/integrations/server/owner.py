@@ -128,6 +128,8 @@ class Owner:
     def update(self) -> float | None:
         """Train on what was collected, as one training call, and on the pairs of training calls; the mean loss.
 
+        None, and no update, where no pair has come since the last.
+
         What trainers send one by one is thus grouped by prompt whatever else was under way when it came.
         """
         if self._collected:
@@ -139,7 +141,7 @@ class Owner:
             self._collected.clear()
         with own_fault():
             loss = self.reward.update()
-        self.updates += 1
+        self.updates += loss is not None
         return loss
 
     def state_dict(self) -> dict[str, Any]:

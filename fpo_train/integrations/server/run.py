@@ -19,8 +19,8 @@ from fpo_train.config import RewardModelConfig, ServeConfig
 from fpo_train.data.sources import load_tokenizer
 from fpo_train.errors import RunError
 from fpo_train.integrations.reward import FPOReward
-from fpo_train.integrations.trl import read_state, write_state
 from fpo_train.oracle.function import import_function
+from fpo_train.whole import read_state, write_state
 
 from .app import Service, create_app
 from .batching import Worker
@@ -54,7 +54,7 @@ def serve(config: ServeConfig, token: str) -> None:
 
         def saved() -> None:
             if folder:
-                write_state(folder / STATE, owner)  # type: ignore[arg-type]
+                write_state(folder / STATE, owner.state_dict())
 
         metrics = Metrics()
         worker = Worker(owner, config.batching, metrics, saved)
