@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases, results
+from benchmarks.floors import Rates
 from benchmarks.runner import Options, chosen, run_case
 
 BUSY = 0.05  # of all cores' time; with 50%, two-thread matrix products were seen to take 10 times as long
@@ -46,9 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{case.name}: {case.description}", flush=True)
         older = results.known(case, options, arguments.out)
         commit, _ = results.revision()
-        rows = [{**row, "commit": commit} for row in run_case(case, options)]
+        rates = Rates(options.device)
+        rows = [{**row, "commit": commit} for row in run_case(case, options, rates)]
         rows = results.beside(case, options, rows, older)
-        result = results.describe(case, options, rows)
+        result = results.describe(case, options, rows, rates)
         path = results.write(case, options, result, arguments.out)
         print(f"{results.table(rows)}\nratio: to {case.baseline}, round by round; written to {path}\n", flush=True)
         if result["headlines"]:
