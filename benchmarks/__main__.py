@@ -1,4 +1,4 @@
-"""python -m benchmarks list | run: exit 0 done, 1 a competitor failed, 2 wrong usage."""
+"""python -m benchmarks list | run | report: exit 0 done, 1 a competitor failed, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, results
+from benchmarks import cases, report, results
 from benchmarks.floors import Rates
 from benchmarks.runner import Options, chosen, run_case
 
@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, SystemExit(2) on wrong usage."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if arguments.command == "report":
+        return report.main(parser, arguments)
     known = cases.cases()
     if arguments.command == "list":
         for case in known.values():
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--repeats", type=_positive, help="timed rounds a setting, in place of the case's own")
     run.add_argument("--setting", default="", help="only settings whose name has this in it; the file keeps the others")
     run.add_argument("--quick", action="store_true", help="small settings, written to <case>-quick.json")
+    report.add_parser(commands)
     return parser
 
 

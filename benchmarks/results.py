@@ -217,7 +217,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row["setting"]["name"],
         row["competitor"],
-        *(_time(seconds[key]) if seconds else "" for key in keys),
+        *(duration(seconds[key]) if seconds else "" for key in keys),
         *(f"{ratio[key]:.2f}" if ratio else "" for key in keys),
         str(len(row["samples"])) if "samples" in row else "",
         "" if peak is None else f"{peak / 2**20:.0f}",
@@ -230,7 +230,8 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """With its unit, three digits."""
     unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
     return f"{seconds * scale:.3g} {unit}"
 
