@@ -30,6 +30,7 @@ COPIED = {"cpu": 2**26, "cuda": 2**28}  # bytes of a copy, each way: more than t
 # Square matrices. A small product ends before a neighbour comes in between; a larger one may run faster on its own.
 SIZES = {"cpu": (512, 1024), "cuda": (4096, 8192)}
 LEAST_CALLS, LONGEST_SECONDS = 3, 0.08  # a quantity; the best call counts
+PAUSE_SECONDS = 5.0  # short contests share a measurement
 
 
 class Rates:
@@ -44,10 +45,14 @@ class Rates:
         self.device = device
         self.copy = 0.0
         self.matmul: dict[str, float] = {}
+        self._last = -math.inf
 
     def measure(self, dtypes: Collection[str]) -> None:
-        """Copies, and products in these dtypes; a quarter of a second for one dtype. Without dtypes nothing."""
-        if not dtypes:
+        """Copies, and products in these dtypes: a quarter of a second for one dtype.
+
+        Nothing without dtypes, and so soon after the last time where all of them are known.
+        """
+        if not dtypes or (time.monotonic() - self._last < PAUSE_SECONDS and self.matmul.keys() >= set(dtypes)):
             return
         self.copy = max(self.copy, self._copies())
         with _no_tf32():
@@ -55,6 +60,7 @@ class Rates:
                 self.matmul[name] = max(self.matmul.get(name, 0.0), self._multiplies(name, size))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # contests look at what is free
+        self._last = time.monotonic()
 
     def found(self) -> dict[str, Any]:
         """{"copy_bytes_per_second", "matmul_flops_per_second": by dtype}; {} where nothing was measured."""

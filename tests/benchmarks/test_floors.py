@@ -1,6 +1,7 @@
 """What questions take at the least: the counts, the rates, and what a run makes of both."""
 
 import dataclasses
+import gc
 import json
 
 import pytest
@@ -82,6 +83,17 @@ def test_every_question_to_a_package_has_a_floor(work):
     assert (floor.flops > both.flops) == (work.question != "sketch")
 
 
+WITH_FLOORS = ("products", "ways", "direction", "grad_sketch", "sketch", "head", "influence", "engine_sketch")
+
+
+@pytest.mark.parametrize("name", WITH_FLOORS)
+def test_every_answer_of_these_cases_has_a_floor(name):
+    case = cases.cases()[name]
+    contest = case.build(case.settings(True, CPU)[0], CPU)
+    assert {one.answers for one in contest.competitors.values()} == set(contest.floors)
+    assert all(floor.bytes > 0 and (floor.flops > 0 or name == "sketch") for floor in contest.floors.values())
+
+
 def test_rates_are_the_best_that_was_seen(monkeypatch):
     monkeypatch.setitem(floors.COPIED, "cpu", 2**16)
     monkeypatch.setitem(floors.SIZES, "cpu", (64,))
@@ -92,6 +104,12 @@ def test_rates_are_the_best_that_was_seen(monkeypatch):
     first = rates.found()
     assert first["copy_bytes_per_second"] > 0
     assert list(first["matmul_flops_per_second"]) == ["float32"]
+    rates.copy, rates.matmul["float32"] = 0.0, 0.0
+    rates.measure({"float32"})
+    assert rates.copy == 0.0, "measured so soon again"
+    monkeypatch.setattr(floors, "PAUSE_SECONDS", 0.0)
+    rates.measure({"float32"})
+    assert rates.copy > 0
     rates.copy, rates.matmul["float32"] = 2.0**60, 2.0**60
     rates.measure({"float32"})
     assert rates.found() == {"copy_bytes_per_second": 2.0**60, "matmul_flops_per_second": {"float32": 2.0**60}}
@@ -138,6 +156,7 @@ def run(monkeypatch, tmp_path):
         build=lambda setting, device: contest,
     )
     monkeypatch.setattr(cases, "cases", lambda: {"fake": case})
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # twenty of them take seconds, and nothing is measured here
     monkeypatch.setattr(Rates, "_multiplies", lambda *given: 1e9)
     monkeypatch.setattr(Rates, "_copies", lambda rates: 1e9)
 
