@@ -1,4 +1,4 @@
-"""python -m benchmarks list | run: exit 0 done, 1 a competitor failed, 2 wrong usage."""
+"""python -m benchmarks list | run | report: exit 0 done, 1 a competitor failed, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, results
+from benchmarks import cases, report, results
+from benchmarks.floors import Rates
 from benchmarks.runner import Options, chosen, run_case
 
 BUSY = 0.05  # of all cores' time; with 50%, two-thread matrix products were seen to take 10 times as long
@@ -19,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, SystemExit(2) on wrong usage."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if arguments.command == "report":
+        return report.main(parser, arguments)
     known = cases.cases()
     if arguments.command == "list":
         for case in known.values():
@@ -46,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{case.name}: {case.description}", flush=True)
         older = results.known(case, options, arguments.out)
         commit, _ = results.revision()
-        rows = [{**row, "commit": commit} for row in run_case(case, options)]
+        rates = Rates(options.device)
+        rows = [{**row, "commit": commit} for row in run_case(case, options, rates)]
         rows = results.beside(case, options, rows, older)
-        result = results.describe(case, options, rows)
+        result = results.describe(case, options, rows, rates)
         path = results.write(case, options, result, arguments.out)
         print(f"{results.table(rows)}\nratio: to {case.baseline}, round by round; written to {path}\n", flush=True)
         if result["headlines"]:
@@ -75,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--repeats", type=_positive, help="timed rounds a setting, in place of the case's own")
     run.add_argument("--setting", default="", help="only settings whose name has this in it; the file keeps the others")
     run.add_argument("--quick", action="store_true", help="small settings, written to <case>-quick.json")
+    report.add_parser(commands)
     return parser
 
 

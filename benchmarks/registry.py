@@ -45,6 +45,20 @@ class Competitor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Floor:
+    """What an answer takes at the least, whoever computes it (benchmarks/floors.py).
+
+    Attributes:
+        bytes: inputs read once, answers written once. flops: of the cheapest exact way, a multiply-add being two.
+        dtype: the name of what is multiplied: "float32", "bfloat16".
+    """
+
+    bytes: float
+    flops: float
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contest:
     """Competitors over the same inputs.
 
@@ -52,11 +66,13 @@ class Contest:
         competitors: name → competitor, in the order they take turns.
         expected: computes the right answers, name → tensor, in float64 or by a trusted way.
         cannot: name → why a competitor cannot run here.
+        floors: answer, by the names of `expected` → what it takes at the least, where that can be said.
     """
 
     competitors: Mapping[str, Competitor]
     expected: Callable[[], Mapping[str, Tensor]]
     cannot: Mapping[str, str] = field(default_factory=dict)
+    floors: Mapping[str, Floor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.floors import Rates
 from benchmarks.registry import Case
 from benchmarks.runner import Options, Row, seconds_ratio, spread
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 
 
-def describe(case: Case, options: Options, rows: list[Row]) -> dict[str, Any]:
+def describe(case: Case, options: Options, rows: list[Row], rates: Rates) -> dict[str, Any]:
     """Everything that goes into the result file."""
     return {
         "case": case.name,
@@ -28,6 +29,7 @@ def describe(case: Case, options: Options, rows: list[Row]) -> dict[str, Any]:
         "baseline": case.baseline,
         "settings": {"device": options.device.type, "quick": options.quick, "repeats": options.repeats},
         **environment(options.device),
+        "rates": rates.found(),
         "headlines": headlines(case, rows),
         "summary": case.summary(rows).splitlines() if case.summary else [],
         "rows": rows,
@@ -81,7 +83,7 @@ def lines(found: list[dict[str, Any]]) -> str:
 
 
 def known(case: Case, options: Options, folder: Path) -> list[Row]:
-    """The rows that the file has, each with its commit; none where all settings are asked for.
+    """The rows that the file has, each with its commit, day and rates; none where all settings are asked for.
 
     Raises:
         ValueError: they are of another machine or other versions, and cannot stand beside new ones.
@@ -93,7 +95,17 @@ def known(case: Case, options: Options, folder: Path) -> list[Row]:
     for key in ("cpu", "threads", "versions"):
         if kept[key] != here[key]:
             raise ValueError(f"{path}: its {key} is {kept[key]}, here it is {here[key]}; run all settings")
-    return [{"commit": kept["commit"], **row} for row in kept["rows"]]
+    return [_named(row, kept) for row in kept["rows"]]
+
+
+def _named(row: Row, kept: dict[str, Any]) -> Row:
+    """A row of an earlier run that says of itself what its file said of it."""
+    found = {"commit": kept["commit"], **row}
+    if found["commit"] == kept["commit"]:
+        found.setdefault("finished", kept["finished"])
+        if "floor" in row:
+            found.setdefault("rates", kept["rates"])
+    return found
 
 
 def beside(case: Case, options: Options, rows: list[Row], older: list[Row]) -> list[Row]:
@@ -165,7 +177,8 @@ def table(rows: list[Row]) -> str:
     """Aligned columns.
 
     ratio is to the case's baseline; peak beyond what was held before the call; process all that a process of its
-    own held at most, to base its ratio to the baseline's; others the CPU share that other processes took.
+    own held at most, to base its ratio to the baseline's; of the floor the least time that the question takes over the
+    median; others the CPU share that other processes took.
     """
     head = [
         "setting",
@@ -180,6 +193,7 @@ def table(rows: list[Row]) -> str:
         "peak MiB",
         "process MiB",
         "to base",
+        "of the floor",
         "error",
         "others",
         "note",
@@ -198,23 +212,26 @@ def table(rows: list[Row]) -> str:
 def _cells(row: Row) -> list[str]:
     seconds, ratio, peak = (row.get(key) for key in ("seconds", "ratio", "peak_bytes"))
     error, others, rss, rss_ratio = (row.get(key) for key in ("error", "others_cpu_share", "rss_bytes", "rss_ratio"))
+    of_floor = row.get("of_floor")
     keys = ("median", "min", "max")
     return [
         row["setting"]["name"],
         row["competitor"],
-        *(_time(seconds[key]) if seconds else "" for key in keys),
+        *(duration(seconds[key]) if seconds else "" for key in keys),
         *(f"{ratio[key]:.2f}" if ratio else "" for key in keys),
         str(len(row["samples"])) if "samples" in row else "",
         "" if peak is None else f"{peak / 2**20:.0f}",
         "" if rss is None else f"{rss / 2**20:.0f}",
         "" if rss_ratio is None else f"{rss_ratio:.2f}",
+        "" if of_floor is None else f"{of_floor:#.2g}",
         "" if error is None else f"{error:.0e}",
         f"{others:.0%}" if others is not None else "",
         row.get("rss_reason", "") if row["status"] == "timed" else f"{row['status']}: {row['reason']}",
     ]
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """With its unit, three digits."""
     unit, scale = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
     return f"{seconds * scale:.3g} {unit}"
 

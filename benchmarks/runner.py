@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import isolated
+from benchmarks import floors, isolated
+from benchmarks.floors import Rates
 from benchmarks.meters import Bystanders, peak_bytes, release, seconds_per_call
 from benchmarks.registry import Case, Competitor, Contest, Told
 
@@ -48,7 +49,7 @@ def chosen(case: Case, options: Options) -> list[Any]:
     return [one for one in case.settings(options.quick, options.device) if options.only in one.name]
 
 
-def run_case(case: Case, options: Options) -> list[Row]:
+def run_case(case: Case, options: Options, rates: Rates | None = None) -> list[Row]:
     """One row a setting and competitor, JSON-ready: {setting, competitor, status, reason, …}.
 
     Status is "timed", "failed" (wrong answer or an exception; never timed) or "cannot run". Timed rows have
@@ -56,21 +57,26 @@ def run_case(case: Case, options: Options) -> list[Row]:
     {median, min, max}; in_rounds is false where the call that the gate judged is the only sample. They have
     peak_bytes beyond what was held before, and others_cpu_share, the part of all cores' time
     that other processes took meanwhile, and the competitor's figures if it has any. Those in the case's `isolated`
-    have rss_bytes and its kin (`isolated`) and rss_ratio to the baseline's.
+    have rss_bytes and its kin (`isolated`) and rss_ratio to the baseline's. Where the contest says what its answer
+    takes at the least, that is `floor`, and its time at the device's rates (in `rates` afterwards) floor_seconds;
+    of_floor is that over the median.
     """
     rows: list[Row] = []
+    rates = rates or Rates(options.device)
     for setting in chosen(case, options):
         print(f"{setting.name} …", file=sys.stderr, flush=True)  # minutes may pass before the table
         contest = case.build(setting, options.device)
         named = {*contest.competitors, *contest.cannot}
         if named != set(case.competitors):
             raise ValueError(f"{case.name}: competitors {sorted(named)}, wanted {sorted(case.competitors)}")
-        outcome = run_contest(contest, case.baseline, options)
+        outcome = run_contest(contest, case.baseline, options, rates)
         del contest
         release()  # children need the room
         if options.device.type == "cpu":
             _isolate(case, setting, outcome, options.quick)
         rows += [{"setting": asdict(setting), "competitor": name, **outcome[name]} for name in case.competitors]
+    for row in rows:
+        rates.judge(row)
     return rows
 
 
@@ -84,8 +90,8 @@ def _isolate(case: Case, setting: Any, outcome: dict[str, Row], quick: bool) -> 
             row["rss_ratio"] = row["rss_bytes"] / base
 
 
-def run_contest(contest: Contest, baseline: str, options: Options) -> dict[str, Row]:
-    """What became of every competitor."""
+def run_contest(contest: Contest, baseline: str, options: Options, rates: Rates) -> dict[str, Row]:
+    """What became of every competitor; the device's rates are measured before the rounds and after them."""
     expected = contest.expected()
     rows: dict[str, Row] = {name: {"status": "cannot run", "reason": why} for name, why in contest.cannot.items()}
     passed: dict[str, _Metered] = {}
@@ -99,8 +105,15 @@ def run_contest(contest: Contest, baseline: str, options: Options) -> dict[str, 
         if metered.seconds < WARM_SECONDS:
             metered()
         rows[name] |= {"status": "timed", "peak_bytes": metered.peak}
-    for name, timing in _take_turns(passed, baseline, options).items():
+    dtypes = {floor.dtype for floor in contest.floors.values()} if passed else set()
+    rates.measure(dtypes)
+    timings = _take_turns(passed, baseline, options)
+    rates.measure(dtypes)
+    for name, timing in timings.items():
         rows[name] |= timing
+        floor = contest.floors.get(contest.competitors[name].answers)
+        if floor:
+            rows[name]["floor"] = floors.kept(floor)
         figures = contest.competitors[name].figures
         if figures:
             rows[name]["figures"] = dict(figures())

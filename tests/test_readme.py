@@ -3,25 +3,19 @@
 import json
 import re
 import statistics
-from pathlib import Path
-
-import pytest
 
 from benchmarks.cases import attribution, influence, sketch, train_step, ways
 from benchmarks.gpu_campaign import table
 from fpo_train.cli import main
-
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from tests.pages import RESULTS, ROOT, holds
 
 
-def prose(path):
-    """A page's text without its line breaks."""
-    return " ".join((ROOT / path).read_text(encoding="utf-8").split())
+def read(path):
+    return json.loads((RESULTS / path).read_text(encoding="utf-8"))
 
 
-def rows(case):
-    return json.loads((RESULTS / "cpu-2threads" / f"{case}.json").read_text())["rows"]
+def rows(case, device="cpu-2threads"):
+    return read(f"{device}/{case}.json")["rows"]
 
 
 def by_name(case):
@@ -31,11 +25,10 @@ def by_name(case):
 
 
 def test_costs():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(influence.chart(rows("influence"))) in readme
-    gpu = json.loads((RESULTS / "nvidia-h200" / "campaign" / "engine.json").read_text())
-    assert "\n".join(table.chart(gpu["rows"])) in readme
-    assert f"(ratio {by_name('head')['closed form']['ratio']['median']:.2f} in" in prose("docs/kernels.md")
+    holds("README.md", "\n".join(influence.chart(rows("influence"))))
+    gpu = read("nvidia-h200/campaign/engine.json")
+    holds("README.md", "\n".join(table.chart(gpu["rows"])))
+    holds("docs/kernels.md", f"(ratio {by_name('head')['closed form']['ratio']['median']:.2f} in")
     taken = {}
     for row in rows("influence"):
         taken.setdefault(row["setting"]["name"], {})[row["competitor"]] = row.get("ratio", {}).get("median")
@@ -43,54 +36,52 @@ def test_costs():
     ms = {(row["setting"], row["run"]): row["ms"] for row in gpu["rows"] if row.get("ms")}
     h200 = [ms[one, "torch hooks"] / took for (one, run), took in ms.items() if run == "steering"]
     said = f"{min(cpu):.2f} to {max(cpu):.2f} times our time on the CPU, {min(h200):.2f} to {max(h200):.2f} on the GPU"
-    assert said in prose("README.md")
+    holds("README.md", said)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reproduction.md"])
-def test_the_linear_environment(page):
-    said = prose(page)
-    final = json.loads((RESULTS / "linear" / "summary.json").read_text())["linear"]
+def test_the_linear_environment():
+    final = read("linear/summary.json")["linear"]
     none, relaxed = final["none"]["0"], final["relaxed"]["0"]
-    assert f"utility {none['best_utility']:.2f} and falls to {none['utility']:.2f}" in said
-    assert f"it ends at {relaxed['utility']:.2f} of 10" in said
+    for page in ("README.md", "docs/reproduction.md"):
+        holds(page, f"utility {none['best_utility']:.2f} and falls to {none['utility']:.2f}")
+        holds(page, f"it ends at {relaxed['utility']:.2f} of 10")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reproduction.md"])
-def test_the_neural_environment(page):
-    said = prose(page)
-    final = json.loads((RESULTS / "neural" / "summary.json").read_text())["neural"]
+def test_the_neural_environment():
+    final = read("neural/summary.json")["neural"]
     good = sum(run["utility"] > 9 for run in final["relaxed"].values())
-    assert f"`relaxed` ends above 9 on {good} of ten seeds" in said
     assert min(run["utility"] for run in final["residual"].values()) > 9.99
+    for page in ("README.md", "docs/reproduction.md"):
+        holds(page, f"`relaxed` ends above 9 on {good} of ten seeds")
+        holds(page, "above 9.99 on all ten")
     assert final["residual"]["0"]["oracle_calls"] == final["none"]["0"]["oracle_calls"]
 
 
 def test_the_collapse_study():
-    readme = prose("README.md").split("## Two commands")[0]
-    found = json.loads((RESULTS / "collapse" / "study.json").read_text())
+    page = "README.md"
+    found = read("collapse/study.json")
     gold = {kind: {seed: run["gold"] for seed, run in one["final"].items()} for kind, one in found.items()}
     rows = [
         json.loads(path.read_text().splitlines()[0]) for path in (RESULTS / "collapse" / "none").rglob("metrics.jsonl")
     ]
     start = statistics.fmean(row["audit_utility"] for row in rows)
-    assert f"falls from {start:.2f} to {statistics.fmean(gold['none'].values()):.2f} nats a token" in readme
-    assert f"it ends at {statistics.fmean(gold['relaxed'].values()):.2f}, highest on every" in readme
-    assert f"(p = {found['relaxed']['against']['none']['gold']['p']:.3f})" in readme
+    holds(page, f"falls from {start:.2f} to {statistics.fmean(gold['none'].values()):.2f} nats a token")
+    holds(page, f"it ends at {statistics.fmean(gold['relaxed'].values()):.2f}, highest on every")
+    holds(page, f"(p = {found['relaxed']['against']['none']['gold']['p']:.3f})")
     assert all(max(gold, key=lambda kind, seed=seed: gold[kind][seed]) == "relaxed" for seed in gold["none"])
     for other in ("practical", "none"):
         against = found["relaxed"]["against"][other]["gold"]
-        assert f"{against['mean']:+.2f} [{against['low']:+.2f}, {against['high']:+.2f}] against" in readme
+        holds(page, f"{against['mean']:+.2f} [{against['low']:+.2f}, {against['high']:+.2f}] against")
 
 
 def test_which_way_wins_where():
-    page = (ROOT / "fpo_kernels" / "products" / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(ways.chart(rows("ways"))) in page
+    page = "fpo_kernels/products/README.md"
+    holds(page, "\n".join(ways.chart(rows("ways"))))
     found = ways.regrets(rows("ways"))
-    assert f"median {statistics.median(found.values()):.2f} times, at worst {max(found.values()):.2f} times" in page
+    holds(page, f"median {statistics.median(found.values()):.2f} times, at worst {max(found.values()):.2f} times")
 
 
 def test_the_products_page():
-    page = (ROOT / "fpo_kernels" / "products" / "README.md").read_text(encoding="utf-8")
     found = {}
     for row in rows("products"):
         if row["status"] == "timed":
@@ -98,46 +89,86 @@ def test_the_products_page():
     for setting, measured in found.items():
         cells = [f"{1e3 * measured['form G, multiply']['seconds']['median']:.2f} ms"]
         cells += [f"{measured[impl]['ratio']['median']:.2f}" for impl in ("torch", "native")]
-        assert f"| {setting} | {' | '.join(cells)} |" in page
+        holds("fpo_kernels/products/README.md", f"| {setting} | {' | '.join(cells)} |")
+
+
+def headlines(case):
+    return read(f"cpu-2threads/{case}.json")["headlines"]
 
 
 def headline(case, text):
-    found = json.loads((RESULTS / "cpu-2threads" / f"{case}.json").read_text())["headlines"]
-    return [one["median"] for one in found if one["text"].startswith(text)]
+    return [one["median"] for one in headlines(case) if one["text"].startswith(text)]
 
 
 def test_the_sketch_page():
-    page = (ROOT / "fpo_kernels" / "sketch" / "README.md").read_text(encoding="utf-8")
+    page = "fpo_kernels/sketch/README.md"
     for figure in ("error", "sum_error", "seconds"):
-        assert "\n".join(sketch.chart(rows("sketch"), figure)) in page
-    assert f"falls as k^{sketch.slope(rows('sketch')):.2f}" in page
-    for gain in headline("grad_sketch", "plain torch / native"):
-        assert f"| {gain:.1f} |" in page
+        holds(page, "\n".join(sketch.chart(rows("sketch"), figure)))
+    first, second = sketch.unbiased(rows("sketch"))
+    holds(page, f"falls as k^{sketch.slope(rows('sketch')):.2f}. M{first[1:]} {second}")
+    for one in headlines("grad_sketch"):
+        holds(page, f"| {one['setting']} | {one['median']:.1f} |")
 
 
 def test_sketches_stores_and_checkpoints():
-    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    for dim in (1024, 4096):
-        cost, *_ = headline("engine_sketch", f"sketch, k = {dim}")
-        assert f"{cost:.2f} " in page.split("## Sketches")[1]
-    for cost in headline("tracin", "TracIn over all checkpoints / one forward"):
-        assert f"{cost:.2f}" in page.split("## Sketches")[1]
-    for row in rows("store"):
-        assert f"{1e3 * row['seconds']['median']:,.0f} ms" in page or row["setting"]["does"] == "append"
-    for row in rows("exact"):
-        rank = row["figures"]["rank correlation, ε = 0.001"]
-        if row["setting"]["name"] == "LoRA" and row["competitor"] in ("formed gradients", "sketch, k = 4096"):
-            assert f"{rank:.2f} from " in page
+    page = "docs/kernels.md"
+    short, long = (headline("engine_sketch", f"sketch, k = {dim}")[0] for dim in (1024, 4096))
+    holds(page, f"{short:.2f} times a forward and activation-only backward at k = 1024 and {long:.2f} at k = 4096")
+    (error,) = (x["median"] for x in headlines("sketch") if x["setting"] == "k=1024" and x["text"].endswith("/ LoGra"))
+    holds(page, f"errs {error:.2f} times what LoGra's does at k = 1024")
+    one, five, twenty = headline("tracin", "TracIn over all checkpoints / one forward")
+    holds(page, f"cost {one:.2f}, {five:.2f} and {twenty:.2f} forwards")
+
+    append, top = (
+        {r["competitor"]: r for r in rows("store") if r["setting"]["does"] == does} for does in ("append", "top")
+    )
+    ours = append["fk.SketchStore"]
+    a_second = ours["setting"]["rows"] / ours["seconds"]["median"]
+    holds(page, f"runs at {a_second:,.0f} rows a second")
+    holds(page, f"({headline('store', 'the store / a plain file')[0]:.2f} times a plain file's time)")
+    ms = {name: f"{1e3 * row['seconds']['median']:.0f} ms" for name, row in top.items()}
+    by_this = {name: f"{(row['rss_bytes'] - row['rss_built_bytes']) / 2**20:.0f} MiB" for name, row in top.items()}
+    holds(
+        page,
+        f"take {ms['fk.SketchStore']} and {by_this['fk.SketchStore']} of memory, against {ms['plain file']} and "
+        f"{by_this['plain file']} for a plain file mapped and {ms['whole in memory']} for one read whole",
+    )
+
+
+def test_curvature():
+    found = {(row["setting"]["name"], row["competitor"]): row["figures"] for row in rows("exact")}
+    head = found["head", "formed gradients"]
+    right, off = head["correlation, ε = 0.001"], head["error, ε = 0.001"]
+    holds("docs/kernels.md", f"(correlation {right:.4f}, relative error {100 * off:.1f}%, 32 pairs)")
+    sketched, formed, without = (
+        found["LoRA", way]["rank correlation, ε = 0.001"]
+        for way in ("sketch, k = 4096", "formed gradients", "formed, first order")
+    )
+    off = found["LoRA", "sketch, k = 4096"]["error, ε = 0.001"]
+    holds(
+        "docs/kernels.md",
+        f"rank correlation with retraining is {sketched:.2f} from sketches of 4096 numbers, {formed:.2f} from formed "
+        f"gradients and {without:.2f} without curvature; the size of the change is off by {100 * off:.0f}%",
+    )
 
 
 def test_the_attribution_page():
-    page = (ROOT / "docs" / "attribution.md").read_text(encoding="utf-8")
-    found = json.loads((RESULTS / "cpu-1threads" / "attribution.json").read_text())["rows"]
-    assert "\n".join(attribution.chart(found)) in page
+    page = "docs/attribution.md"
+    found = rows("attribution", "cpu-1threads")
+    holds(page, "\n".join(attribution.chart(found)))
     right = [row["figures"]["accuracy"] for row in found]
-    assert f"tells {100 * min(right):.0f} to {100 * max(right):.0f} % of the validation pairs apart" in prose(
-        "docs/attribution.md"
-    )
+    holds(page, f"tells {100 * min(right):.0f} to {100 * max(right):.0f} % of the validation pairs apart")
+    planted = {row["setting"]["kind"]: row["setting"]["share"] for row in found}
+    holds(page, f"of {100 * planted['label errors']:.0f} % of the training pairs the label is wrong")
+    holds(page, f"in {100 * planted['length bias']:.2f} % of all pairs")
+    few, more = attribution.AUDITED
+    holds(page, f"the most suspected {100 * few:.0f} or {100 * more:.0f} %")
+    room = {
+        round(few * one["train"]) / round(one["share"] * one["train"])
+        for one in (row["setting"] for row in found)
+        if one["kind"] == "length bias"
+    }
+    holds(page, f"no more than {100 * min(room):.0f} to {100 * max(room):.0f} % of them have room in {100 * few:.0f} %")
     auc = {(row["setting"]["name"], row["competitor"]): row["figures"]["AUC"] for row in found}
     for setting in {row["setting"]["name"] for row in found}:
         plain = auc[setting, attribution.PLAIN]
@@ -160,18 +191,17 @@ def test_what_a_llama_holds(capsys):
 
 
 def test_a_whole_iteration():
-    page, said = (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), prose("docs/training.md")
-    assert "\n".join(train_step.chart(rows("train_step"))) in page
+    page = "docs/training.md"
+    holds(page, "\n".join(train_step.chart(rows("train_step"))))
     short, long, _ = headline("train_step", "the paper's procedure")
-    assert f"{short:.2f} times as long as ours on short prompts and {long:.2f} times on long ones" in said
+    holds(page, f"{short:.2f} times as long as ours on short prompts and {long:.2f} times on long ones")
     head = headline("train_step", "FPO head-only (practical)")[2]
-    assert f"{head:.2f} of plain RLHF" in said
+    holds(page, f"takes {head:.2f} of plain RLHF")
     (whole,), (lora,) = (headline("train_step", f"FPO over {what}") for what in ("all weights of MiniLM", "a LoRA"))
-    assert f"trained and penalised {whole:.2f}, with a LoRA reward model on the base {lora:.2f}" in said
-    assert f"Replies take {headline('decode', 'ours / transformers')[0]:.2f} of the time of transformers'" in said
-    readme = prose("README.md")
-    assert f"takes {head:.2f} of plain RLHF's time, with a LoRA reward model {lora:.2f};" in readme
-    assert f"takes {short:.2f} times as long as ours on short prompts" in readme
+    holds(page, f"trained and penalised {whole:.2f}, with a LoRA reward model on the base {lora:.2f}")
+    holds(page, f"Replies take {headline('decode', 'ours / transformers')[0]:.2f} of the time of transformers'")
+    holds("README.md", f"takes {head:.2f} of plain RLHF's time, with a LoRA reward model {lora:.2f};")
+    holds("README.md", f"takes {short:.2f} times as long as ours on short prompts")
 
 
 def test_the_versions_that_are_served():
@@ -180,15 +210,14 @@ def test_the_versions_that_are_served():
     floor = dict(re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "constraints-floor.txt").read_text(), re.MULTILINE))
     assert len(least) == asked.count('"') // 2
     assert all(floor[name].startswith(version) for name, version in least.items())
-    said = prose("docs/install.md")
-    assert f"oldest versions served (transformers {least['transformers']}, peft {least['peft']})" in said
-    assert "below transformers 6," in said
+    page = "docs/install.md"
+    holds(page, f"oldest versions served (transformers {least['transformers']}, peft {least['peft']})")
+    holds(page, "below transformers 6,")
     assert '"transformers>=5.0,<6"' in asked
 
 
 def test_what_scoring_together_saves():
-    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     for row in rows("serving"):
         f = row["figures"]
         speeds = f"{f['requests_per_second']:.0f} | {f['p50_ms']:.0f} | {f['p99_ms']:.0f} | {f['answers']:.0f}"
-        assert f"| {row['setting']['name']} | {row['competitor']} | {speeds} |" in page
+        holds("docs/serving.md", f"| {row['setting']['name']} | {row['competitor']} | {speeds} |")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fpo_kernels as fk
+from benchmarks import floors
 from benchmarks.peers import formed_direction, plain_direction
 from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, dtypes
 from fpo_kernels.testing import direction_budget, random_streams
@@ -80,7 +81,10 @@ def build(setting: Setting, device: torch.device) -> Contest:
             cannot[impl] = why
         else:
             competitors[impl] = Competitor(run=run, budget=allowed)
-    return Contest(competitors=competitors, expected=lambda: {"product": exact}, cannot=cannot)
+    floor = floors.direction(setting.lengths, setting.p, setting.q, setting.dtype)
+    return Contest(
+        competitors=competitors, expected=lambda: {"product": exact}, cannot=cannot, floors={"product": floor}
+    )
 
 
 def _why_not(run: functools.partial[Tensor]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fpo_kernels as fk
-from benchmarks import peers
+from benchmarks import floors, peers
 from benchmarks.cases.influence import BASELINE, Setting, smollm2, unequal
 from benchmarks.models import Batch, block_weights, reward_model, rows, token_batch
 from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, Headline
@@ -44,7 +44,10 @@ def build(setting: Setting, device: torch.device) -> Contest:
         competitors[name] = Competitor(
             run=functools.partial(engine.sketch, batch, dim), budget=TOLERANCE[dtype], answers=name
         )
-    return Contest(competitors=competitors, expected=functools.partial(_expected, model, names, batch))
+    lengths = floors.lengths_of(batch)
+    least = {"input_gradient": floors.whole(model, lengths)}
+    least |= {name: floors.whole(model, lengths, dim=dim) for name, dim in OURS.items()}
+    return Contest(competitors=competitors, expected=functools.partial(_expected, model, names, batch), floors=least)
 
 
 def _expected(model: nn.Module, names: Sequence[str], batch: Batch) -> Mapping[str, Tensor]:

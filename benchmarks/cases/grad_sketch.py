@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import fpo_kernels as fk
+from benchmarks import floors
 from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, Headline, dtypes
 from fpo_kernels import library
 from fpo_kernels.testing import ragged, random_streams
@@ -73,6 +74,7 @@ def build(setting: Setting, device: torch.device) -> Contest:
         },
         expected=lambda: {"product": exact},
         cannot=cannot,
+        floors={"product": floors.sketches(lengths, setting.p, sum(setting.qs), setting.dim, setting.dtype)},
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fpo_kernels as fk
-from benchmarks import peers
+from benchmarks import floors, peers
 from benchmarks.cases.influence import Setting, smollm2, unequal
 from benchmarks.models import reward_model, rows, token_batch
 from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, Headline
@@ -38,11 +38,16 @@ def build(setting: Setting, device: torch.device) -> Contest:
         LOOP: functools.partial(peers.autograd_loop, model, HEAD, batch),
     }
     answers = {name: "reward" if name == BASELINE else "product" for name in runs}
+    lengths, pairs = floors.lengths_of(batch), floors.listed(setting.candidates, "steering")
     return Contest(
         competitors={
             name: Competitor(run=run, budget=TOLERANCE[dtype], answers=answers[name]) for name, run in runs.items()
         },
         expected=functools.partial(peers.exact, model, HEAD, batch),
+        floors={
+            "reward": floors.whole(model, lengths, backward=False),
+            "product": floors.whole(model, lengths, backward=False, pairs=pairs, head_alone=True),
+        },
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fpo_kernels as fk
-from benchmarks import peers
+from benchmarks import floors, peers
 from benchmarks.meters import available_bytes
 from benchmarks.models import Batch, block_weights, reward_model, rows, token_batch
 from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, Headline, dtypes
@@ -131,6 +131,7 @@ def build(setting: Setting, device: torch.device) -> Contest:
             cannot[name] = f"needs at least {need / 2**30:.1f} GiB for {what}, {free / 2**30:.1f} GiB are free"
             del runs[name]
     answers = {name: "input_gradient" if name == BASELINE else "product" for name in runs}
+    lengths = floors.lengths_of(batch)
     return Contest(
         competitors={
             name: Competitor(
@@ -143,6 +144,10 @@ def build(setting: Setting, device: torch.device) -> Contest:
         },
         expected=functools.partial(_expected, model, names, batch),
         cannot=cannot,
+        floors={
+            "input_gradient": floors.whole(model, lengths),
+            "product": floors.whole(model, lengths, pairs=floors.listed(setting.candidates, "steering")),
+        },
     )
 
 

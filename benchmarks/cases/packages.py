@@ -13,10 +13,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from benchmarks import floors
 from benchmarks.packages.processes import Failed, package
-from benchmarks.packages.work import Question, Task, Work, made, write
+from benchmarks.packages.work import OTHERS, Question, Task, Work, made, write
 from benchmarks.peers import hooked_backward
-from benchmarks.registry import TOLERANCE, Case, Competitor, Contest
+from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, Floor
 
 OURS = "fpo_kernels"
 WAYS: dict[str, tuple[str, ...]] = {
@@ -75,7 +76,19 @@ def build(work: Work, device: torch.device) -> Contest:
         for way in ways:
             competitors[way] = Competitor(run=functools.partial(process.run, way), budget=budget, rounds=ROUNDS)
     (folder / "inputs.pt").unlink()
-    return Contest(competitors=competitors, expected=functools.partial(expected, task), cannot=cannot)
+    return Contest(
+        competitors=competitors,
+        expected=functools.partial(expected, task),
+        cannot=cannot,
+        floors={"product": least(task)},
+    )
+
+
+def least(task: Task) -> Floor:
+    """A forward, a backward and the products; of a projection the two alone: its numbers are bought with accuracy."""
+    work = task.work
+    pairs = [] if work.question == "sketch" else floors.listed(work.examples, work.question, OTHERS)
+    return floors.whole(task.model, floors.lengths_of(task.batch), pairs=pairs)
 
 
 def expected(task: Task) -> Mapping[str, Tensor]:

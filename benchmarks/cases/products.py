@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fpo_kernels as fk
+from benchmarks import floors
 from benchmarks.peers import formed_products
 from benchmarks.registry import TOLERANCE, Case, Competitor, Contest, dtypes
 from fpo_kernels.testing import budget, ragged, random_streams, reach, terms
@@ -88,7 +89,10 @@ def build(setting: Setting, device: torch.device) -> Contest:
         else:
             run = functools.partial(fk.grad_products, a, d, offsets, listed, impl=impl, way="tokens")
             competitors[impl] = Competitor(run=run, budget=allowed)
-    return Contest(competitors=competitors, expected=lambda: {"product": exact}, cannot=cannot)
+    floor = floors.products(setting.lengths, pairs, setting.p, setting.q, setting.dtype)
+    return Contest(
+        competitors=competitors, expected=lambda: {"product": exact}, cannot=cannot, floors={"product": floor}
+    )
 
 
 def list_pairs(examples: int, kind: Pairs) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fpo_kernels as fk
-from benchmarks import gradients
+from benchmarks import floors, gradients
 from benchmarks.gradients import Layer
 from benchmarks.registry import Case, Competitor, Contest, Headline
 
@@ -93,7 +93,8 @@ def build(setting: Setting, device: torch.device) -> Contest:
                     setting.bias_seeds if name == TENSOR else 0,
                 ),
             )
-    return Contest(competitors=competitors, expected=lambda: {"gram": exact}, cannot=cannot)
+    floor = floors.read([x for layer in layers for x in (layer.a, layer.d)], exact)
+    return Contest(competitors=competitors, expected=lambda: {"gram": exact}, cannot=cannot, floors={"gram": floor})
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fpo_kernels as fk
+from benchmarks import floors
 from benchmarks.cases.products import Pairs, exact_products, list_pairs
 from benchmarks.registry import Case, Competitor, Contest, dtypes
 from fpo_kernels.cost import Work
@@ -88,7 +89,8 @@ def build(setting: Setting, device: torch.device) -> Contest:
         way: Competitor(run=functools.partial(fk.grad_products, a, d, offsets, listed, way=way), budget=budget)
         for way, budget in budgets.items()
     }
-    return Contest(competitors=competitors, expected=lambda: {"product": exact})
+    floor = floors.products(setting.lengths, pairs, setting.p, setting.q, setting.dtype)
+    return Contest(competitors=competitors, expected=lambda: {"product": exact}, floors={"product": floor})
 
 
 def regrets(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -3,7 +3,6 @@
 import json
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +11,9 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification
 from fpo_train import FPOMonitor, FPOReward, MonitorCallback
 from fpo_train.errors import RunError
 from fpo_train.report.watch import collapse
+from tests.pages import RESULTS, ROOT, holds
 
 from .test_reward_function import PROMPTS, REFERENCES, REPLIES, worth
-
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -122,12 +119,11 @@ def test_false_alarms_on_healthy_runs():
         10: ((0, 10), (2, 10)),
         20: ((1, 10), (2, 10)),
     }
-    page = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    page, plain = "docs/embedding.md", fallen("none")
     for window in (10, 20):
-        assert f"| {window} | {warned('relaxed', window)[0]} | {warned('none', window)[0]} |" in page
-    said, plain = " ".join(page.split()), fallen("none")
-    assert f"its utility falls by {fallen('relaxed')[-1]:.2f} at most" in said
-    assert f"it falls by {plain[0]:.2f} to {plain[-1]:.2f}, on nine of the ten by {plain[1]:.2f} or more" in said
+        holds(page, f"| {window} | {warned('relaxed', window)[0]} | {warned('none', window)[0]} |")
+    holds(page, f"its utility falls by {fallen('relaxed')[-1]:.2f} at most")
+    holds(page, f"it falls by {plain[0]:.2f} to {plain[-1]:.2f}, on nine of the ten by {plain[1]:.2f} or more")
 
 
 def test_the_page_has_the_simulated_rates():
