@@ -6,6 +6,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 
 FLOOR := .floor/bin
 NEWEST := .newest/bin
+PEERS := .peers/bin
 # of the training layer, what stands on transformers and peft
 ON_TRANSFORMERS := $(addprefix tests/fpo_train/test_,policy.py generation.py decoding.py trial.py loop.py reward_model.py weights.py)
 ON_TRL := $(addprefix tests/fpo_train/test_,trl.py reward_function.py monitor.py)
@@ -15,7 +16,7 @@ FPO_REQUIRE_NATIVE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export FPO_REQUIRE_NATIVE
 
-.PHONY: help setup demo test slow floor newest lint docs bench clean
+.PHONY: help setup demo test slow floor newest lint docs bench peers clean
 
 # a copy of the tree in $(1): its libraries are built against the torch there, and not in place of those of .venv
 define copy
@@ -84,6 +85,14 @@ lint: $(STAMP) ## check style, format and types
 
 docs: $(STAMP) ## build README and docs/ into site/, with the API from docstrings; open site/index.html
 	$(BIN)/python -m mkdocs build --strict
+
+peers: ## make .peers, other people's packages for `python -m benchmarks run packages`
+	test -x $(PEERS)/python || $(PYTHON) -m venv .peers
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools numpy
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-r benchmarks/packages/requirements.txt
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+		-r benchmarks/packages/alone.txt
 
 bench: $(STAMP) ## run every benchmark case and write benchmarks/results/<device>/
 	$(BIN)/python -m benchmarks run all
