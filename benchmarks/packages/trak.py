@@ -16,7 +16,7 @@ from trak.projectors import BasicProjector, NoOpProjector, ProjectionType
 from .work import Cannot, Run, Task, multiplied
 
 NAME, WAYS = "traker", ("traker", "traker, tuned")
-TOGETHER = 4  # texts a call of vmap: as quick as all of them, and they need not all be held
+AT_ONCE, TOGETHER = 1 << 26, 4  # more numbers than that are quicker made of four texts at a time, and need not be held
 DRAWN = 1 << 33  # random numbers a call that a CPU draws in two minutes
 BLOCK = 1 << 28  # numbers of a projection at a time, 1 GB
 SLICE = 1 << 20  # numbers of a gradient that are multiplied at a time
@@ -75,9 +75,8 @@ def ready(task: Task, way: str) -> Run:
         return [g.flatten(1) for g in computer.compute_per_sample_grad((ids,)).values()]
 
     def by_layer() -> Tensor:
-        if work.question == "gram":
-            gradients = of(ids)
-            return _compared(task, gradients, gradients)
+        if work.question == "gram" or len(ids) * count <= AT_ONCE:
+            return task.formed(of(ids))
         own, others = ids[: work.examples], ids[work.examples :]
         compared = of(others) if len(others) else []
         return torch.cat([_compared(task, of(some), compared) for some in own.split(TOGETHER)])
