@@ -69,11 +69,12 @@ def build(work: Work, device: torch.device) -> Contest:
     for name, ways in WAYS.items():
         try:
             process = package(name, device)
-            process.ask(do="begin", folder=str(folder))
+            began = process.ask(do="begin", folder=str(folder))
         except Failed as why:
             cannot |= dict.fromkeys(ways, str(why))
             continue
-        for way in ways:
+        cannot |= began["cannot"]
+        for way in began["ways"]:
             competitors[way] = Competitor(run=functools.partial(process.run, way), budget=budget, rounds=ROUNDS)
     (folder / "inputs.pt").unlink()
     return Contest(
@@ -114,7 +115,8 @@ def chart(rows: list[dict[str, Any]]) -> list[str]:
         for name in names:
             row = found[name]
             if row["status"] != "timed" or ours["status"] != "timed":
-                cells.append("–" if row["status"] == "cannot run" else "wrong")
+                off = f"off by {row['error']:.0e}" if row.get("error") else "fails"
+                cells.append("–" if row["status"] == "cannot run" else off)
                 continue
             memory = f" ({row['peak_bytes'] / max(1, ours['peak_bytes']):.1f})" if row["peak_bytes"] is not None else ""
             cells.append(f"{row['ratio']['median']:.2f}{memory}")

@@ -4,7 +4,7 @@ python -m benchmarks.packages.worker <package> [device]
 
 Each line gets one in answer; `why` in it says that something went wrong, and how.
 
-    {"do": "begin", "folder": …}             read the work that lies there           → {"ways": […], "version": …}
+    {"do": "begin", "folder": …}             read the work that lies there           → {"ways": […], "cannot": {…}}
     {"do": "run", "way": …, "answer": path}  run it, the answer into a file          → {"seconds": …, "peak_bytes": …}
 
 The process ends with its input.
@@ -41,13 +41,14 @@ class Worker:
         self.ways = {}
         release()
         ready: dict[str, Run] = {}
+        cannot: dict[str, str] = {}
         for way in self.module.WAYS:
             try:
                 ready[way] = self.module.ready(read(Path(folder), self.device), way)
             except Cannot as reason:
-                return {"why": str(reason)}
+                cannot[way] = str(reason)
         self.ways = ready
-        return {"ways": list(ready), "version": _version(self.module.NAME)}
+        return {"ways": list(ready), "cannot": cannot, "version": _version(self.module.NAME)}
 
     def run(self, way: str, answer: str) -> dict[str, Any]:
         """Once, timed, with the most that was held beyond what was held before."""
