@@ -107,6 +107,7 @@ def test_without_the_environment_ours_is_still_measured(monkeypatch, tmp_path):
     processes.package.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("question", EXACT)
 def test_every_package_that_is_installed_is_right(question):
     """With `make peers`; each answer within the gate, twice."""
