@@ -68,16 +68,21 @@ def test_what_a_reward_model_without_a_chat_template_reads_is_said(tiny, encoder
     shutil.copytree(encoders["trained"], model)
     (model / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(model)
-    own = tmp_path / "taste.py"
+    own = tmp_path / "lengths_of_replies.py"
     own.write_text("def score(prompts, replies):\n    return [len(reply) for reply in replies]\n")
     options = ["--reward_model.kind", "classifier", "--reward_model.model", model, "--iterations", "1"]
     monkeypatch.chdir(tmp_path)
     assert (
-        main(arguments(tiny, "run", *options, "--oracle.kind", "function", "--oracle.function", "taste.py:score")) == 0
+        main(
+            arguments(
+                tiny, "run", *options, "--oracle.kind", "function", "--oracle.function", "lengths_of_replies.py:score"
+            )
+        )
+        == 0
     )
     told = capfd.readouterr().err
     assert "reward model: it reads prompt, blank line and reply as one text, since its tokenizer has no chat" in told
-    assert "the oracle, which stands for the truth, is the function taste.py:score" in told
+    assert "the oracle, which stands for the truth, is the function lengths_of_replies.py:score" in told
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tiny, encoders, tmp_path, capfd):

@@ -213,7 +213,7 @@ def drawn(rng):
             mean_over=rng.choice(["reply", "padded"]),
         ),
         rollout=RolloutConfig(
-            prompts=rng.choice([1, 2, 16]), candidates=rng.choice([1, 2, 8]), max_new_tokens=rng.choice([8, 256])
+            prompts=rng.choice([1, 2, 16]), candidates=rng.choice([2, 3, 8]), max_new_tokens=rng.choice([8, 256])
         ),
         penalty=PenaltyConfig(kind=rng.choice(PENALTY_KINDS), parameters=rng.choice(["head", "all", "trainable"])),
         update=UpdateConfig(kind=rng.choice(["best_of_n", "rloo"]), optimizer=rng.choice(optimizers)),
