@@ -1,4 +1,4 @@
-"""python -m benchmarks list | run | report: exit 0 done, 1 a competitor failed, 2 wrong usage."""
+"""python -m benchmarks list | run | compare | report: exit 0 done, 1 something failed or is slower, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases, report, results
+from benchmarks.comparing import command as comparing
 from benchmarks.floors import Rates
 from benchmarks.runner import Options, chosen, run_case
 
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in known.values():
             print(f"{case.name:<12} {case.description}\n{'':<12} {', '.join(case.competitors)}")
         return 0
+    if arguments.command == "compare":
+        return comparing.run(arguments)
     names = list(known) if "all" in arguments.cases else arguments.cases
     for name in names:
         if name not in known:
@@ -79,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--repeats", type=_positive, help="timed rounds a setting, in place of the case's own")
     run.add_argument("--setting", default="", help="only settings whose name has this in it; the file keeps the others")
     run.add_argument("--quick", action="store_true", help="small settings, written to <case>-quick.json")
+    comparing.add_parser(commands)
     report.add_parser(commands)
     return parser
 

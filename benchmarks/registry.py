@@ -106,6 +106,7 @@ class Case:
         isolated: setting → the competitors whose memory is measured in processes of their own, on a CPU.
         summary: rows → what they come to in a few lines, printed under the table and kept.
         rounds: how often each is timed where the command line does not say.
+        ours: the competitors that are our own, the best first; `compare` times the first that runs in both revisions.
         clock: what times it on a CPU: wall time, or `time.process_time`, of which others take nothing.
     """
 
@@ -119,6 +120,7 @@ class Case:
     isolated: Callable[[Any], Sequence[str]] = lambda setting: ()
     summary: Callable[[list[dict[str, Any]]], str] | None = None
     rounds: int = 10
+    ours: tuple[str, ...] = ()
     clock: Callable[[], float] = time.perf_counter
 
 

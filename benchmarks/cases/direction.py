@@ -103,6 +103,7 @@ CASE = Case(
     description="products of one layer's per-example gradients with a stored matrix (fk.grad_direction)",
     competitors=(FORMED, PLAIN, *IMPLS),
     baseline=FORMED,
+    ours=IMPLS,
     settings=settings,
     build=build,
 )

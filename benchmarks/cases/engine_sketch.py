@@ -76,6 +76,7 @@ CASE = Case(
     description="sketches of a reward model's gradients over all Linear weights against one forward and backward",
     competitors=(BASELINE, *OURS),
     baseline=BASELINE,
+    ours=tuple(OURS),
     settings=settings,
     build=build,
     headlines=tuple(Headline(text=f"{name} / (forward + backward)", over=name, under=BASELINE) for name in OURS),

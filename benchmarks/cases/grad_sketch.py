@@ -83,6 +83,7 @@ CASE = Case(
     description="sketches of one layer's per-example gradients, by implementation",
     competitors=IMPLS,
     baseline="torch",
+    ours=("triton", "native", "torch"),
     settings=settings,
     build=build,
     headlines=(

@@ -56,6 +56,7 @@ CASE = Case(
     description="steering products over the score head of a reward model against scoring alone",
     competitors=(BASELINE, CLOSED, ENGINE, LOOP),
     baseline=BASELINE,
+    ours=(ENGINE,),
     settings=settings,
     build=build,
     headlines=(Headline(text="steering over the head / forward", over=ENGINE, under=BASELINE),),

@@ -132,6 +132,7 @@ CASE = Case(
     description="host time of noting every Linear layer's input and output gradient, taps beside plain torch hooks",
     competitors=(BASELINE, HOOKS, TAPS),
     baseline=BASELINE,
+    ours=(TAPS,),
     settings=settings,
     build=build,
     summary=summary,

@@ -192,6 +192,7 @@ CASE = Case(
     description="steering products over all Linear weights of a reward model against one forward and backward",
     competitors=(BASELINE, OURS, FIRST, HOOKS, GHOST, FLAT, LOOP, VMAP),
     baseline=BASELINE,
+    ours=(OURS,),
     settings=settings,
     build=build,
     headlines=(

@@ -138,6 +138,7 @@ CASE = Case(
     description="inner products of one layer's per-example gradients (fk.grad_products) against forming them",
     competitors=(FORMED, *IMPLS),
     baseline=FORMED,
+    ours=("triton", "native", "torch"),
     settings=settings,
     build=build,
 )

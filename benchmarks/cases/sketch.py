@@ -261,6 +261,7 @@ CASE = Case(
     description="error of inner products of gradients after projection, by bytes and time",
     competitors=(TENSOR, LOGRA, SJLT, DENSE),
     baseline=TENSOR,
+    ours=(TENSOR,),
     settings=settings,
     build=build,
     headlines=(

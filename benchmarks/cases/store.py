@@ -178,6 +178,7 @@ CASE = Case(
     description="fk.SketchStore, appending and searching, against a plain file (the baseline) and whole in memory",
     competitors=WAYS,
     baseline=PLAIN,
+    ours=(OURS,),
     settings=settings,
     build=build,
     headlines=(Headline(text="the store / a plain file", over=OURS, under=PLAIN),),

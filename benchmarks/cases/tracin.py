@@ -108,6 +108,7 @@ CASE = Case(
     description="TracIn over checkpoints of the score head of a reward model against scoring both batches once",
     competitors=(BASELINE, ENGINE, LOOP),
     baseline=BASELINE,
+    ours=(ENGINE,),
     settings=settings,
     build=build,
     headlines=(

@@ -145,6 +145,7 @@ CASE = Case(
     description="fk.grad_products from tokens, by forming, and the one that auto chooses (the baseline)",
     competitors=(AUTO, *WAYS),
     baseline=AUTO,
+    ours=(AUTO,),
     settings=settings,
     build=build,
     summary=summary,

@@ -14,6 +14,7 @@ import torch
 from benchmarks import cases, isolated, results
 from benchmarks.__main__ import main
 from benchmarks.cases import ways
+from benchmarks.comparing.command import DEFAULT
 from benchmarks.registry import Case, Competitor, Contest, Headline
 from benchmarks.runner import check, spread
 
@@ -166,6 +167,13 @@ def test_list_names_every_case(capsys):
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("products", "ways", "influence", "head", "triton", "autograd call each"))
+
+
+def test_what_compare_times_is_among_the_competitors():
+    known = cases.cases()
+    for case in known.values():
+        assert set(case.ours) <= set(case.competitors)
+    assert all(known[name].ours for name in DEFAULT)
 
 
 def test_real_products_pass_the_gate(tmp_path):

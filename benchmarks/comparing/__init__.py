@@ -1,0 +1,1 @@
+"""Two revisions timed against each other: `python -m benchmarks compare <base> <head>`."""
