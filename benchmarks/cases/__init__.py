@@ -17,9 +17,11 @@ def cases() -> dict[str, Case]:
         head,
         host,
         influence,
+        lds,
         neural,
         packages,
         products,
+        projections,
         scaling,
         serving,
         sketch,
@@ -30,5 +32,5 @@ def cases() -> dict[str, Case]:
     )
 
     kernels = (products, ways, direction, influence, head, sketch, grad_sketch, engine_sketch, store, tracin, exact)
-    every = (*kernels, packages, scaling, host, decode, train_step, neural, attribution, serving)
+    every = (*kernels, packages, projections, scaling, host, decode, train_step, neural, attribution, lds, serving)
     return {module.CASE.name: module.CASE for module in every}

@@ -68,7 +68,7 @@ Sketcher = Callable[[int], Tensor]  # seed → (layers, examples, k)
 
 def build(setting: Setting, device: torch.device) -> Contest:
     """Every layer's gradients projected; the answers are the layers' Gram matrices (layers, examples, examples)."""
-    layers, exact = _measured(setting.model, device)
+    layers, exact = measured(setting.model, device)
     kinds: dict[str, Any] = {TENSOR: fk.TensorSketch, LOGRA: fk.LoGra, SJLT: fk.SJLT, DENSE: fk.DenseProjection}
     cannot = {}
     if math.isqrt(setting.dim) ** 2 != setting.dim:
@@ -79,14 +79,14 @@ def build(setting: Setting, device: torch.device) -> Contest:
     competitors = {}
     for name, kind in kinds.items():
         if name not in cannot:
-            sketch = functools.partial(_sketch, kind, layers, setting.dim)
+            sketch = functools.partial(projected, kind, layers, setting.dim)
             competitors[name] = Competitor(
-                run=functools.partial(_grams, sketch, 0),
-                budget=2 * _bound(name, setting.dim, exact),
+                run=functools.partial(gram_matrices, sketch, 0),
+                budget=2 * bound(name, setting.dim, exact),
                 answers="gram",
                 rounds=rounds[name],
                 figures=functools.partial(
-                    _figures,
+                    figures,
                     sketch,
                     exact,
                     setting.quick_seeds if name in (TENSOR, LOGRA) else setting.seeds,
@@ -98,7 +98,7 @@ def build(setting: Setting, device: torch.device) -> Contest:
 
 
 @functools.lru_cache(maxsize=1)
-def _measured(model: str, device: torch.device) -> tuple[list[Layer], Tensor]:
+def measured(model: str, device: torch.device) -> tuple[list[Layer], Tensor]:
     """The layers' streams, and their exact Gram matrices (layers, examples, examples) in float64."""
     layers = gradients.tiny(device) if model == "tiny" else gradients.smollm2(BLOCKS, device)
     examples = len(layers[0].offsets) - 1
@@ -107,7 +107,8 @@ def _measured(model: str, device: torch.device) -> tuple[list[Layer], Tensor]:
     return layers, torch.stack(exact).view(len(layers), examples, examples).cpu()
 
 
-def _sketch(kind: Any, layers: Sequence[Layer], dim: int, seed: int) -> Tensor:
+def projected(kind: Any, layers: Sequence[Layer], dim: int, seed: int) -> Tensor:
+    """Every layer's k numbers a text, (layers, examples, k), by a class of fpo_kernels."""
     found = []
     for x in layers:
         shared = {"family": x.block} if kind is fk.TensorSketch else {}
@@ -116,12 +117,13 @@ def _sketch(kind: Any, layers: Sequence[Layer], dim: int, seed: int) -> Tensor:
     return torch.stack(found)
 
 
-def _grams(sketch: Sketcher, seed: int) -> Tensor:
+def gram_matrices(sketch: Sketcher, seed: int) -> Tensor:
+    """Of one seed's vectors, (layers, examples, examples)."""
     vectors = sketch(seed)
     return vectors @ vectors.mT
 
 
-def _bound(name: str, dim: int, exact: Tensor) -> float:
+def bound(name: str, dim: int, exact: Tensor) -> float:
     """What the relative error of all Gram matrices is at most, in the root mean square over seeds.
 
     The variance of ⟨S_i, S_j⟩ over ‖G_i‖²‖G_j‖² is at most 2/k for signs, dense or one a coordinate; (1 + 2/√k)² − 1
@@ -132,7 +134,7 @@ def _bound(name: str, dim: int, exact: Tensor) -> float:
     return math.sqrt(variance) * float(traces.norm() / exact.norm())
 
 
-def _figures(sketch: Sketcher, exact: Tensor, seeds: int, bias_seeds: int) -> Mapping[str, float]:
+def figures(sketch: Sketcher, exact: Tensor, seeds: int, bias_seeds: int) -> Mapping[str, float]:
     """Relative errors in Frobenius norm over seeds 0, 1, …: of each layer's Gram matrix, and of the layers' sum.
 
     error: mean over seeds and layers. sum_error: mean over seeds, of sketches added up over the layers into one.

@@ -19,7 +19,7 @@ def test_errors_are_relative_and_averaged_as_said():
     g = torch.tensor([[[3.0, 0.0]], [[0.0, 4.0]]], dtype=torch.float64)  # (layers, examples, k)
     exact = g @ g.mT
     over = {0: 0.1, 1: 0.3}
-    found = sketch._figures(lambda seed: (1 + over[seed]) * g, exact, seeds=2, bias_seeds=0)
+    found = sketch.figures(lambda seed: (1 + over[seed]) * g, exact, seeds=2, bias_seeds=0)
     errors = [2 * e + e * e for e in over.values()]
     assert found["error"] == pytest.approx(sum(errors) / 2)
     assert found["error_deviation"] == pytest.approx(abs(errors[0] - errors[1]) / 2)
