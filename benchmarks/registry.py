@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,12 +68,14 @@ class Contest:
         expected: computes the right answers, name → tensor, in float64 or by a trusted way.
         cannot: name → why a competitor cannot run here.
         floors: answer, by the names of `expected` → what it takes at the least, where that can be said.
+        once_above: a competitor whose gated call takes more than so many times the baseline's makes do with that call.
     """
 
     competitors: Mapping[str, Competitor]
     expected: Callable[[], Mapping[str, Tensor]]
     cannot: Mapping[str, str] = field(default_factory=dict)
     floors: Mapping[str, Floor] = field(default_factory=dict)
+    once_above: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True)

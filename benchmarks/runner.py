@@ -101,8 +101,11 @@ def run_contest(contest: Contest, baseline: str, options: Options, rates: Rates)
         rows[name] = {"status": "failed", "reason": reason, "error": error, "budget": competitor.budget}
         if not reason:
             passed[name] = metered
+    most = contest.once_above * passed[baseline].seconds if baseline in passed else math.inf
     for name, metered in passed.items():
-        if metered.seconds < WARM_SECONDS:
+        if metered.seconds > most:
+            metered.rounds = 0
+        elif metered.seconds < WARM_SECONDS:
             metered()
         rows[name] |= {"status": "timed", "peak_bytes": metered.peak}
     dtypes = {floor.dtype for floor in contest.floors.values()} if passed else set()
@@ -174,7 +177,7 @@ def _take_turns(competitors: Mapping[str, _Metered], baseline: str, options: Opt
     calls, times = {}, {}
     for name, competitor in competitors.items():
         once = competitor.seconds
-        if once < WARM_SECONDS:  # the metered call had to fetch its memory from the system
+        if once < WARM_SECONDS and competitor.rounds != 0:  # the metered call had to fetch its memory from the system
             once = competitor.sample(1, options.clock)
         calls[name] = max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
         times[name] = [once] if competitor.rounds == 0 else []

@@ -6,7 +6,6 @@ way, a `backward_hook` of one's own as the one that holds no batch of gradients.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 
 from benchmarks.peers import forward_and_backward, rewards
 
-from .work import Run, Task
+from .work import Run, Task, kept_of_layers, width_of_layers
 
 NAME, WAYS = "bergson", ("Bergson", "Bergson, tuned")
+kept = kept_of_layers
 
 
 @dataclass(kw_only=True)
@@ -52,8 +52,7 @@ def ready(task: Task, way: str) -> Run:
     matrix anew in every call: for six layers of SmolLM2 and 4096 numbers a CPU would take half an hour.
     """
     model: Any = task.model
-    numbers = task.work.numbers
-    processor = GradientProcessor(projection_dim=math.isqrt(numbers // len(task.names)) if numbers else None)
+    processor = GradientProcessor(projection_dim=width_of_layers(task) or None)
     if way == WAYS[1]:
         return _multiplied(task, processor)
     model.requires_grad_(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,10 @@ from torch import Tensor
 from benchmarks.models import Batch
 from benchmarks.peers import forward_and_backward, rewards
 
-from .work import Run, Task
+from .work import Run, Task, kept_of_layers, width_of_layers
 
 NAME, WAYS = "dattri-llm", ("dattri-LLM", "dattri-LLM, tuned")
+kept = kept_of_layers
 Layer = dict[str, Any] | None
 Product = Callable[[Tensor, Tensor, str, Layer], Tensor]
 PIECE = 1 << 15  # numbers of a gradient that one product may sum; over 10^6 of them, fp32 errs by 1e-4
@@ -148,8 +148,7 @@ def _frozen(task: Task, callbacks: list[HookManagerCallback], projections: dict[
 
 def _logra(task: Task) -> dict[str, Any]:
     """Both sides of every layer's gradient projected to a width whose square times the layers is what is allowed."""
-    width = math.isqrt(task.work.numbers // len(task.names))
-    return {"style": "logra", "proj_dim": width, "proj_max_batch_size": 8, "proj_type": "rademacher"}
+    return {"style": "logra", "proj_dim": width_of_layers(task), "proj_max_batch_size": 8, "proj_type": "rademacher"}
 
 
 def _forget(manager: HookManager) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,16 @@ Run = Callable[[], Tensor]
 OTHERS = 8  # a cross Gram matrix is to so many
 SEED = 7
 PIECE = 1 << 14  # numbers
+
+
+def width_of_layers(task: Task) -> int:
+    """Of projections of both sides of every layer: its square times the layers is what a text may have."""
+    return math.isqrt(task.work.numbers // len(task.names))
+
+
+def kept_of_layers(task: Task) -> int:
+    """Numbers that such projections keep of a text."""
+    return width_of_layers(task) ** 2 * len(task.names)
 
 
 def multiplied(left: Tensor, right: Tensor) -> Tensor:

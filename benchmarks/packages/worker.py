@@ -4,8 +4,10 @@ python -m benchmarks.packages.worker <package> [device]
 
 Each line gets one in answer; `why` in it says that something went wrong, and how.
 
-    {"do": "begin", "folder": …}             read the work that lies there           → {"ways": […], "cannot": {…}}
-    {"do": "run", "way": …, "answer": path}  run it, the answer into a file          → {"seconds": …, "peak_bytes": …}
+    {"do": "begin", "folder": …}             read the work that lies there
+        → {"ways": […], "cannot": {…}, "version": …, "kept": numbers of a text's projection}
+    {"do": "run", "way": …, "answer": path}  run it, the answer into a file
+        → {"seconds": …, "peak_bytes": …}
 
 The process ends with its input.
 """
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.meters import peak_bytes, release, seconds_per_call
-from benchmarks.packages.work import Cannot, Run, read
+from benchmarks.packages.work import Cannot, Run, Task, read
 
 
 class Worker:
@@ -42,13 +44,16 @@ class Worker:
         release()
         ready: dict[str, Run] = {}
         cannot: dict[str, str] = {}
+        kept = 0
         for way in self.module.WAYS:
+            task = read(Path(folder), self.device)
+            kept = getattr(self.module, "kept", _all)(task)
             try:
-                ready[way] = self.module.ready(read(Path(folder), self.device), way)
+                ready[way] = self.module.ready(task, way)
             except Cannot as reason:
                 cannot[way] = str(reason)
         self.ways = ready
-        return {"ways": list(ready), "cannot": cannot, "version": _version(self.module.NAME)}
+        return {"ways": list(ready), "cannot": cannot, "version": _version(self.module.NAME), "kept": kept}
 
     def run(self, way: str, answer: str) -> dict[str, Any]:
         """Once, timed, with the most that was held beyond what was held before."""
@@ -61,6 +66,10 @@ class Worker:
         peak = peak_bytes(timed, self.device)
         torch.save(answers[0].detach().cpu(), answer)
         return {"seconds": took[0], "peak_bytes": peak}
+
+
+def _all(task: Task) -> int:
+    return task.work.numbers
 
 
 def _version(distribution: str) -> str:

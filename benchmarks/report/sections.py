@@ -84,6 +84,16 @@ def memory_beside_peers(device: Device, draw: Draw) -> list[str]:
     return lines
 
 
+def right_beside_peers(device: Device, draw: Draw) -> list[str]:
+    """Errors, the weights that answers are over, and the bytes of a projection."""
+    lines = []
+    for case, group, rows in _groups(device):
+        if any(row.get("error") is not None for row in rows):
+            lines += ["", f"**{_called(case, group)}**: relative error to float64, in norm{_covered(rows)}.", ""]
+            lines += grid(rows, _error)
+    return lines
+
+
 def of_the_floor(device: Device, draw: Draw) -> list[str]:
     """The least time that a question takes over what was taken, by case; and the rates that it is worked out from."""
     lines = []
@@ -128,6 +138,7 @@ SECTIONS: tuple[tuple[str, Section], ...] = (
     ("What was measured", files),
     ("Time beside peers", time_beside_peers),
     ("Memory beside peers", memory_beside_peers),
+    ("Errors, weights and bytes beside peers", right_beside_peers),
     ("Of the floor", of_the_floor),
     ("Scaling", scaling),
     ("What is absent", absent),
@@ -186,6 +197,21 @@ def _process(row: Row) -> str:
 
 def _not(row: Row) -> str:
     return "wrong" if row["status"] == "failed" else "–"
+
+
+def _error(row: Row) -> str:
+    if row.get("error") is None:
+        return _not(row)
+    kept = row.get("figures", {}).get("bytes")
+    wrong = ", wrong" if row["status"] == "failed" else ""
+    return f"{row['error']:.1e}" + (f", {kept:,.0f} B" if kept else "") + wrong
+
+
+def _covered(rows: Sequence[Row]) -> str:
+    counts = sorted({row["figures"]["parameters"] for row in rows if "parameters" in row.get("figures", {})})
+    words = " or ".join(f"{count:,.0f}" for count in counts)
+    bytes_too = "; bytes of what is kept of a text" if any("bytes" in row.get("figures", {}) for row in rows) else ""
+    return (f", over {words} weights" if counts else "") + bytes_too
 
 
 def _ratios(rows: Sequence[Row]) -> Values:

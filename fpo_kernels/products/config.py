@@ -17,9 +17,11 @@ FEATURE_CHUNK = 2048
 DENSE_FILL = 2
 
 # impl="torch", way="form". Together at most SCRATCH_BYTES: one tile of every example; rows of a and of d, where they
-# cannot be read in place; three more tiles where pairs are multiplied elementwise.
-FORM_BYTES = 8 * 2**20
+# cannot be read in place; three pieces of tiles where pairs are multiplied elementwise. A tile of 16 MiB took 0.95 of
+# the time of one of 8 on 32 texts of 256 tokens, since higher tiles multiply faster (benchmarks/NOTES.md).
+FORM_BYTES = 16 * 2**20
 ROW_BYTES = 8 * 2**20
+ELEMENTWISE_BYTES = 8 * 2**20
 # Tiles of 32×32 at least, so that reading rows does not outweigh multiplying them; longer lists are cut.
 LEAST_HEIGHT = 32
 MOST_EXAMPLES = FORM_BYTES // (4 * LEAST_HEIGHT * LEAST_HEIGHT)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fpo_kernels.products.config import (
+    ELEMENTWISE_BYTES,
     FORM_BYTES,
     HUB_PAIRS,
     LEAST_HEIGHT,
@@ -186,7 +187,7 @@ class _Plan:
             at_row, at_column, place = self.within
             sums[place] += _gram(_rows(left, rows), _rows(right, columns))[at_row, at_column]
         i, j = self.rest
-        step = max(1, FORM_BYTES // max(1, left.shape[1] * left.element_size()))
+        step = max(1, ELEMENTWISE_BYTES // max(1, left.shape[1] * left.element_size()))
         for first in range(0, len(i), step):
             some = slice(first, first + step)
             x = _rows(left, i[some])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from benchmarks import cases, isolated, results
 from benchmarks.__main__ import main
 from benchmarks.cases import ways
 from benchmarks.comparing.command import DEFAULT
-from benchmarks.registry import Case, Competitor, Contest, Headline
+from benchmarks.registry import Case, Competitor, Contest, Headline, Told
 from benchmarks.runner import check, spread
 
 EXACT = torch.tensor([3.0, 4.0], dtype=torch.float64)
@@ -208,6 +209,25 @@ def test_rounds_can_be_capped(run):
     right, twice, never = result["rows"]
     assert [len(row["samples"]) for row in (right, twice, never)] == [3, 2, 1]
     assert never["ratio"]["median"] == never["seconds"]["median"] / right["seconds"]["median"]
+
+
+def test_what_is_many_times_slower_is_not_asked_again(run):
+    runs = {name: Counted(EXACT) for name in ("right", "near", "far")}
+    seconds = {"right": 1.0, "near": 2.9, "far": 3.1}
+
+    def told(name: str) -> Told:
+        return Told(runs[name](), seconds[name], None)
+
+    contest = Contest(
+        competitors={name: Competitor(run=functools.partial(told, name), budget=1e-6) for name in runs},
+        expected=lambda: {"product": EXACT},
+        once_above=3.0,
+    )
+    case = dataclasses.replace(case_of(runs), build=lambda setting, device: contest)
+    _, result, _ = run(case)
+    assert [(len(row["samples"]), row["in_rounds"]) for row in result["rows"]] == [(3, True), (3, True), (1, False)]
+    assert runs["far"].calls == 1
+    assert result["rows"][2]["ratio"]["median"] == 3.1
 
 
 def row_of(competitor: str, samples: list[float], setting: str = "small", **figures) -> dict:
