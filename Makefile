@@ -16,7 +16,7 @@ FPO_REQUIRE_NATIVE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export FPO_REQUIRE_NATIVE
 
-.PHONY: help setup demo test slow floor newest lint docs bench peers clean
+.PHONY: help setup demo test slow floor newest lint docs bench peers carried clean
 
 # a copy of the tree in $(1): its libraries are built against the torch there, and not in place of those of .venv
 define copy
@@ -93,6 +93,10 @@ peers: ## make .peers, other people's packages for `python -m benchmarks run pac
 		-r benchmarks/packages/requirements.txt
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
 		-r benchmarks/packages/alone.txt
+
+carried: ## make .peers/carried, those of them that are pure Python, for a machine without a network
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .peers/carried \
+		-r benchmarks/packages/carried.txt
 
 bench: $(STAMP) ## run every benchmark case and write benchmarks/results/<device>/
 	$(BIN)/python -m benchmarks run all

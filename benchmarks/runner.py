@@ -177,7 +177,8 @@ def _take_turns(competitors: Mapping[str, _Metered], baseline: str, options: Opt
     calls, times = {}, {}
     for name, competitor in competitors.items():
         once = competitor.seconds
-        if once < WARM_SECONDS and competitor.rounds != 0:  # the metered call had to fetch its memory from the system
+        # the metered call had to fetch its memory from the system; what another process tells is of one call
+        if once < WARM_SECONDS and competitor.rounds != 0 and not competitor.elsewhere:
             once = competitor.sample(1, options.clock)
         calls[name] = max(1, min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
         times[name] = [once] if competitor.rounds == 0 else []

@@ -33,7 +33,7 @@ WAYS: dict[str, tuple[str, ...]] = {
 EXACT: tuple[Question, ...] = ("norms", "gram", "cross", "steering")
 SIZES = tuple(itertools.product((8, 32), (64, 256)))  # examples, tokens
 ROUNDS = 3
-ONCE_ABOVE = 3.0  # what takes longer than so many times ours is not asked again: a run has to end
+ONCE_ABOVE = 2.0  # what takes longer than so many times ours is not asked again: a run has to end
 # A projection's inner products are an estimate; how good a one is what `sketch` is about.
 ESTIMATE = 2.0
 

@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         **results.environment(options.device),
-        "case": CASE,
-        "setting": SETTING,
+        "timed": f"{CASE}: {SETTING}",
         "slower": arguments.slower / 100,
         "margin": options.margin,
         "error": ERROR,

@@ -19,7 +19,14 @@ from benchmarks.gpu_campaign.record import Record
 from benchmarks.gpu_campaign.table import tables
 
 # part → its module; in the order in which they run
-PARTS = {"build": "build", "tests": "suite", "engine": "engine", "kernels": "kernels", "launches": "launches"}
+PARTS = {
+    "build": "build",
+    "tests": "suite",
+    "engine": "engine",
+    "kernels": "kernels",
+    "launches": "launches",
+    "packages": "others",
+}
 NAMED = {"train": "training"}  # that run where they are named alone
 
 

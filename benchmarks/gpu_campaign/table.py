@@ -68,6 +68,10 @@ def tables(folder: Path, ended: Mapping[str, int]) -> str:
     if launches := parts.get("launches", {}).get("rows", []):
         lines += ["", "One warm call: launches of ours / all kernels (ms of kernels), waits, pageable copies", ""]
         lines += _grid(launches, _launched)
+    if packages := [row for row in parts.get("packages", {}).get("rows", []) if "ms" in row]:
+        lines += ["", "Beside other packages: ms (÷ fpo_kernels), MiB", ""]
+        turned = [{**row, "setting": row["run"], "run": row["setting"]} for row in packages]
+        lines += _grid(turned, _beside)
     if training := parts.get("train", {}).get("rows", []):
         lines += ["", "An iteration: ms (predicted); GiB at the peak (planned)", "", *_grid(training, _trained)]
     return "\n".join(lines)
@@ -121,6 +125,11 @@ def _timed(row: Part) -> str:
     ratio += ", not captured" if row.get("runs_eagerly") else ""
     error = f", {row['error']:.0e}" if "error" in row else ""
     return f"{row['ms']:.2f}{ratio}{error}"
+
+
+def _beside(row: Part) -> str:
+    held = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 2**20:.0f}"
+    return f"{row['ms']:.1f} ({row['ratio']:.2f}){held}"
 
 
 def _launched(row: Part) -> str:

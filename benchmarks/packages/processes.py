@@ -20,6 +20,7 @@ from benchmarks.registry import Told
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PEERS = ROOT / ".peers" / "bin" / "python"
+CARRIED = ROOT / ".peers" / "carried"
 
 
 class Failed(Exception):  # noqa: N818 (named for what has happened)
@@ -34,9 +35,10 @@ class Package:
     folder: Path
 
     @classmethod
-    def start(cls, name: str, python: Path, device: torch.device) -> Package:
-        """Its interpreter, in the root of the tree, which is all of the tree that it needs."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    def start(cls, name: str, python: Path, device: torch.device, *folders: Path) -> Package:
+        """Its interpreter, in the root of the tree, which is all of the tree that it needs; `folders`: of modules."""
+        paths = os.pathsep.join(map(str, (ROOT, *folders)))
+        environment = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
         process = subprocess.Popen(
             [str(python), "-m", "benchmarks.packages.worker", name, device.type],
             stdin=subprocess.PIPE,
@@ -79,11 +81,15 @@ class Package:
 def package(name: str, device: torch.device) -> Package:
     """The process of a package: ours and plain torch with this interpreter, others with that of `make peers`.
 
+    Where there is none, with this interpreter and what `make carried` has put into a folder.
+
     Raises:
         Failed: there is no such environment.
     """
     if name in ("ours", "hooks"):
         return Package.start(name, Path(sys.executable), device)
-    if not PEERS.is_file():
-        raise Failed("not installed: make peers")
-    return Package.start(name, PEERS, device)
+    if PEERS.is_file():
+        return Package.start(name, PEERS, device)
+    if CARRIED.is_dir():
+        return Package.start(name, Path(sys.executable), device, CARRIED)
+    raise Failed("not installed: make peers")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from benchmarks import cases
+from benchmarks.report.crossovers import crossovers
 from benchmarks.report.device import Device, commit_of, finished_of
 from benchmarks.report.drawing import Dot
 from benchmarks.results import duration
@@ -118,6 +119,25 @@ def scaling(device: Device, draw: Draw) -> list[str]:
     return ["", *grid(rows, _took)] if rows else []
 
 
+def crossing(device: Device, draw: Draw) -> list[str]:
+    """From how many tokens forming gradients is sooner: foretold by the cost model, and of the case `ways`."""
+    found = crossovers(device.rows("ways"), "cpu" if device.name.startswith("cpu") else "cuda")
+    lines = []
+    for one in found:
+        foretold = "never" if one.predicted is None else str(one.predicted)
+        outside = f"not from {one.first} to {one.last}" if one.timed is None else f"{one.timed:.0f}"
+        lines.append((f"{one.pairs} of {one.examples}, {one.p} to {one.q}", foretold, outside))
+    if not lines:
+        return []
+    head = ("products", "tokens a text, foretold", "timed")
+    return [
+        "",
+        "From so many tokens on, forming gradients is sooner than multiplying token by token.",
+        "",
+        *table(head, lines),
+    ]
+
+
 def absent(device: Device, draw: Draw) -> list[str]:
     """Cases without a file, files without floors, and what could not run or was wrong."""
     lines = []
@@ -141,6 +161,7 @@ SECTIONS: tuple[tuple[str, Section], ...] = (
     ("Errors, weights and bytes beside peers", right_beside_peers),
     ("Of the floor", of_the_floor),
     ("Scaling", scaling),
+    ("Crossovers", crossing),
     ("What is absent", absent),
 )
 """Title → section, in their order; one that has nothing to say is named as absent."""

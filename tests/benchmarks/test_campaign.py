@@ -24,7 +24,7 @@ def run(part, folder):
 
 @pytest.mark.slow
 def test_parts_and_their_table(tmp_path, capsys):
-    for part in ("engine", "kernels", "launches", "train"):
+    for part in ("engine", "kernels", "launches", "packages", "train"):
         code, result = run(part, tmp_path)
         assert code == 0, result["failures"]
         assert result["rows"]
@@ -32,13 +32,14 @@ def test_parts_and_their_table(tmp_path, capsys):
     rows = json.loads((tmp_path / "engine.json").read_text())["rows"]
     errors = {row["run"]: row["error"] for row in rows if "error" in row}
     assert errors[engine.STEERING] < 1e-5
-    ended = ["engine=0", "kernels=0", "launches=0", "train=0", "build=124"]
+    ended = ["engine=0", "kernels=0", "launches=0", "packages=0", "train=0", "build=124"]
     assert main(["table", *ended, "--device", "cpu", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "build: out of time" in text
     assert "steering ÷ backward" in text
     assert "sketch 4096" in text
     assert "packed, recorded" in text
+    assert "| torch hooks, formed | " in text
     assert (tmp_path / "table.md").read_text().strip() in text
 
 

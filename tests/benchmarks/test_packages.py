@@ -107,6 +107,17 @@ def test_without_the_environment_ours_is_still_measured(monkeypatch, tmp_path):
     processes.package.cache_clear()
 
 
+def test_packages_that_a_checkout_brings_are_asked_by_this_interpreter(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "PEERS", tmp_path / "python")
+    monkeypatch.setattr(processes, "CARRIED", tmp_path)
+    (tmp_path / "opacus.py").write_text("raise ImportError('brought along')")
+    processes.package.cache_clear()
+    write(made(work("norms"), CPU), tmp_path / "work")
+    with pytest.raises(processes.Failed, match="brought along"):
+        processes.package("opacus", CPU).ask(do="begin", folder=str(tmp_path / "work"))
+    processes.package.cache_clear()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("question", EXACT)
 def test_every_package_that_is_installed_is_right(question):
