@@ -77,7 +77,10 @@ def release() -> None:
 
 
 class Bystanders:
-    """How busy other processes keep the CPU, from now on; timings next to busy neighbours mean little."""
+    """How busy other processes than this one and its children keep the CPU, from now on.
+
+    Timings next to busy neighbours mean little.
+    """
 
     def __init__(self) -> None:
         self._start = self._clocks()
@@ -97,7 +100,19 @@ class Bystanders:
         except (OSError, ValueError):
             return None
         busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
-        return time.monotonic(), busy, time.process_time()
+        return time.monotonic(), busy, _own_seconds()
+
+
+def _own_seconds() -> float:
+    """CPU time of this process, of its children, and of theirs that have ended."""
+    own = os.times()
+    total = own.user + own.system + own.children_user + own.children_system
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()  # state, parent, …
+            if int(fields[1]) == os.getpid():
+                total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def available_bytes(device: torch.device) -> int | None:

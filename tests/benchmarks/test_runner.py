@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, isolated, results
+from benchmarks import cases, isolated, meters, results
 from benchmarks.__main__ import main
 from benchmarks.cases import ways
 from benchmarks.comparing.command import DEFAULT
@@ -353,3 +355,12 @@ def test_some_settings_are_run_again_and_the_file_keeps_the_others(run, capsys):
     path.write_text(json.dumps({**older, "cpu": "another"}))
     with pytest.raises(ValueError, match="its cpu is another"):
         run(case, "--setting", "large")
+
+
+def test_children_are_no_bystanders():
+    """Neither one that runs nor one that has ended."""
+    code = "import time\nwhile time.thread_time() < 1: pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline()
+        assert meters._own_seconds() > time.process_time() + 0.9
+    assert meters._own_seconds() > time.process_time() + 0.9
