@@ -77,7 +77,7 @@ ALLOWED = {
         "at most 32 MiB of them",
         "at most 32 MiB, 800 bytes a pair",
         "500 tiles of 8 MiB",
-        "tiles of all examples take 8 MiB together",
+        "tiles of all examples take 16 MiB together",
         "others copied, 8 MiB of a's rows",
         "or 384 MiB have come together",
         "forms one for every 3.2 pairs",  # 128 pairs by 40 that are formed

@@ -39,13 +39,20 @@ ESTIMATE = 2.0
 
 
 def settings(quick: bool, device: torch.device) -> Sequence[Work]:
-    """SmolLM2's blocks, six of them, at 8 and 32 texts of 64 and 256 tokens; unequal ones; a projection."""
+    """SmolLM2's blocks, six of them, at 8 and 32 texts of 64 and 256 tokens; unequal ones; a projection.
+
+    Of the largest two blocks: seven processes that held as much as six of them take would not fit into 24 GB.
+    """
     if quick:
         return [
             _work(question, "tiny", 2, 5, 12, full=False, numbers=512 if question == "sketch" else 0)
             for question in get_args(Question)
         ]
-    found = [_work(question, "smollm2-135m", 6, n, tokens) for question in EXACT for n, tokens in SIZES]
+    found = [
+        _work(question, "smollm2-135m", 2 if (n, tokens) == SIZES[-1] else 6, n, tokens)
+        for question in EXACT
+        for n, tokens in SIZES
+    ]
     found.append(_work("steering", "smollm2-135m", 6, 8, 256, full=False))
     found.append(_work("steering", "smollm2-135m", 30, 8, 64))
     found += [_work("sketch", "smollm2-135m", 6, 32, 64, numbers=numbers) for numbers in (4096, 16384)]

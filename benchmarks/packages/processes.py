@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +76,31 @@ class Package:
         return Told(torch.load(path, weights_only=True), found["seconds"], found["peak_bytes"])
 
 
-@cache
-def package(name: str, device: torch.device) -> Package:
-    """The process of a package: ours and plain torch with this interpreter, others with that of `make peers`.
+_running: dict[tuple[str, torch.device], Package] = {}
 
-    Where there is none, with this interpreter and what `make carried` has put into a folder.
+
+def package(name: str, device: torch.device) -> Package:
+    """The process of a package, started where there is none yet, or where it has ended.
 
     Raises:
-        Failed: there is no such environment.
+        Failed: there is no environment that has it.
+    """
+    found = _running.get((name, device))
+    if found is None or found.process.poll() is not None:
+        found = _running[name, device] = _start(name, device)
+    return found
+
+
+def forget() -> None:
+    """End all processes."""
+    while _running:
+        _running.popitem()[1].process.kill()
+
+
+def _start(name: str, device: torch.device) -> Package:
+    """Ours and plain torch with this interpreter, others with that of `make peers`.
+
+    Where there is none, with this interpreter and what `make carried` has put into a folder.
     """
     if name in ("ours", "hooks"):
         return Package.start(name, Path(sys.executable), device)

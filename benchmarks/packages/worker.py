@@ -65,6 +65,8 @@ class Worker:
 
         peak = peak_bytes(timed, self.device)
         torch.save(answers[0].detach().cpu(), answer)
+        answers.clear()
+        release()  # which the next run would do first, and other processes need the room
         return {"seconds": took[0], "peak_bytes": peak}
 
 

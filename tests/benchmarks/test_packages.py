@@ -97,25 +97,25 @@ def test_a_process_answers_and_tells_what_goes_wrong(tmp_path):
 
 def test_without_the_environment_ours_is_still_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "PEERS", tmp_path / "python")
-    processes.package.cache_clear()
+    processes.forget()
     contest = case.build(work("steering"), CPU)
     assert set(contest.competitors) == {"fpo_kernels", *hooks.WAYS}
     assert set(contest.cannot.values()) == {"not installed: make peers"}
     rows = run_contest(contest, case.OURS, Options(device=CPU, repeats=1), Rates(CPU))
     assert {rows[way]["status"] for way in contest.competitors} == {"timed"}
     assert rows["Opacus"] == {"status": "cannot run", "reason": "not installed: make peers"}
-    processes.package.cache_clear()
+    processes.forget()
 
 
 def test_packages_that_a_checkout_brings_are_asked_by_this_interpreter(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "PEERS", tmp_path / "python")
     monkeypatch.setattr(processes, "CARRIED", tmp_path)
     (tmp_path / "opacus.py").write_text("raise ImportError('brought along')")
-    processes.package.cache_clear()
+    processes.forget()
     write(made(work("norms"), CPU), tmp_path / "work")
     with pytest.raises(processes.Failed, match="brought along"):
         processes.package("opacus", CPU).ask(do="begin", folder=str(tmp_path / "work"))
-    processes.package.cache_clear()
+    processes.forget()
 
 
 @pytest.mark.slow
