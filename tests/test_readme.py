@@ -4,7 +4,7 @@ import json
 import re
 import statistics
 
-from benchmarks.cases import attribution, influence, sketch, train_step, ways
+from benchmarks.cases import attribution, influence, packages, sketch, train_step, ways
 from benchmarks.gpu_campaign import table
 from fpo_train.cli import main
 from tests.pages import RESULTS, ROOT, holds
@@ -37,6 +37,12 @@ def test_costs():
     h200 = [ms[one, "torch hooks"] / took for (one, run), took in ms.items() if run == "steering"]
     said = f"{min(cpu):.2f} to {max(cpu):.2f} times our time on the CPU, {min(h200):.2f} to {max(h200):.2f} on the GPU"
     holds("README.md", said)
+
+
+def test_beside_other_packages():
+    found = rows("packages")
+    holds("README.md", "\n".join(packages.beside(found)))
+    holds("README.md", f"How far inner products are off: {'; '.join(packages.projected(found))}.")
 
 
 def test_the_linear_environment():

@@ -33,6 +33,7 @@ WAYS: dict[str, tuple[str, ...]] = {
 EXACT: tuple[Question, ...] = ("norms", "gram", "cross", "steering")
 SIZES = tuple(itertools.product((8, 32), (64, 256)))  # examples, tokens
 ROUNDS = 3
+QUESTIONS = {"norms": "norms", "gram": "Gram", "cross": "cross Gram", "steering": "steering", "sketch": "projection"}
 ONCE_ABOVE = 2.0  # what takes longer than so many times ours is not asked again: a run has to end
 # A projection's inner products are an estimate; how good a one is what `sketch` is about.
 ESTIMATE = 2.0
@@ -142,6 +143,68 @@ def chart(rows: list[dict[str, Any]]) -> list[str]:
             cells.append(f"{row['ratio']['median']:.2f}{memory}")
         lines.append(f"| {setting} | {' | '.join(cells)} |")
     return lines
+
+
+NAMES = {
+    "hooks": "plain torch hooks",
+    "dattri_llm": "dattri-LLM",
+    "opacus": "Opacus",
+    "bergson": "Bergson",
+    "kronfluence": "kronfluence",
+    "trak": "traker",
+}
+"""Module → what pages call it."""
+
+
+def beside(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown, a package a row, a question a column: time over ours, least and greatest; in brackets memory.
+
+    Of a package's two ways the quicker one at each setting, and the memory of that one.
+    """
+    lines = [f"| | {' | '.join(QUESTIONS.values())} |", "|---" * (len(QUESTIONS) + 1) + "|"]
+    for module, name in NAMES.items():
+        cells = []
+        for question in QUESTIONS:
+            found = quicker(rows, question, WAYS[module])
+            times, held = [time for _, time, _ in found], [memory for _, _, memory in found]
+            cells.append(f"{_range(times)} ({_range(held)})" if found else "–")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def quicker(rows: list[dict[str, Any]], question: str, ways: Sequence[str]) -> list[tuple[str, float, float]]:
+    """(setting, time, memory) over ours, of the quicker of these ways, for every setting where one was timed."""
+    found = []
+    timed = [row for row in rows if row["status"] == "timed" and row["setting"]["question"] == question]
+    for setting in dict.fromkeys(row["setting"]["name"] for row in timed):
+        here = {row["competitor"]: row for row in timed if row["setting"]["name"] == setting}
+        own, theirs = here.get(OURS), [here[way] for way in ways if way in here]
+        if own and theirs:
+            best = min(theirs, key=lambda row: row["ratio"]["median"])
+            found.append((setting, best["ratio"]["median"], best["peak_bytes"] / max(1, own["peak_bytes"])))
+    return found
+
+
+def projected(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence a setting of projections: how far each package's inner products are off, by its better way."""
+    lines = []
+    sketches = [row for row in rows if row["status"] == "timed" and row["setting"]["question"] == "sketch"]
+    for numbers in dict.fromkeys(row["setting"]["numbers"] for row in sketches):
+        here = {row["competitor"]: row["error"] for row in sketches if row["setting"]["numbers"] == numbers}
+        off = {
+            name: min(here[way] for way in WAYS[module] if way in here)
+            for module, name in {"ours": "ours", **NAMES}.items()
+            if here.keys() & set(WAYS[module])
+        }
+        lines.append(
+            f"with {numbers} numbers " + ", ".join(f"{name} {100 * error:.0f} %" for name, error in off.items())
+        )
+    return lines
+
+
+def _range(values: Sequence[float]) -> str:
+    ends = [f"{end:.2f}" for end in (min(values), max(values))]
+    return " to ".join(dict.fromkeys(ends))
 
 
 CASE = Case(
