@@ -56,7 +56,7 @@ def settings(quick: bool, device: torch.device) -> Sequence[Work]:
     ]
     found.append(_work("steering", "smollm2-135m", 6, 8, 256, full=False))
     found.append(_work("steering", "smollm2-135m", 30, 8, 64))
-    found += [_work("sketch", "smollm2-135m", 6, 32, 64, numbers=numbers) for numbers in (4096, 16384)]
+    found += [_work("sketch", "smollm2-135m", 6, 32, 64, numbers=numbers) for numbers in (512, 4096, 16384)]
     return found
 
 

@@ -112,7 +112,7 @@ def _ticks(axes: Axes, ends: Sequence[float]) -> None:
     for steps in STEPS:
         ticks = [tick for decade in decades for step in steps if low <= (tick := step * 10.0**decade) <= high]
         room = [letters * math.log10(right / left) for left, right in itertools.pairwise(ticks)]
-        taken = [(len(_plain(left)) + len(_plain(right))) / 2 + 1 for left, right in itertools.pairwise(ticks)]
+        taken = [(len(_plain(left)) + len(_plain(right))) / 2 + 0.75 for left, right in itertools.pairwise(ticks)]
         if all(one <= other for one, other in zip(taken, room, strict=True)):
             break
     axes.set_xlim(low, high)
