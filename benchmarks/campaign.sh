@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that is asked of a GPU, from a plain checkout: native build, tests/gpu, the engine at 8B, kernels,
-# launches, and what other packages take that are here or that the checkout brings (make carried).
+# Everything that is asked of a GPU, from a plain checkout: native build, tests/gpu, the engine at 8B, kernels, launches.
 #
 #   benchmarks/campaign.sh [--device cuda|cpu] [--quick] [build] [tests] [engine] [kernels] [launches] [packages] [train]
 #
-# Without a name all parts but `train`, whole iterations of training at 8B (bitsandbytes is wanted): four minutes more.
-# At most nine minutes, three with --quick: every part is a process of its own with its own limit, and one that fails
+# Without a name all parts but `packages`, other people's that are here or that the checkout brings (make carried), two
+# minutes more, and `train`, whole iterations of training at 8B (bitsandbytes is wanted), four minutes more.
+# At most seven minutes, two with --quick: every part is a process of its own with its own limit, and one that fails
 # or runs out of time does not stop the next. Results: JSON by part, campaign.log and table.md in $OUT, or else in
 # benchmarks/results/<device>/campaign. The table is printed last. Exit code 1 if a part failed.
 set -u
@@ -18,10 +18,10 @@ while [ $# -gt 0 ]; do
         --device) device=${2:?--device wants cuda or cpu}; shift 2 ;;
         --quick) quick=--quick; shift ;;
         build | tests | engine | kernels | launches | packages | train) parts+=("$1"); shift ;;
-        *) echo "campaign.sh: unknown argument '$1'" >&2; sed -n '5p' "$0" >&2; exit 2 ;;
+        *) echo "campaign.sh: unknown argument '$1'" >&2; sed -n '4p' "$0" >&2; exit 2 ;;
     esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(build tests engine kernels launches packages)
+[ ${#parts[@]} -gt 0 ] || parts=(build tests engine kernels launches)
 
 # seconds; their sums are the campaign's. A CPU is for rehearsing and may take its time.
 limit() {

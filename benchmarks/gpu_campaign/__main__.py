@@ -25,9 +25,8 @@ PARTS = {
     "engine": "engine",
     "kernels": "kernels",
     "launches": "launches",
-    "packages": "others",
 }
-NAMED = {"train": "training"}  # that run where they are named alone
+NAMED = {"packages": "others", "train": "training"}  # that run where they are named alone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
