@@ -45,6 +45,16 @@ def test_beside_other_packages():
     holds("README.md", f"How far inner products are off: {'; '.join(packages.projected(found))}.")
 
 
+def test_slowdowns_are_told_from_noise():
+    found = read("cpu-1threads/compare.json")
+    with_it, without = (f"{found[key]} of {found['comparisons']}" for key in ("told_with", "told_without"))
+    rounds = [row["rounds"] for row in found["rows"]]
+    most = max(row["seconds"] for row in found["rows"])
+    said = f"{with_it} slowdowns were told and no change {without} times, after {min(rounds)} to {max(rounds)} rounds"
+    holds("docs/benchmarks.md", f"{said} and at most {most:.0f} s")
+    assert all(row["right"] for row in found["rows"])
+
+
 def test_the_linear_environment():
     final = read("linear/summary.json")["linear"]
     none, relaxed = final["none"]["0"], final["relaxed"]["0"]
