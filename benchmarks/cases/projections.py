@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fpo_kernels as fk
 from benchmarks import dattri_projectors, oporp
 from benchmarks.cases import sketch
-from benchmarks.cases.sketch import DENSE, LARGEST_DENSE, LOGRA, SJLT, TENSOR
+from benchmarks.cases.sketch import DENSE, LARGEST_DENSE, TENSOR
+from benchmarks.cases.sketch import KINDS as OURS
 from benchmarks.dattri_projectors import KINDS, MASK, NOT_HERE
 from benchmarks.packages.processes import PEERS
 from benchmarks.registry import Case, Competitor, Contest, Headline, Told
 
-OURS: dict[str, Any] = {TENSOR: fk.TensorSketch, LOGRA: fk.LoGra, SJLT: fk.SJLT, DENSE: fk.DenseProjection}
 OPORP = "OPORP"
 DATTRI = {f"dattri {kind.replace('_', ' ')}": kind for kind in (*KINDS, *NOT_HERE)}
 MEASURED = (*OURS, OPORP, *(name for name, kind in DATTRI.items() if kind in KINDS))

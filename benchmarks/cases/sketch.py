@@ -63,13 +63,13 @@ def settings(quick: bool, device: torch.device) -> Sequence[Setting]:
     ]
 
 
+KINDS: dict[str, Any] = {TENSOR: fk.TensorSketch, LOGRA: fk.LoGra, SJLT: fk.SJLT, DENSE: fk.DenseProjection}
 Sketcher = Callable[[int], Tensor]  # seed → (layers, examples, k)
 
 
 def build(setting: Setting, device: torch.device) -> Contest:
     """Every layer's gradients projected; the answers are the layers' Gram matrices (layers, examples, examples)."""
     layers, exact = measured(setting.model, device)
-    kinds: dict[str, Any] = {TENSOR: fk.TensorSketch, LOGRA: fk.LoGra, SJLT: fk.SJLT, DENSE: fk.DenseProjection}
     cannot = {}
     if math.isqrt(setting.dim) ** 2 != setting.dim:
         cannot[LOGRA] = f"√{setting.dim} is not whole"
@@ -77,7 +77,7 @@ def build(setting: Setting, device: torch.device) -> Contest:
         cannot[DENSE] = f"not measured beyond k={LARGEST_DENSE}"
     rounds = {TENSOR: setting.rounds, LOGRA: setting.rounds, SJLT: setting.slow_rounds, DENSE: 0}
     competitors = {}
-    for name, kind in kinds.items():
+    for name, kind in KINDS.items():
         if name not in cannot:
             sketch = functools.partial(projected, kind, layers, setting.dim)
             competitors[name] = Competitor(
