@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .known import Current, Quick
+from .reached import linear
 from .remake import Inputs, Node, are_saved_plainly, is_cast, maker_of
 
 # Of a norm's outputs in 16 bits one in so many is made again, the others are kept. Made again by torch's two kernels,
@@ -167,12 +169,15 @@ def stand_in(module: nn.Module, quick: Quick, current: Current) -> Callable[...,
     Asked at every tap of every pass: what is looked up once too often shows.
     """
     own = module.__dict__
-    forward, asked = _forward_of(module)
+    forward, sparing, asked = _forwards_of(module)
 
     def noting(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        own["_parameters"].count += asked
         noted = current.arrivals
+        if sparing is not None and noted.bytes > noted.most_bytes and not kwargs and _is_plain(args):
+            output = sparing(*args)
+        else:
+            output = forward(*args, **kwargs)
+        own["_parameters"].count += asked
         if kwargs or len(args) != 1 or type(output) is not Tensor or not output.requires_grad or not noted.open:
             return current.otherwise(module, args, kwargs, output)
         if noted.size > 1 and (output.ndim < 2 or output.shape[0] != noted.size):
@@ -190,12 +195,25 @@ def stand_in(module: nn.Module, quick: Quick, current: Current) -> Callable[...,
     return noting
 
 
-def _forward_of(module: nn.Module) -> tuple[Callable[..., Any], int]:
-    """A module's forward, and how often it would have asked for a parameter that it is given beforehand."""
+def _forwards_of(module: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any] | None, int]:
+    """A module's forward, one whose way back takes the rows that a gradient reached, and how often the module would
+    have asked for a parameter that is given beforehand."""
     own: Any = module._parameters
-    if type(module) is not nn.Linear or "forward" in module.__dict__ or own.get("weight") is None or "bias" not in own:
-        return module.forward, 0
-    return partial(F.linear, weight=own.get("weight"), bias=own.get("bias")), 2
+    weight: Tensor | None = own.get("weight")
+    if type(module) is not nn.Linear or "forward" in module.__dict__ or weight is None or "bias" not in own:
+        return module.forward, None, 0
+    given: Any = {"weight": weight, "bias": own.get("bias")}
+    sparing = None if weight.is_cuda or type(weight) is not nn.Parameter else partial(linear, **given)
+    return partial(F.linear, **given), sparing, 2
+
+
+def _is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether a linear layer's call is one on the pass's own tape alone, by nobody's transform, mode or cast."""
+    if len(args) != 1 or type(args[0]) is not Tensor or not args[0].requires_grad or not torch.is_grad_enabled():
+        return False
+    if _are_transformed() or not are_saved_plainly() or torch.is_autocast_enabled(args[0].device.type):
+        return False
+    return args[0].ndim > 1 and forward_ad._current_level < 0
 
 
 def _product_of(output: Tensor) -> tuple[Tensor | None, torch.Size | None]:

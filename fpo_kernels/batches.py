@@ -35,6 +35,13 @@ def rows_of(batch: Batch) -> int:
     return lead.shape[0]
 
 
+def tokens_of(batch: Batch) -> int | None:
+    """How many tokens each example of a batch has, padding included; None where its entries do not say."""
+    keys = ["input_ids", "inputs_embeds", "attention_mask", *batch]
+    entries = (value for key in keys if isinstance(value := batch.get(key), Tensor) and value.ndim >= 2)
+    return next((entry.shape[1] for entry in entries), None)
+
+
 def take(batch: Batch, rows: slice | Tensor) -> dict[str, Any]:
     """The chosen examples of a batch, of mappings in it too; an entry not as long as the batch stays as it is."""
     return _take(batch, rows, rows_of(batch))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, rows_of
+from .batches import Batch, rows_of, tokens_of
 from .capture import Shape
 from .course import Course
 from .gradients import Factors, Packing, Stream, join_calls
 from .layers import Site
+from .reached import reached_rows
 from .streams import Extents, sent
 
 Consume = Callable[[list[Site], list[Stream]], None]
@@ -41,7 +42,7 @@ class Layout:
     def __init__(self, batch: Batch, whole: bool, in_place: bool = False) -> None:
         """With `whole`, padded positions count like any other."""
         size = rows_of(batch)
-        self.shape = Shape(size, _tokens(batch))
+        self.shape = Shape(size, tokens_of(batch))
         self.in_place = False
         self._packings: dict[tuple[int, bool, torch.device], Packing] = {}
         self._usual: tuple[Any, Any] = None, None  # what was asked for last
@@ -140,13 +141,6 @@ class Layout:
             raise PaddingReadError
 
 
-def _tokens(batch: Batch) -> int | None:
-    """How many tokens each example of a batch has, padding included."""
-    keys = ["input_ids", "inputs_embeds", "attention_mask", *batch]
-    entries = (value for key in keys if isinstance(value := batch.get(key), Tensor) and value.ndim >= 2)
-    return next((entry.shape[1] for entry in entries), None)
-
-
 class _Call:
     """One delivery as the rules want it (layers.Call)."""
 
@@ -193,6 +187,15 @@ class _Call:
         return self._packed, self._layout.packing(self.d.shape[1], self._per_token, self.d.device)
 
 
+class _Few(NamedTuple):
+    """Of a group's input the rows that a gradient reached; siblings that were reached alike share it."""
+
+    of: Tensor
+    rows: Tensor
+    a: Tensor
+    packing: Packing
+
+
 class Gather:
     """Joins what the taps deliver into one stream a parameter and passes it on when complete, siblings together."""
 
@@ -208,6 +211,7 @@ class Gather:
         self._unread = dict(course.unread)
         self._inputs: dict[int, dict[tuple[Any, ...], Tensor]] = {}
         self._usual: dict[int, tuple[Tensor, Packing]] = {}  # a group's input as it lies
+        self._few: dict[int, _Few] = {}  # and of it the rows that a gradient reached
         self._parts: dict[Site, list[Stream]] = {}
         self._ready: dict[int, list[tuple[Site, Factors]]] = {}
 
@@ -219,7 +223,7 @@ class Gather:
             if usual is not None and d.shape[:-1] == self._grid and d.dtype == usual[0].dtype:
                 site, family = weight
                 flat = d.view(-1, d.shape[-1]) if d.is_contiguous() else d.flatten(0, 1)
-                self._sibling(site, Factors(usual[0], flat, usual[1]), family)
+                self._sibling(site, self._of_reached(group, Factors(usual[0], flat, usual[1])), family)
                 self._was_read(group)
                 return
         inputs = self._inputs.setdefault(group, {})
@@ -227,6 +231,8 @@ class Gather:
         for site, stream_of, own_family in self._course.served[module]:
             stream = stream_of(module, call)
             if own_family is not None:
+                if isinstance(stream, Factors):
+                    stream = self._of_reached(group, stream)
                 self._sibling(site, stream, own_family)
                 continue
             self._parts.setdefault(site, []).append(stream)
@@ -241,6 +247,7 @@ class Gather:
         if not left:
             self._inputs.pop(group, None)
             self._usual.pop(group, None)
+            self._few.pop(group, None)
 
     def _as_it_lies(self, group: int, a: Tensor, d: Tensor) -> tuple[Tensor, Packing] | None:
         """A group's input, a row a token, and where its examples lie; None where it is no such input."""
@@ -249,6 +256,20 @@ class Gather:
         found = a.detach().flatten(0, 1), self._layout.packing(a.shape[1], 1, a.device)
         self._usual[group] = found
         return found
+
+    def _of_reached(self, group: int, stream: Factors) -> Factors:
+        """The stream without the rows that no gradient reached, where these are most."""
+        rows = reached_rows(stream.d)
+        if rows is None:
+            return stream
+        few = self._few.get(group)
+        if few is None or few.of is not stream.a or not torch.equal(few.rows, rows):
+            ends = np.cumsum(stream.packing.lengths)
+            owners = np.searchsorted(ends, rows.numpy(), side="right")
+            lengths = np.bincount(owners, minlength=len(ends)).astype(np.int64)
+            few = _Few(stream.a, rows, stream.a[rows], Packing.of(lengths, rows.device))
+            self._few[group] = few
+        return Factors(few.a, stream.d[rows], few.packing, stream.transposed)
 
     def finish(self) -> None:
         """Pass on what is left: parameters of which some calls, or siblings, did not reach the output."""
