@@ -19,12 +19,13 @@ from .captured import MODES, Captures
 from .gather import Consume, Layout
 from .gradients import Pairs, Stream, Vectors, join_batches
 from .layers import Coverage, Parameters, Site, choose
-from .models import check_mode, lock_of, refuse_wrapped
+from .models import check_mode, lock_of, pad_id_of, refuse_wrapped
 from .outputs import Output, OutputMap, first_logit
 from .passes import CHECKS, PER_EXAMPLE, Passes
+from .pieces import Pieces
 from .sketched import Maps, Sketched
 from .streams import sent
-from .totals import Held, Total, holding, symmetric, unread, wide
+from .totals import Held, Total, holding, mirrored, symmetric, unread, wide
 from .vectors import by_parameter
 
 T = TypeVar("T")
@@ -54,8 +55,9 @@ class Influence:
         fallback: what becomes of a parameter whose gradient cannot be told apart by example. "error" refuses
             it; "per_example" computes it exactly by one forward and backward an example and holds these
             gradients, (sequences on a tape) × (its weights) numbers.
-        micro_batch: the most sequences on one autograd tape; None puts a call's whole batch on one. Each
-            piece of a steering call runs the references it needs again.
+        micro_batch: the most sequences on one autograd tape. Each piece of a steering call runs the references it
+            needs again. None puts a call's whole batch on one; but for `gram` of one batch a CPU goes by pieces of some
+            2048 tokens, where few references run again for it and examples are the same in a smaller batch (`pieces`).
         check: when a pass is compared with one ordinary backward along random directions, and what differs beyond
             rounding is refused by name. "first": at the first batch and at batches of a new kind (another width to a
             power of two, side of padding, order of lengths, entries, mode), by one ordinary forward and backward over
@@ -127,7 +129,7 @@ class Influence:
             index = torch.arange(rows_of(part))
             return self._ask(part, Pairs(torch.stack([index, index], 1)))[1]
 
-        return self._call(lambda: torch.cat([one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]), batch)
+        return self._call(lambda: torch.cat(self._pieces.each(one, self._pieces.of(batch))), batch)
 
     def direction(self, batch: Batch, vectors: Mapping[str, Tensor]) -> Tensor:
         """⟨g_i, v⟩ of every example, (B,), fp32 or float64 (accumulated so); the model's stated directional derivative.
@@ -153,7 +155,7 @@ class Influence:
             outputs = self._passes.run(take(batch, rows), consume)
             return total.result(outputs, len(outputs))
 
-        return self._call(lambda: torch.cat([one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]), batch)
+        return self._call(lambda: torch.cat(self._pieces.each(one, self._pieces.of(batch))), batch)
 
     def gram(self, batch: Batch, other: Batch | None = None) -> Tensor:
         """⟨g_i, g_j⟩ over one batch, (B, B), or between two, (B, M); fp32 or float64 (accumulated so).
@@ -221,8 +223,8 @@ class Influence:
             return sketched.result(outputs)
 
         def whole() -> dict[str, Tensor]:
-            pieces = [one(rows) for rows in chunks(rows_of(batch), self.micro_batch)]
-            return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+            found = self._pieces.each(one, self._pieces.of(batch))
+            return {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
 
         sums = self._call(whole, batch)
         return sums if per_layer else sums[""]
@@ -241,11 +243,11 @@ class Influence:
         partner = partners(n, m, reference_of)
 
         def whole() -> Steering:
-            pieces = [
-                self._steer(take(candidates, rows), references, partner[rows])
-                for rows in self._steering_chunks(n, partner)
-            ]
-            return Steering(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+            found = self._pieces.each(
+                lambda rows: self._steer(take(candidates, rows), references, partner[rows]),
+                self._pieces.of_candidates(candidates, references, partner),
+            )
+            return Steering(*(torch.cat(column) for column in zip(*found, strict=True)))
 
         return self._call(whole, candidates, references)
 
@@ -258,7 +260,7 @@ class Influence:
         layout = self._passes.layout(batch)
         if not self._passes.is_repeatable:
             return self._run(batch, pairs, layout)
-        return self._captures.answer(batch, pairs, self._run, layout, self._passes.weights, self._pad_id())
+        return self._captures.answer(batch, pairs, self._run, layout, self._passes.weights, pad_id_of(self.model))
 
     def _run(self, batch: Batch, pairs: Pairs, layout: Layout) -> tuple[Tensor, Tensor]:
         total = Total(unread if layout.static else self._passes.padding_read)
@@ -301,8 +303,11 @@ class Influence:
 
     def _cross_gram(self, batch: Batch, other: Batch) -> Tensor:
         b, m = rows_of(batch), rows_of(other)
+        by_pieces = self._cross_by_pieces(batch, other)
+        if by_pieces is not None:
+            return by_pieces
         fits = self.micro_batch is None or b + m <= self.micro_batch
-        both = join(batch, other, self._pad_id()) if fits else None
+        both = join(batch, other, pad_id_of(self.model)) if fits else None
         if both is not None:
             crossed = Pairs(torch.cartesian_prod(torch.arange(b), b + torch.arange(m)))
             return self._ask(both, crossed)[1].view(b, m)
@@ -313,12 +318,19 @@ class Influence:
             grid.append(torch.cat([self._cross_block(len(outputs), held, take(other, cols)) for cols in rights], 1))
         return torch.cat(grid)
 
-    def _steering_chunks(self, n: int, partner: Tensor) -> list[slice]:
-        """Slices of candidates that fit on one tape together with their references, where any do."""
-        if self.micro_batch is None:
-            return [slice(0, n)]
-        shared = bool((partner == partner[0]).all())
-        return chunks(n, max(1, self.micro_batch - 1 if shared else self.micro_batch // 2))
+    def _cross_by_pieces(self, batch: Batch, other: Batch) -> Tensor | None:
+        """The smaller batch held, the other met piece by piece; None where both go on one tape."""
+        small, large = sorted((batch, other), key=rows_of)
+        slices = self._pieces.beside_held(small, large)
+        if not slices:
+            return None
+        outputs, held = self._hold(small)
+        blocks = self._pieces.each(lambda rows: self._cross_block(len(outputs), held, take(large, rows)), slices)
+        return torch.cat(blocks, 1) if small is batch else torch.cat(blocks, 1).T
+
+    @property
+    def _pieces(self) -> Pieces:
+        return Pieces(self.micro_batch, self._passes.device, lambda: self._passes.alike)
 
     def _steer(self, candidates: Batch, references: Batch, partner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         used, partner = torch.unique(partner, return_inverse=True)
@@ -326,7 +338,7 @@ class Influence:
             references = take(references, used)
         n, m = len(partner), len(used)
         fits = self.micro_batch is None or n + m <= self.micro_batch
-        both = join(candidates, references, self._pad_id()) if fits else None
+        both = join(candidates, references, pad_id_of(self.model)) if fits else None
         index = torch.arange(n)
         own = torch.stack([index, index], 1)
         if both is not None:
@@ -368,11 +380,7 @@ class Influence:
                 holding(held)(sites, streams)
 
         upper = total.result(self._lying(batch, consume), b * (b + 1) // 2)
-        rows, cols = torch.triu_indices(b, b, device=upper.device)
-        gram = upper.new_empty(b, b)
-        gram[rows, cols] = upper
-        gram[cols, rows] = upper
-        return gram, held
+        return mirrored(upper, b), held
 
     def _cross_block(self, size: int, held: Held, batch: Batch) -> Tensor:
         """⟨g_i, g_j⟩ of the `size` held examples i and the batch's examples j, (I, J)."""
@@ -385,6 +393,3 @@ class Influence:
 
         outputs = self._lying(batch, consume)
         return total.result(outputs, b * size).view(-1, size).T
-
-    def _pad_id(self) -> int | None:
-        return getattr(getattr(self.model, "config", None), "pad_token_id", None)

@@ -118,3 +118,8 @@ def parts_of(model: nn.Module) -> list[object]:
             found += parameter, bool(hooked)
         waiting += [child for child in own["_modules"].values() if child is not None]
     return found
+
+
+def pad_id_of(model: nn.Module) -> int | None:
+    """The id that a model's config says it pads with; None where it says none."""
+    return getattr(getattr(model, "config", None), "pad_token_id", None)

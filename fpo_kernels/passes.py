@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import untapped
 from .batches import Batch, as_long_as_the_batch, kinds_of_entries, rows_of, take, telling, unchanged
 from .capture import Taps
-from .compare import Comparison, close, is_fine
+from .compare import Comparison, is_fine
 from .course import Course
 from .entries import refuse_shared
 from .fallback import formed, used_after_all
@@ -60,6 +61,7 @@ class Passes:
         self._split: set[frozenset[str]] = set()  # entries seen to hold one thing an example
         self._looked: set[tuple[object, ...]] = set()  # kinds of batches that were looked at
         self._compared: set[tuple[object, ...]] = set()  # and those that were compared
+        self._alike: bool | None = None  # whether examples were seen to be the same in a smaller batch
         self._coarse = False  # whether a pass of fp32 weights had 16-bit gradients
         self._whole = False  # whether padded positions count, because the model reads them
         self._left = False  # whether padding stands on the left of the batch that runs
@@ -117,6 +119,16 @@ class Passes:
     def layout(self, batch: Batch) -> Layout:
         """How a batch lies where streams may keep rows of padding, which their extents tell, for a `Total` to see."""
         return Layout(batch, self._whole, bool(self._sites) and are_grouped(self._sites[0].parameter))
+
+    @property
+    def alike(self) -> bool | None:
+        """Whether examples are the same in a smaller batch; None where that was not looked at yet."""
+        return self._alike if self._check == "first" and self._fine() else False
+
+    @property
+    def device(self) -> torch.device:
+        """The first chosen parameter's."""
+        return next(iter(self.chosen.values())).device
 
     @property
     def is_repeatable(self) -> bool:
@@ -182,14 +194,13 @@ class Passes:
 
     def _fine(self) -> bool:
         """Whether the same examples in two batches differ by little."""
-        device = next(iter(self.chosen.values())).device.type
-        coarse = self._coarse or torch.is_autocast_enabled(device)
+        coarse = self._coarse or torch.is_autocast_enabled(self.device.type)
         return not coarse and all(is_fine(parameter) for parameter in self.model.parameters())
 
     def _kind(self, batch: Batch) -> tuple[object, ...]:
         """What a model may take another path for: one example or several, entries, modes."""
-        device = next(iter(self.chosen.values())).device.type
-        return min(rows_of(batch), 2), kinds_of_entries(batch), self.model.training, torch.is_autocast_enabled(device)
+        cast = torch.is_autocast_enabled(self.device.type)
+        return min(rows_of(batch), 2), kinds_of_entries(batch), self.model.training, cast
 
     def _tapped(self, batch: Batch, layout: Layout, consume: Consume, comparison: Comparison | None = None) -> Tensor:
         fine = comparison is not None and comparison.fine
@@ -235,6 +246,8 @@ class Passes:
             problem = caught
         self._coarse |= comparison.coarse
         if not faults and problem is None and (comparison.whole or not comparison.coarse):
+            if not comparison.whole and self._alike is None:
+                self._alike = True
             self._known.separable |= comparison.separated
             if comparison.fine and not comparison.coarse:
                 self._believe(comparison.reached())
@@ -248,6 +261,7 @@ class Passes:
             raise problem
         if comparison.whole:
             raise UnservedError(faults)
+        self._alike = False
         self._compare(batch, kind, Layout(batch, self._whole), torch.arange(rows_of(batch)), ignore)
         return outputs
 
@@ -330,19 +344,12 @@ class Passes:
             return
         leaks, proven = taps.leaks(outputs)
         if leaks:
-            if self._mixed(batch, taps, outputs):
+            if untapped.meet(batch, taps, outputs, self._outputs):
                 raise ValueError("output: the scalars of a batch's examples depend on one another")
             reason = "the batch is not the first dimension of its module's call, or examples meet there"
             raise UnservedError(named(taps.names, leaks, reason))
         plain: set[Manner] = {manner for manner in called if sizes == 2 and not manner.odd}
         self._known.separable |= plain | {manner for manner in called if manner.module in proven}
-
-    def _mixed(self, batch: Batch, taps: Taps, outputs: Tensor) -> bool:
-        """Whether examples alone have other outputs than together."""
-        taps.idle = True
-        with torch.no_grad():
-            alone = torch.cat([self._outputs(take(batch, slice(i, i + 1))) for i in range(len(outputs))])
-        return not close(alone, outputs)
 
     def _forward(self, batch: Batch, taps: Taps) -> Tensor:
         try:
@@ -351,7 +358,7 @@ class Passes:
         except Exception as problem:
             suspect = taps.expanded or self._fallback == PER_EXAMPLE
             known = isinstance(problem, (UnservedError, UnusableError, torch.OutOfMemoryError))
-            if known or not suspect or not self._runs(batch, taps):
+            if known or not suspect or not untapped.runs(batch, taps, self._outputs):
                 raise
             # of what was expanded, embeddings are the last suspects: position embeddings are everywhere
             odd = {m for m in taps.expanded if not isinstance(m, nn.Embedding)} or taps.expanded
@@ -369,18 +376,6 @@ class Passes:
             got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(f"output: wanted one floating-point scalar an example, ({rows},), got {got}")
         return outputs
-
-    def _runs(self, batch: Batch, taps: Taps) -> bool:
-        """Whether the model takes this batch where no call is expanded."""
-        taps.idle = True
-        try:
-            with torch.no_grad(), taps.uses.paused():
-                self._outputs(batch)
-        except Exception:
-            return False
-        finally:
-            taps.idle = False
-        return True
 
     def see_entries(self, batch: Batch) -> None:
         """That entries as long as the batch hold one thing an example; looked at once for the same entries."""

@@ -162,6 +162,15 @@ def holding(held: Held) -> Consume:
     return consume
 
 
+def mirrored(upper: Tensor, b: int) -> Tensor:
+    """A symmetric matrix (b, b) from its numbers on and above the diagonal, row by row."""
+    rows, cols = torch.triu_indices(b, b, device=upper.device)
+    whole = upper.new_empty(b, b)
+    whole[rows, cols] = upper
+    whole[cols, rows] = upper
+    return whole
+
+
 def symmetric(blocks: list[list[Tensor]]) -> Tensor:
     """A symmetric matrix from its blocks on and above the diagonal."""
     sizes = [row[0].shape[0] for row in blocks]
