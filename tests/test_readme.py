@@ -4,7 +4,7 @@ import json
 import re
 import statistics
 
-from benchmarks.cases import attribution, influence, packages, sketch, train_step, ways
+from benchmarks.cases import attribution, influence, lds, packages, sketch, train_step, ways
 from benchmarks.gpu_campaign import table
 from fpo_train.cli import main
 from tests.pages import RESULTS, ROOT, holds
@@ -196,6 +196,29 @@ def test_the_attribution_page():
     for kind in ("label errors", "length bias"):
         plain = auc[f"{kind}, head", attribution.PLAIN]
         assert min(auc[f"{kind}, head", way] for way in (attribution.LOSS, attribution.VECTORS)) > plain
+
+
+def test_what_influences_foretell():
+    page, found = "docs/attribution.md", rows("lds", "cpu-1threads")
+    holds(page, "\n".join(lds.chart(found)))
+    figures = {(row["setting"]["name"], row["competitor"]): row["figures"] for row in found}
+    for name in dict.fromkeys(setting for setting, _ in figures):
+        told = {way: figures[name, way]["lds"] for way in lds.WAYS}
+        curved, plain = told[lds.CURVED], told[lds.TRACIN]
+        assert curved == max(told.values())
+        assert plain > told[lds.VECTORS] > told[lds.WORDS] > abs(told[lds.CHANCE]) + 0.1
+        assert figures[name, lds.CURVED]["low"] > figures[name, lds.TRACIN]["high"]
+        assert (curved - plain < 0.02) == (name == "head, ridge 1")
+        assert told[lds.DAMPED] < plain + (0.02 if "LoRA" in name else 0)
+    for sizes, name in (((64, 256), "head"), ((256, 4096), "LoRA, ridge 1")):
+        for dim, way in zip(sizes, (lds.SMALL, lds.LARGE), strict=True):
+            assert figures[name, way]["numbers"] == dim
+    head, adapter = (figures[name, lds.TRACIN]["numbers"] for name in ("head", "LoRA, ridge 1"))
+    holds(page, f"much with 64 for a head's {head}, almost nothing with 4096 for an adapter's {adapter:,}")
+    setting = found[0]["setting"]
+    holds(page, f"{setting['subsets']} random halves of {setting['train']} pairs")
+    holds(page, f"in the mean over {setting['queries']} held-out pairs")
+    holds(page, f"with {100 * lds.SHARE:.0f} % of the labels\nwrong")
 
 
 def test_what_a_llama_holds(capsys):
