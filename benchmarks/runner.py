@@ -55,10 +55,11 @@ def run_case(case: Case, options: Options, rates: Rates | None = None) -> list[R
     Status is "timed", "failed" (wrong answer or an exception; never timed) or "cannot run". Timed rows have
     samples (seconds a call, one a round), seconds and ratio (to the baseline, pair by pair within a round) as
     {median, min, max}; in_rounds is false where the call that the gate judged is the only sample. They have
-    peak_bytes beyond what was held before, and others_cpu_share, the part of all cores' time
-    that other processes took meanwhile, and the competitor's figures if it has any. Those in the case's `isolated`
-    have rss_bytes and its kin (`isolated`) and rss_ratio to the baseline's. Where the contest says what its answer
-    takes at the least, that is `floor`, and its time at the device's rates (in `rates` afterwards) floor_seconds;
+    peak_bytes beyond what was held before, the median of the calls after the first if there are such, and
+    others_cpu_share, the part of all cores' time that other processes took meanwhile, and the competitor's figures
+    if it has any. Those in the case's `isolated` have rss_bytes and its kin (`isolated`) and rss_ratio to the
+    baseline's. Where the contest says what its answer takes at the least, that is `floor`, and its time at the
+    device's rates (in `rates` afterwards) floor_seconds;
     of_floor is that over the median.
     """
     rows: list[Row] = []
@@ -69,8 +70,10 @@ def run_case(case: Case, options: Options, rates: Rates | None = None) -> list[R
         named = {*contest.competitors, *contest.cannot}
         if named != set(case.competitors):
             raise ValueError(f"{case.name}: competitors {sorted(named)}, wanted {sorted(case.competitors)}")
+        gc.freeze()  # each look through all that was imported takes longer than many a call
         outcome = run_contest(contest, case.baseline, options, rates)
         del contest
+        gc.unfreeze()
         release()  # children need the room
         if options.device.type == "cpu":
             _isolate(case, setting, outcome, options.quick)
@@ -107,13 +110,14 @@ def run_contest(contest: Contest, baseline: str, options: Options, rates: Rates)
             metered.rounds = 0
         elif metered.seconds < WARM_SECONDS:
             metered()
-        rows[name] |= {"status": "timed", "peak_bytes": metered.peak}
+        rows[name]["status"] = "timed"
     dtypes = {floor.dtype for floor in contest.floors.values()} if passed else set()
     rates.measure(dtypes)
     timings = _take_turns(passed, baseline, options)
     rates.measure(dtypes)
     for name, timing in timings.items():
         rows[name] |= timing
+        rows[name]["peak_bytes"] = passed[name].usual_peak
         floor = contest.floors.get(contest.competitors[name].answers)
         if floor:
             rows[name]["floor"] = floors.kept(floor)
@@ -129,7 +133,7 @@ class _Metered:
     def __init__(self, competitor: Competitor, device: torch.device) -> None:
         self.run, self.rounds, self.device = competitor.run, competitor.rounds, device
         self.seconds = math.inf
-        self.peak: int | None = None
+        self.peaks: list[int | None] = []
         self.elsewhere = False
 
     def __call__(self) -> Tensor:
@@ -138,12 +142,19 @@ class _Metered:
         def timed() -> None:
             self.seconds = seconds_per_call(lambda: answers.append(self.run()), 1, self.device)
 
-        self.peak = peak_bytes(timed, self.device)
+        peak = peak_bytes(timed, self.device)
         answer = answers[0]
         if isinstance(answer, Told):
             self.elsewhere = True
-            self.seconds, self.peak, answer = answer.seconds, answer.peak_bytes, answer.answer
+            self.seconds, peak, answer = answer.seconds, answer.peak_bytes, answer.answer
+        self.peaks.append(peak)
         return answer
+
+    @property
+    def usual_peak(self) -> int | None:
+        """The median of all calls that were measured but the first: one call's pages lie where they happen to fit."""
+        told = [peak for peak in self.peaks[1:] or self.peaks if peak is not None]
+        return round(statistics.median(told)) if told else None
 
     def sample(self, calls: int, clock: Callable[[], float]) -> float:
         """Seconds a call, of so many in a row; of one in another process."""

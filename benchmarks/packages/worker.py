@@ -14,6 +14,7 @@ The process ends with its input.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -41,6 +42,7 @@ class Worker:
     def begin(self, folder: str) -> dict[str, Any]:
         """Forget the work before and make this one's ways ready, each on a model of its own."""
         self.ways = {}
+        gc.unfreeze()
         release()
         ready: dict[str, Run] = {}
         cannot: dict[str, str] = {}
@@ -53,6 +55,7 @@ class Worker:
             except Cannot as reason:
                 cannot[way] = str(reason)
         self.ways = ready
+        gc.freeze()  # looking through all that was imported, again and again, would take longer than small work
         return {"ways": list(ready), "cannot": cannot, "version": _version(self.module.NAME), "kept": kept}
 
     def run(self, way: str, answer: str) -> dict[str, Any]:
