@@ -4,7 +4,7 @@ import json
 import re
 import statistics
 
-from benchmarks.cases import attribution, influence, lds, packages, sketch, train_step, ways
+from benchmarks.cases import attribution, influence, lds, packages, projections, sketch, train_step, ways
 from benchmarks.gpu_campaign import table
 from fpo_train.cli import main
 from tests.pages import RESULTS, ROOT, holds
@@ -43,6 +43,24 @@ def test_beside_other_packages():
     found = rows("packages")
     holds("README.md", "\n".join(packages.beside(found)))
     holds("README.md", f"How far inner products are off: {'; '.join(packages.projected(found))}.")
+
+
+def test_projections_at_equal_bytes():
+    page, found = "docs/benchmarks.md", rows("projections", "cpu-1threads")
+    holds(page, "\n".join(projections.chart(found)))
+    holds(page, "\n".join(projections.chart(found, "sum_error")))
+    (drawn,) = {
+        re.search(r"\d[\d.e+]+", row["reason"])[0]
+        for row in found
+        if "k=1024" in row["setting"]["name"] and "drawn" in row.get("reason", "")
+    }
+    holds(page, f"from k = 1024 on draw {drawn} a seed")
+    settings = {row["setting"]["dim"]: row["setting"] for row in found}
+    assert [settings[k]["slow_seeds"] for k in (64, 256)] == [6, 3]
+    holds(page, f"{settings[64]['seeds']} seeds ± its standard error, over six and three of those")
+    off = {(row["competitor"], row["setting"]["dim"]): row["figures"]["error"] for row in found if "figures" in row}
+    small, large = (off[projections.TENSOR, k] / off[projections.OPORP, k] for k in (64, 4096))
+    holds(page, f"({small:.1f} times at 64 numbers, {large:.1f} at 4096 beside OPORP)")
 
 
 def test_slowdowns_are_told_from_noise():

@@ -57,7 +57,7 @@ def settings(quick: bool, device: torch.device) -> Sequence[Work]:
     ]
     found.append(_work("steering", "smollm2-135m", 6, 8, 256, full=False))
     found.append(_work("steering", "smollm2-135m", 30, 8, 64))
-    found += [_work("sketch", "smollm2-135m", 6, 32, 64, numbers=numbers) for numbers in (512, 4096, 16384)]
+    found += [_work("sketch", "smollm2-135m", 6, 32, 64, numbers=numbers) for numbers in (512, 2048, 4096, 16384)]
     return found
 
 
@@ -163,15 +163,16 @@ NAMES = {
 def beside(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown, a package a row, a question a column: time over ours, least and greatest; in brackets memory.
 
-    Of a package's two ways the quicker one at each setting, and the memory of that one.
+    Of a package's two ways the quicker one at each setting, and the memory of that one. In the last column projections
+    that err alike, `no_closer`.
     """
-    lines = [f"| | {' | '.join(QUESTIONS.values())} |", "|---" * (len(QUESTIONS) + 1) + "|"]
+    heads = [*QUESTIONS.values(), "projection as close"]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for module, name in NAMES.items():
         cells = []
         for question in QUESTIONS:
-            found = quicker(rows, question, WAYS[module])
-            times, held = [time for _, time, _ in found], [memory for _, _, memory in found]
-            cells.append(f"{_range(times)} ({_range(held)})" if found else "–")
+            cells.append(_ranges([told[1:] for told in quicker(rows, question, WAYS[module])]))
+        cells.append(_ranges(no_closer(rows, WAYS[module])))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -189,6 +190,27 @@ def quicker(rows: list[dict[str, Any]], question: str, ways: Sequence[str]) -> l
     return found
 
 
+def no_closer(rows: list[dict[str, Any]], ways: Sequence[str]) -> list[tuple[float, float]]:
+    """(time, memory) over ours of the quicker of these ways' projections, each beside our quickest that errs no more.
+
+    Medians of two settings of one run.
+    """
+    timed = [row for row in rows if row["status"] == "timed" and row["setting"]["question"] == "sketch"]
+    found = []
+    for setting in dict.fromkeys(row["setting"]["name"] for row in timed):
+        theirs = [row for row in timed if row["competitor"] in ways and row["setting"]["name"] == setting]
+        if theirs:
+            best = min(theirs, key=lambda row: row["seconds"]["median"])
+            close = [row for row in timed if row["competitor"] == OURS and row["error"] <= best["error"]]
+            own = min(close, key=lambda row: row["seconds"]["median"])
+            found.append(tuple(best_of / own_of for best_of, own_of in zip(_taken(best), _taken(own), strict=True)))
+    return [(time, memory) for time, memory in found]
+
+
+def _taken(row: dict[str, Any]) -> tuple[float, int]:
+    return row["seconds"]["median"], max(1, row["peak_bytes"])
+
+
 def projected(rows: list[dict[str, Any]]) -> list[str]:
     """A sentence a setting of projections: how far each package's inner products are off, by its better way."""
     lines = []
@@ -204,6 +226,11 @@ def projected(rows: list[dict[str, Any]]) -> list[str]:
             f"with {numbers} numbers " + ", ".join(f"{name} {100 * error:.0f} %" for name, error in off.items())
         )
     return lines
+
+
+def _ranges(found: Sequence[tuple[float, float]]) -> str:
+    """Times, and in brackets memory."""
+    return f"{_range([time for time, _ in found])} ({_range([memory for _, memory in found])})" if found else "–"
 
 
 def _range(values: Sequence[float]) -> str:
