@@ -35,8 +35,8 @@ def grad_direction(a: Tensor, d: Tensor, offsets: Tensor, direction: Tensor, *, 
     Raises:
         TypeError: a dtype outside those above, or dtypes that differ between a and d.
         ValueError: shapes or devices that do not fit together, offsets that do not cut the stream, an unknown
-            `impl`. Offsets are read for this, with one synchronisation on CUDA (skipped while a CUDA graph is
-            captured).
+            `impl`; on a CPU a result beyond float32 (`ranges`). Offsets are read for this, with one synchronisation on
+            CUDA (skipped while a CUDA graph is captured).
         RuntimeError: the `impl` named cannot run here; the message says why.
 
     Source: the ghost gradient-vector product of Wang, Mittal, Song and Jia 2024 (arXiv 2406.11011).

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fpo_kernels import streams, verified
+from fpo_kernels import ranges, streams, verified
 from fpo_kernels.direction import checked
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton", "native")
@@ -21,7 +21,18 @@ def _grad_direction(a: Tensor, d: Tensor, offsets: Tensor, direction: Tensor, im
     # a CUDA graph cannot sync; whoever captures has called once before, with the same shapes
     if not (a.is_cuda and torch.cuda.is_current_stream_capturing()):
         streams.refuse("grad_direction", streams.offset_flaws(offsets, len(a)), offsets=offsets)
-    return _run(a, d, offsets, direction, "torch" if impl == "auto" else impl)
+    impl = "torch" if impl == "auto" else impl
+    made = _run(a, d, offsets, direction, impl)
+    if not ranges.are_looked_at(made):
+        return made
+
+    def scale() -> Tensor:
+        return ranges.scales(a, [d], offsets) * (direction.double().abs().amax() if direction.numel() else 0.0)
+
+    def again(rows: Tensor) -> Tensor:
+        return _run(a.double(), d.double(), offsets, direction.double(), impl)[rows]
+
+    return ranges.mended("grad_direction", made, ranges.are_moderate(a, d, direction), scale, again)
 
 
 def _run(a: Tensor, d: Tensor, offsets: Tensor, direction: Tensor, impl: str) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fpo_kernels import library
+from fpo_kernels import library, ranges
 from fpo_kernels.cost import Work, choose_way
 from fpo_kernels.products import checked
 
@@ -69,7 +69,24 @@ def _grad_products(
     # A CUDA graph cannot sync; whoever captures has called once before, with the same shapes.
     if not (pairs.is_cuda and torch.cuda.is_current_stream_capturing()):
         work = _check_values(a, offsets, other, pairs)
-    return run(a, tuple(d), offsets, pairs, other, work, impl, way)
+    made = run(a, tuple(d), offsets, pairs, other, work, impl, way)
+    return _in_range(made, a, tuple(d), offsets, pairs, other) if ranges.are_looked_at(made) else made
+
+
+def _in_range(
+    made: Tensor, a: Tensor, d: tuple[Tensor, ...], offsets: Tensor, pairs: Tensor, other: Other | None
+) -> Tensor:
+    a2, d2, offsets2 = other or (a, d, offsets)
+
+    def scale() -> Tensor:
+        own = ranges.scales(a, d, offsets)
+        return own[pairs[:, 0]] * (own if other is None else ranges.scales(a2, d2, offsets2))[pairs[:, 1]]
+
+    def again(rows: Tensor) -> Tensor:
+        wide = None if other is None else (a2.double(), tuple(x.double() for x in d2), offsets2)
+        return run(a.double(), tuple(x.double() for x in d), offsets, pairs[rows], wide, None, "torch", "form")
+
+    return ranges.mended("grad_products", made, ranges.are_moderate(a, *d, a2, *d2), scale, again)
 
 
 def _fake(

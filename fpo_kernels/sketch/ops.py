@@ -15,7 +15,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from fpo_kernels import library, streams
+from fpo_kernels import library, ranges, streams
 from fpo_kernels.sketch import checked
 from fpo_kernels.sketch.spec import TensorSketch
 
@@ -46,7 +46,15 @@ def _grad_sketch(
         streams.refuse("grad_sketch", streams.offset_flaws(offsets, len(a)), offsets=offsets)
     p = a.shape[1]
     sketches = [TensorSketch(p, x.shape[1], dim, seed, name, family) for x, name in zip(d, names, strict=True)]
-    return unchecked_sketch(a, tuple(d), offsets, sketches, impl)
+    made = unchecked_sketch(a, tuple(d), offsets, sketches, impl)
+    if not ranges.are_looked_at(made):
+        return made
+
+    def again(rows: Tensor) -> Tensor:
+        return unchecked_sketch(a.double(), tuple(x.double() for x in d), offsets, sketches, "torch")[rows]
+
+    moderate = ranges.are_moderate(a, *d)
+    return ranges.mended("grad_sketch", made, moderate, lambda: ranges.scales(a, d, offsets), again)
 
 
 def _fake(
