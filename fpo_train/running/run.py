@@ -38,6 +38,7 @@ from fpo_train.rollout import Readings, Rollout, sampler
 from fpo_train.update import load_update
 
 from . import checkpoint, folder
+from .claim import claimed
 from .preflight import look_ahead
 from .side_by_side import at_once, run_side_by_side
 from .stopping import Request, Stopped, listening
@@ -66,7 +67,7 @@ def run(config: RunConfig) -> Path:
             folder.check(one, texts)
     look_ahead(config)
     fresh = folder.unwritten([*(Path(one.out) for one in configs if one is not config), out])
-    with listening() as request, folder.withdrawing(fresh):
+    with listening() as request, folder.withdrawing(fresh), claimed(out):
         if config.compared and (n := at_once(config, len(configs))) > 1:
             alone = [_alone(one) for one in configs]
             run_side_by_side(run, alone, n, request, lambda of: folder.describe_like(of, config, texts))

@@ -25,6 +25,7 @@ from fpo_train.data.adapters import settle
 from fpo_train.errors import RunError
 from fpo_train.report import records
 from fpo_train.report.verdicts import Paired, paired
+from fpo_train.running.claim import claimed
 from fpo_train.running.folder import LATER, flat, plain, unwritten
 from fpo_train.running.stopping import listening
 from fpo_train.whole import write_text
@@ -75,7 +76,7 @@ def study(config: RunConfig, seeds: Sequence[int], jobs: int = 1) -> Path:
         for seed in seeds  # a study that is cut off has whole seeds
         for kind in kinds
     ]
-    with listening() as request:
+    with claimed(out), listening() as request:
         failed = run_all(todo, jobs, request)
     if failed:
         if fresh and not any(any(Path(one.out).rglob("*")) for one in todo):
