@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent.parent
 BEGIN = (
     "README.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
     *(f"fpo_kernels/{room}/README.md" for room in ("products", "direction", "sketch")),
 )
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)")

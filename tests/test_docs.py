@@ -49,7 +49,7 @@ def test_every_page_is_in_its_contents():
     listed = set(re.findall(r"(\S+\.md)$", asked, re.MULTILINE))
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
     there |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fpo_kernels").glob("*/README.md")}
-    assert listed == there | {"README.md", "CONTRIBUTING.md", "benchmarks/NOTES.md"}
+    assert listed == there | {"README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/NOTES.md"}
 
 
 @pytest.mark.parametrize(("package", "page"), [(fk, "kernels"), (fpo_train, "training")])
