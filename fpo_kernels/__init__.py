@@ -4,6 +4,7 @@ from .checkpoints import CheckpointStore, tracin
 from .curvature import Curvature, exact_steering, logistic_weights
 from .direction import grad_direction
 from .fingerprint import fingerprint
+from .finite import Fault, forward_faults
 from .influence import Influence, Steering
 from .layers import Coverage
 from .library import native_libraries
@@ -21,6 +22,7 @@ __all__ = [
     "Coverage",
     "Curvature",
     "DenseProjection",
+    "Fault",
     "Influence",
     "LoGra",
     "SketchSpace",
@@ -30,6 +32,7 @@ __all__ = [
     "Verdict",
     "exact_steering",
     "fingerprint",
+    "forward_faults",
     "grad_direction",
     "grad_products",
     "grad_sketch",

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch, check_entries, chunks, join, partners, rows_of, take
+from .blocks import Blocks
 from .captured import MODES, Captures
-from .gather import Consume, Layout
-from .gradients import Pairs, Stream, Vectors, join_batches
+from .finite import Fault, forward_faults, in_order, of_streams
+from .gather import Layout
+from .gradients import Pairs, Stream, Vectors
 from .layers import Coverage, Parameters, Site, choose
 from .models import check_mode, lock_of, pad_id_of, refuse_wrapped
 from .outputs import Output, OutputMap, first_logit
@@ -25,7 +27,7 @@ from .passes import CHECKS, PER_EXAMPLE, Passes
 from .pieces import Pieces
 from .sketched import Maps, Sketched
 from .streams import sent
-from .totals import Held, Total, holding, mirrored, symmetric, unread, wide
+from .totals import Total, symmetric, unread, wide
 from .vectors import by_parameter
 
 T = TypeVar("T")
@@ -56,8 +58,8 @@ class Influence:
             it; "per_example" computes it exactly by one forward and backward an example and holds these
             gradients, (sequences on a tape) × (its weights) numbers.
         micro_batch: the most sequences on one autograd tape. Each piece of a steering call runs the references it
-            needs again. None puts a call's whole batch on one; but for `gram` of one batch a CPU goes by pieces of some
-            2048 tokens, where few references run again for it and examples are the same in a smaller batch (`pieces`).
+            needs again. None puts a call's whole batch on one; but a CPU goes by pieces of some 2048 tokens, where few
+            references run again for it and examples are the same in a smaller batch (`pieces`).
         check: when a pass is compared with one ordinary backward along random directions, and what differs beyond
             rounding is refused by name. "first": at the first batch and at batches of a new kind (another width to a
             power of two, side of padding, order of lengths, entries, mode), by one ordinary forward and backward over
@@ -219,7 +221,7 @@ class Influence:
 
         def one(rows: slice) -> dict[str, Tensor]:
             sketched = Sketched(maps, shapes, per_layer)
-            outputs = self._lying(take(batch, rows), sketched.consume)
+            outputs = self._blocks.lying(take(batch, rows), sketched.consume)
             return sketched.result(outputs)
 
         def whole() -> dict[str, Tensor]:
@@ -251,9 +253,21 @@ class Influence:
 
         return self._call(whole, candidates, references)
 
-    def _lying(self, batch: Batch, consume: Consume) -> Tensor:
-        """A pass whose streams may keep their padding. → outputs (B,)."""
-        return self._passes.run(batch, consume, self._passes.layout(batch))
+    def faults(self, batch: Batch) -> list[Fault]:
+        """Where NaN or an infinite number arises, of each example that has one: the first module, else the gradient.
+
+        For when an answer is not finite, which that of other examples is not for it. Runs the model once without a
+        tape, and where all that its modules make is finite once more, forward and backward. [] where all is finite: an
+        answer is then beyond its dtype, being a product of large numbers.
+
+        Raises: as `gram`.
+        """
+        found = {place.example: place for place in forward_faults(self.model, batch)}
+        if not found:
+            self._call(
+                lambda: self._blocks.lying(batch, lambda sites, streams: of_streams(sites, streams, found)), batch
+            )
+        return in_order(found.values())
 
     def _ask(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """One pass: outputs (B,) and the products of pairs (n,); replayed where its shape came before."""
@@ -293,13 +307,16 @@ class Influence:
         self._captures = Captures(self._capture)
 
     def _gram(self, batch: Batch) -> Tensor:
+        blocks = self._blocks
+        if slices := self._pieces.to_hold(batch):
+            return blocks.of_parts(self._pieces.each(lambda rows: blocks.part(take(batch, rows)), slices))
         lefts = chunks(rows_of(batch), self.micro_batch)
-        blocks = []
+        grid = []
         for n, rows in enumerate(lefts):
-            own, held = self._gram_block(take(batch, rows), hold=n + 1 < len(lefts))
-            right = [self._cross_block(len(own), held, take(batch, later)) for later in lefts[n + 1 :]]
-            blocks.append([own, *right])
-        return symmetric(blocks)
+            own, held = blocks.within(take(batch, rows), hold=n + 1 < len(lefts))
+            right = [blocks.across(len(own), held, take(batch, later)) for later in lefts[n + 1 :]]
+            grid.append([own, *right])
+        return symmetric(grid)
 
     def _cross_gram(self, batch: Batch, other: Batch) -> Tensor:
         b, m = rows_of(batch), rows_of(other)
@@ -314,8 +331,8 @@ class Influence:
         rights = chunks(rows_of(other), self.micro_batch)
         grid = []
         for rows in chunks(rows_of(batch), self.micro_batch):
-            outputs, held = self._hold(take(batch, rows))
-            grid.append(torch.cat([self._cross_block(len(outputs), held, take(other, cols)) for cols in rights], 1))
+            outputs, held = self._blocks.hold(take(batch, rows))
+            grid.append(torch.cat([self._blocks.across(len(outputs), held, take(other, cols)) for cols in rights], 1))
         return torch.cat(grid)
 
     def _cross_by_pieces(self, batch: Batch, other: Batch) -> Tensor | None:
@@ -324,9 +341,13 @@ class Influence:
         slices = self._pieces.beside_held(small, large)
         if not slices:
             return None
-        outputs, held = self._hold(small)
-        blocks = self._pieces.each(lambda rows: self._cross_block(len(outputs), held, take(large, rows)), slices)
+        outputs, held = self._blocks.hold(small)
+        blocks = self._pieces.each(lambda rows: self._blocks.across(len(outputs), held, take(large, rows)), slices)
         return torch.cat(blocks, 1) if small is batch else torch.cat(blocks, 1).T
+
+    @property
+    def _blocks(self) -> Blocks:
+        return Blocks(self._passes, self.micro_batch)
 
     @property
     def _pieces(self) -> Pieces:
@@ -345,7 +366,7 @@ class Influence:
             outputs, products = self._ask(both, Pairs(torch.cat([own, torch.stack([index, n + partner], 1)])))
             reward, reference_reward = outputs[:n], outputs[n:]
         else:
-            reference_reward, held = self._hold(references)
+            reference_reward, held = self._blocks.hold(references)
             total, crossed = Total(self._passes.padding_read), Total(self._passes.padding_read)
             own_pairs, cross_pairs = Pairs(own), Pairs(torch.stack([index, partner], 1))
 
@@ -353,43 +374,7 @@ class Influence:
                 total.multiply(sites, streams, own_pairs)
                 crossed.multiply(sites, streams, cross_pairs, held)
 
-            reward = self._lying(candidates, consume)
+            reward = self._blocks.lying(candidates, consume)
             products = torch.cat([total.result(reward, n), crossed.result(reward, n)])
         own_reference = wide(reference_reward)[sent(partner.numpy(), reward.device)]
         return wide(reward), own_reference, products[:n] - products[n:]
-
-    def _hold(self, batch: Batch) -> tuple[Tensor, Held]:
-        """Outputs and every parameter's stream of a batch, at most `micro_batch` sequences on a tape."""
-        outputs, parts = [], []
-        for rows in chunks(rows_of(batch), self.micro_batch):
-            held: Held = {}
-            outputs.append(self._lying(take(batch, rows), holding(held)))
-            parts.append(held)
-        merged = parts[0] if len(parts) == 1 else join_batches(parts, [len(o) for o in outputs])
-        return torch.cat(outputs), merged
-
-    def _gram_block(self, batch: Batch, hold: bool) -> tuple[Tensor, Held]:
-        total = Total(self._passes.padding_read)
-        held: Held = {}
-        b = rows_of(batch)
-        upper_pairs = Pairs(torch.triu_indices(b, b).T.contiguous())
-
-        def consume(sites: list[Site], streams: list[Stream]) -> None:
-            total.multiply(sites, streams, upper_pairs)
-            if hold:
-                holding(held)(sites, streams)
-
-        upper = total.result(self._lying(batch, consume), b * (b + 1) // 2)
-        return mirrored(upper, b), held
-
-    def _cross_block(self, size: int, held: Held, batch: Batch) -> Tensor:
-        """⟨g_i, g_j⟩ of the `size` held examples i and the batch's examples j, (I, J)."""
-        total = Total(self._passes.padding_read)
-        b = rows_of(batch)
-        pairs = Pairs(torch.cartesian_prod(torch.arange(b), torch.arange(size)))
-
-        def consume(sites: list[Site], streams: list[Stream]) -> None:
-            total.multiply(sites, streams, pairs, held)
-
-        outputs = self._lying(batch, consume)
-        return total.result(outputs, b * size).view(-1, size).T

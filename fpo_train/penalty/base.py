@@ -117,22 +117,22 @@ class Penalty:
                     raw = raw + state.learning_rate * question.term().penalty
         judged = rollout.usable & now.reward.isfinite() & now.reference_reward.isfinite() & raw.isfinite()
         lost = self._lost(judged, now, labels, rollout.usable)
-        if lost and reward_model.config.nan_scores == "fail":
+        if lost.any() and reward_model.config.nan_scores == "fail":
             raise NotFinite(
-                f"penalty: {lost} of {judged.numel()} are not finite numbers though their scores are; "
-                "reward_model.dtype may be too narrow, or reward_model.learning_rate too large"
+                f"penalty: {int(lost.sum())} of {judged.numel()} are not finite numbers though their scores are"
+                f"{question.where(lost)}; reward_model.dtype may be too narrow, or reward_model.learning_rate too large"
             )
         spread, scale = self._scale(rollout, now.reward, raw, judged, learn)
         penalty = raw * scale
         effective = (now.reward - self.config.gamma * penalty).masked_fill(~judged, -torch.inf)
         return Judged(now.reward, now.reference_reward, penalty, effective, spread, now.product, now.mean_product)
 
-    def _lost(self, judged: Tensor, now: Term, labels: Labels, usable: Tensor) -> int:
-        """How many candidates have no penalty for all their scores, and for the label that it needs."""
+    def _lost(self, judged: Tensor, now: Term, labels: Labels, usable: Tensor) -> Tensor:
+        """Which candidates have no penalty for all their scores, and for the label that it needs, (B, N) bool."""
         lost = usable & now.reward.isfinite() & now.reference_reward.isfinite() & ~judged
         if self.config.kind in LABELLED and lost.any():
             lost = lost & labels.preferences(usable).isfinite()
-        return int(lost.sum())
+        return lost
 
     def _scale(
         self, rollout: Said, reward: Tensor, raw: Tensor, judged: Tensor, learn: bool = True
@@ -193,6 +193,13 @@ class Question:
         self._rows, self._references = rollout.pairs()
         self._pairs = replay.newest(self._config.pairs) if self._config.kind in ("exact", "residual") else []
         self._pair_reading = reward_model.read_pairs(self._pairs, rows_at_once) if self._pairs else None
+
+    def where(self, lost: Tensor) -> str:
+        """Where the first of these candidates' (B, N) gradients are lost."""
+        of = self._gradients(self._reading)
+        row = self._rows[lost.flatten()][:1]
+        told = of.fault(row) if isinstance(of, EngineGradients) else ""
+        return f"; of row {int(row) + 1} {told}" if told else ""
 
     def term(self) -> Term:
         """The penalty at the weights as they are, in the paper's own units."""

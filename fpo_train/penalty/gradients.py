@@ -133,6 +133,12 @@ class EngineGradients:
         with refusals():
             return self._influence.sketch(self._batch(rows), dim=self._dim, seed=self._seed)
 
+    def fault(self, row: Tensor) -> str:
+        """Where a number of a row (1,) that is not finite arises; "" where all are."""
+        with refusals():
+            faults = self._influence.faults(self._batch(row))
+        return str(faults[0]._replace(example=None)) if faults else ""
+
     def _batch(self, rows: Tensor) -> dict[str, Tensor]:
         return self._reading.rows(rows).batch or {}
 

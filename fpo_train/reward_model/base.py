@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, linear, softplus
 
+import fpo_kernels as fk
 from fpo_train.config import RunConfig
 from fpo_train.data.turns import Talk
 from fpo_train.errors import NotFinite, RunError
@@ -172,14 +173,16 @@ class RewardModel(ABC):
             parts = [self.module(**piece.batch).logits[:, 0] for piece in reading.pieces(rows_at_once) if piece.batch]
         finally:
             self.module.eval()
-        return self.checked(torch.cat(parts))
+        return self.checked(torch.cat(parts), reading)
 
-    def checked(self, reward: Tensor) -> Tensor:
-        """Scores in fp32 or float64; see `score` for those that are not numbers."""
-        missing = int((~reward.isfinite()).sum())
+    def checked(self, reward: Tensor, reading: Reading | None = None) -> Tensor:
+        """Scores in fp32 or float64; see `score` for those that are not numbers. `reading`: what they are of."""
+        lost = (~reward.isfinite()).nonzero().flatten().tolist()
+        missing = len(lost)
         if missing and self.config.nan_scores == "fail":
             raise NotFinite(
-                f"reward_model: {missing} of {len(reward)} scores are not numbers; reward_model.dtype is "
+                f"reward_model: {missing} of {len(reward)} scores are not numbers"
+                f"{self._where(lost[0], reading)}; reward_model.dtype is "
                 f"{self.config.dtype}, and nan_scores 'drop' would leave such candidates out"
             )
         if missing and missing == len(reward):
@@ -188,6 +191,14 @@ class RewardModel(ABC):
                 f"{self.config.dtype}, reward_model.learning_rate {self.config.learning_rate}"
             )
         return wide(reward)
+
+    def _where(self, row: int, reading: Reading | None) -> str:
+        """Which module made the number that is none of a row that is read anew."""
+        if reading is None or reading.batch is None:
+            return ""
+        batch = reading.rows(torch.tensor([row], device=reading.batch["attention_mask"].device)).batch or {}
+        faults = fk.forward_faults(self.module, batch)
+        return f", the first of row {row + 1}, where {faults[0].where} {faults[0].what} such a one" if faults else ""
 
     def gradient(self, pairs: Sequence[Pair], rows_at_once: int = 0) -> Tensor:
         """Set the gradient of mean BCE(σ(r(z) − r(ref)), p*) over `pairs`; returns that mean, in nats a pair.

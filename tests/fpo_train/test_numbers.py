@@ -214,3 +214,19 @@ def test_the_largest_of_each():
     tensors = [torch.tensor([1.0, -3.0]), torch.tensor([[NAN, 1.0]]), torch.zeros(0), torch.tensor([6e4]).half()]
     assert largest(tensors).nan_to_num(-1).tolist() == [3.0, -1.0, 60000.0]
     assert largest([]).isfinite().all()
+
+
+def test_the_module_that_made_it_is_named(policy, rollout):
+    model = reward_model(policy, kind="lora")
+    reading = model.read(rollout, Readings(policy, rollout))
+    name, module = next((n, m) for n, m in model.module.named_modules() if n.endswith("layers.1.mlp.up_proj"))
+    weight = getattr(module, "base_layer", module).weight
+    before = weight[0, 0].item()
+    try:
+        with torch.no_grad():
+            weight[0, 0] = INF
+        with pytest.raises(NotFinite, match=rf"the first of row 1, where {name}(\.base_layer)? makes such a one; rew"):
+            model.score(reading)
+    finally:
+        with torch.no_grad():
+            weight[0, 0] = before
