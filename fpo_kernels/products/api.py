@@ -61,9 +61,9 @@ def grad_products(
     Raises:
         TypeError: a dtype outside those above, or dtypes that differ between streams.
         ValueError: shapes or devices that do not fit together, offsets that do not cut the stream, pairs that
-            name no example, an unknown `impl` or `way`; on a CPU a result beyond float32 (`ranges`). Offsets and pairs are read for this and for the choice
-            of the way, in one copy with one synchronisation on CUDA (while a CUDA graph is captured neither
-            happens, and "auto" is "tokens").
+            name no example, an unknown `impl` or `way`; on a CPU a result beyond float32 (`ranges`). Offsets and pairs
+            are read for this and for the choice of the way, in one copy with one synchronisation on CUDA (while a CUDA
+            graph is captured neither happens, and "auto" is "tokens").
         RuntimeError: the `impl` named cannot run here, or not in the `way` named; the message says why.
 
     Source: the ghost dot product of Wang, Mittal, Song and Jia 2024 (arXiv 2406.11011), taken tile by tile.

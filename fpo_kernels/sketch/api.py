@@ -48,9 +48,9 @@ def grad_sketch(
     Raises:
         TypeError: a dtype outside those above, dtypes that differ between a and d, or no sketch.
         ValueError: shapes or devices that do not fit together, offsets that do not cut the stream, sketches of other
-            sizes or that do not share dim, seed and family, an unknown `impl`; on a CPU a result beyond float32 (`ranges`).
-            Offsets are read for this, with one
-            synchronisation on CUDA (skipped while a CUDA graph is captured).
+            sizes or that do not share dim, seed and family, an unknown `impl`; on a CPU a result beyond float32
+            (`ranges`). Offsets are read for this, with one synchronisation on CUDA (skipped while a CUDA graph is
+            captured).
         RuntimeError: the `impl` named cannot run here; the message says why.
 
     Source: tensor sketch (Pham and Pagh 2013), over the group Z₂^m: no inverse transform, because W keeps inner
