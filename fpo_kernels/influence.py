@@ -262,11 +262,15 @@ class Influence:
 
         Raises: as `gram`.
         """
-        found = {place.example: place for place in forward_faults(self.model, batch)}
-        if not found:
-            self._call(
-                lambda: self._blocks.lying(batch, lambda sites, streams: of_streams(sites, streams, found)), batch
-            )
+        found: dict[int | None, Fault] = {}
+
+        def look() -> None:
+            found.clear()
+            found.update((fault.example, fault) for fault in forward_faults(self.model, batch))
+            if not found:
+                self._blocks.lying(batch, lambda sites, streams: of_streams(sites, streams, found))
+
+        self._call(look, batch)
         return in_order(found.values())
 
     def _ask(self, batch: Batch, pairs: Pairs) -> tuple[Tensor, Tensor]:

@@ -40,14 +40,15 @@ class Pieces:
     def of(self, batch: Batch) -> list[slice]:
         """Slices of one batch."""
         n = rows_of(batch)
-        return _even(n, _wanted(n * _width(batch))) if self._is_free(batch) else chunks(n, self.most)
+        wanted = _wanted(n * _width(batch))
+        return _even(n, wanted) if wanted > 1 and self._is_free(batch) else chunks(n, self.most)
 
     def to_hold(self, batch: Batch) -> list[slice]:
         """Slices of a batch whose streams are all held until the last has come; none where its tape is as small.
 
         What is held, inputs and gradients of its modules, is about half of what a tape has.
         """
-        slices = self.of(batch) if self._is_free(batch) else []
+        slices = self.of(batch) if self.most is None else []
         return slices if len(slices) > 2 else []
 
     def of_candidates(self, candidates: Batch, references: Batch, partner: Tensor) -> list[slice]:
@@ -55,8 +56,9 @@ class Pieces:
         n, m = len(partner), len(partner.unique())
         if self.most is not None:
             return chunks(n, max(1, self.most - 1 if m == 1 else self.most // 2))
-        tokens = n * _width(candidates) + (m * _width(references) if m > 1 else 0)
-        wanted = _wanted(tokens) if self._is_free(candidates, references) else 1
+        wanted = _wanted(n * _width(candidates) + (m * _width(references) if m > 1 else 0))
+        if wanted > 1 and not self._is_free(candidates, references):
+            wanted = 1
         for count in range(wanted, 1, -1):
             slices = _even(n, count)
             if n + sum(len(partner[rows].unique()) for rows in slices) <= (1 + RUN_AGAIN) * (n + m):
@@ -67,7 +69,7 @@ class Pieces:
         """Slices of the batch that another is held for; none where both go on one tape."""
         h, n = rows_of(held), rows_of(met)
         tokens = n * _width(met)
-        if not self._is_free(held, met) or tokens + h * _width(held) <= 2 * TOKENS:
+        if tokens + h * _width(held) <= 2 * TOKENS or not self._is_free(held, met):
             return []
         return _even(n, min(_wanted(tokens), 1 + int(FORMED_AGAIN * (h + n) / h)))
 

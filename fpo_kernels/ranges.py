@@ -27,7 +27,7 @@ def are_moderate(*streams: Tensor) -> bool:
     for x in streams:
         if not x.numel():
             continue
-        most = x[:: max(1, len(x) // SAMPLE)].abs().amax()
+        most = largest(x[:: max(1, len(x) // SAMPLE)])
         if 0 < most < SMALL or LARGE < most < torch.inf:
             return False
     return True
@@ -37,9 +37,18 @@ def scales(a: Tensor, ds: Sequence[Tensor], offsets: Tensor) -> Tensor:
     """(B,) float64: of each example the largest number of a times the largest of the d's; 0 of an empty one."""
     if not a.shape[1] or not all(d.shape[1] for d in ds):
         return torch.zeros(len(offsets) - 1, dtype=torch.float64)
-    most = [torch.stack([d.abs().amax(1) for d in ds]).amax(0), a.abs().amax(1)]
-    one, other = (torch.segment_reduce(x.double(), "max", offsets=offsets.long(), initial=0) for x in most)
+    rows = [torch.stack([_largest(d, 1) for d in ds]).amax(0), _largest(a, 1)]
+    one, other = (torch.segment_reduce(x, "max", offsets=offsets.long(), initial=0) for x in rows)
     return one * other
+
+
+def largest(x: Tensor) -> Tensor:
+    """() float64: a matrix's largest number, 0 of an empty one."""
+    return _largest(x, (0, 1)) if x.numel() else torch.zeros((), dtype=torch.float64)
+
+
+def _largest(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    return torch.linalg.vector_norm(x, float("inf"), dim=dim).double()  # without a copy of x
 
 
 def mended(

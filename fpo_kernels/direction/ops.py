@@ -27,7 +27,7 @@ def _grad_direction(a: Tensor, d: Tensor, offsets: Tensor, direction: Tensor, im
         return made
 
     def scale() -> Tensor:
-        return ranges.scales(a, [d], offsets) * (direction.double().abs().amax() if direction.numel() else 0.0)
+        return ranges.scales(a, [d], offsets) * ranges.largest(direction)
 
     def again(rows: Tensor) -> Tensor:
         return _run(a.double(), d.double(), offsets, direction.double(), impl)[rows]
